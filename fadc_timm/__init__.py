@@ -1,0 +1,1 @@
+"""Frequency-Adaptive Dilated Convolution for timm."""

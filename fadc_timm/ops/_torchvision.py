@@ -1,0 +1,87 @@
+"""torchvision backend: `deform_conv2d` with the compact dilation expanded to offsets.
+
+The gains stay outside of it: they commute with sampling, so that no weight is made per sample and the batch is not
+folded into groups. torchvision has no bfloat16, and offsets in half precision are off by pixels: both half dtypes are
+computed in float32.
+"""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+import torchvision  # noqa: F401  registers torch.ops.torchvision
+from torch import Tensor
+
+from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels
+
+
+def why_not(case: Case) -> Optional[str]:
+    if case.x.device.type not in ('cpu', 'cuda'):
+        return f'torchvision.ops.deform_conv2d does not run on {case.x.device.type}'
+    return None
+
+
+def deform_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        stride_h: int,
+        stride_w: int,
+        padding_h: int,
+        padding_w: int,
+        groups: int,
+) -> Tensor:
+    """The operator without gains and bias, float32 or float64, scriptable. Shapes as in the operator."""
+    b, g, out_h, out_w = dilation.shape
+    k = weight.shape[3]
+    # negative padding, and an output size other than its formula's, go into the offsets and the padding of the result
+    pad_h, pad_w = max(padding_h, 0), max(padding_w, 0)
+    tap = torch.arange(k, device=x.device, dtype=x.dtype) - k // 2
+    taps = torch.stack((tap[:, None].expand(k, k), tap[None, :].expand(k, k)), dim=-1)  # (k, k, 2)
+    shift = torch.tensor([pad_h - padding_h, pad_w - padding_w], device=x.device, dtype=x.dtype)
+    # torchvision's own clamp is an integer cast: keep huge dilations within its range, they are outside anyway
+    limit = float(x.shape[2] + x.shape[3] + out_h * stride_h + out_w * stride_w + k)
+    offset = ((dilation.clamp(-limit, limit)[:, :, None, None, None] - 1) * taps[:, :, :, None, None]
+              + shift[:, None, None])
+    offset = offset.reshape(b, g * k * k * 2, out_h, out_w)
+    if mask is None:
+        mask = torch.ones(b, g * k * k, out_h, out_w, device=x.device, dtype=x.dtype)
+    full_h = (x.shape[2] + 2 * pad_h - k) // stride_h + 1
+    full_w = (x.shape[3] + 2 * pad_w - k) // stride_w + 1
+    grow_h, grow_w = max(out_h - full_h, 0) * stride_h, max(out_w - full_w, 0) * stride_w
+    if grow_h > 0 or grow_w > 0:
+        x = F.pad(x, [0, grow_w, 0, grow_h])
+    more_h = (x.shape[2] + 2 * pad_h - k) // stride_h + 1 - out_h
+    more_w = (x.shape[3] + 2 * pad_w - k) // stride_w + 1 - out_w
+    if more_h > 0 or more_w > 0:
+        offset, mask = F.pad(offset, [0, more_w, 0, more_h]), F.pad(mask, [0, more_w, 0, more_h])
+    y = torch.ops.torchvision.deform_conv2d(
+        x, weight, offset, mask, torch.zeros(weight.shape[0], device=x.device, dtype=x.dtype),
+        stride_h, stride_w, pad_h, pad_w, 1, 1, groups, g, True)
+    return y[:, :, :out_h, :out_w]
+
+
+def forward(case: Case) -> Tensor:
+    dtype = accumulation_dtype(case.x.dtype)
+
+    def cast(t: Optional[Tensor]) -> Optional[Tensor]:
+        return None if t is None else t.to(dtype)
+
+    low_in, low_out, high_in, high_out = (cast(g) for g in case.gains)
+    full = case._replace(
+        x=case.x.to(dtype), weight=case.weight.to(dtype), dilation=case.dilation.to(dtype), mask=cast(case.mask),
+        bias=cast(case.bias), gains=(low_in, low_out, high_in, high_out))
+
+    def conv(x: Tensor, weight: Tensor) -> Tensor:
+        return deform_conv2d(x.contiguous(), weight, full.dilation, full.mask, *full.stride, *full.padding, full.groups)
+
+    if full.has_gains:
+        mean, rest = full.split_weight()
+        y = combine_parts(
+            conv(scale_channels(full.x, high_in), rest),
+            conv(scale_channels(full.x, low_in), mean.expand_as(rest).contiguous()), full)
+    else:
+        y = conv(full.x, full.weight)
+        if full.bias is not None:
+            y = y + full.bias[:, None, None]
+    return match_layout(y.to(case.x.dtype), case.x)

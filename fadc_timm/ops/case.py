@@ -1,0 +1,103 @@
+"""One checked call of the operator, as every backend receives it."""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+
+NO_GAINS: Gains = (None, None, None, None)
+
+
+class Case(NamedTuple):
+    """Arguments of :func:`adaptive_dilated_conv2d` after checking.
+
+    Shapes: x (B, C, H, W), weight (O, C/groups, k, k), dilation (B, G, H', W'), mask (B, G*k*k, H', W') or None,
+    bias (O,) or None, gains ``(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))``, each or None for ones.
+    """
+    x: Tensor
+    weight: Tensor
+    dilation: Tensor
+    mask: Optional[Tensor]
+    bias: Optional[Tensor]
+    gains: Gains
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]  # measured at dilation 1, may be negative
+    groups: int
+
+    @property
+    def kernel_size(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def dilation_groups(self) -> int:
+        return self.dilation.shape[1]
+
+    @property
+    def has_gains(self) -> bool:
+        return any(g is not None for g in self.gains)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input and one output channel a group (without a channel multiplier)."""
+        return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
+
+    def split_weight(self) -> Tuple[Tensor, Tensor]:
+        """AdaKern's parts (paper Eq. 6): the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
+        mean = self.weight.mean(dim=(2, 3), keepdim=True)
+        return mean, self.weight - mean
+
+
+def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
+    """Multiply the channels of x (B, C, H, W) by a gain (B, C), or by one."""
+    return x if gain is None else x * gain[:, :, None, None]
+
+
+def combine_parts(high: Tensor, low: Tensor, case: Case) -> Tensor:
+    """Output gains and bias on the two parts (B, O, H', W')."""
+    y = scale_channels(high, case.gains[3]) + scale_channels(low, case.gains[1])
+    return y if case.bias is None else y + case.bias[:, None, None]
+
+
+def match_layout(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def tap_positions(
+        dilation: Tensor,
+        kernel_size: int,
+        size: int,
+        stride: int,
+        padding: int,
+        axis: int,
+) -> Tensor:
+    """Positions of the taps along one axis, in pixels of the input.
+
+    The taps of a square kernel under one scalar dilation are separable: k rows and k columns instead of k*k points.
+    Positions are clamped to [-1, size], where every bilinear weight is zero already, so that any finite dilation,
+    however large, has an integer floor.
+
+    Args:
+        dilation: (B, G, H', W'), float32 or float64.
+        kernel_size: k.
+        size: Length of the input along the axis.
+        stride: Stride along the axis.
+        padding: Padding along the axis, at dilation 1.
+        axis: 2 for rows, 3 for columns.
+
+    Returns:
+        (B, H', W', k, G), in the dtype of dilation.
+    """
+    r = kernel_size // 2
+    d = dilation.permute(0, 2, 3, 1).contiguous()[:, :, :, None, :]  # (B, H', W', 1, G)
+    centre = torch.arange(dilation.shape[axis], device=d.device, dtype=d.dtype) * stride + (r - padding)
+    centre = centre[:, None, None, None] if axis == 2 else centre[:, None, None]
+    taps = torch.arange(-r, r + 1, device=d.device, dtype=d.dtype)[:, None]  # (k, 1)
+    return (centre + d * taps).clamp(-1, size)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

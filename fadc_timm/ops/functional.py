@@ -1,0 +1,165 @@
+"""Adaptive dilated convolution: the signature, its checks, and the dispatch to a backend.
+
+Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
+"""
+from typing import Any, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from .case import NO_GAINS, Case, Gains
+from .registry import BACKENDS, choose_backend
+
+__all__ = ['adaptive_dilated_conv2d']
+
+IntOrPair = Union[int, Tuple[int, int]]
+
+
+def _pair(name: str, value: Any, minimum: Optional[int] = None) -> Tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(v, (bool, float, str)) or v is None for v in pair):
+        raise TypeError(f'{name} must be an integer or a pair of integers, got {value!r}.')
+    if minimum is not None and any(v < minimum for v in pair):
+        raise ValueError(f'{name} must be at least {minimum}, got {value!r}.')
+    return pair
+
+
+def _check_tensor(
+        name: str,
+        t: Tensor,
+        shape: Sequence[Optional[int]],
+        want: str,
+        like: Tensor,
+        also: Optional[torch.dtype] = None,
+) -> None:
+    """Raise unless t has the given shape (None: any size), the device of `like`, and its dtype or `also`."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f'{name} must be a tensor of shape {want}, got {type(t).__name__}.')
+    if t.dim() != len(shape) or any(s is not None and t.shape[i] != s for i, s in enumerate(shape)):
+        sizes = ', '.join('any' if s is None else str(s) for s in shape)
+        raise ValueError(f'{name} must have shape {want} = ({sizes}), got {tuple(t.shape)}.')
+    if t.device != like.device:
+        raise ValueError(f'{name} is on {t.device} and x is on {like.device}, they must be on one device.')
+    if t.dtype != like.dtype and t.dtype != also:
+        raise TypeError(f'{name} must have the dtype of x, {like.dtype}, got {t.dtype}.')
+
+
+def _check(
+        x: Tensor,
+        weight: Tensor,
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        bias: Optional[Tensor],
+        gains: Gains,
+        groups: int,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f'x must have shape (B, C, H, W), got {tuple(x.shape)}.')
+    if not x.is_floating_point():
+        raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f'groups must be a positive integer, got {groups!r}.')
+    b, c = x.shape[:2]
+    if c % groups:
+        raise ValueError(f'groups={groups} does not divide the {c} channels of x {tuple(x.shape)}.')
+    _check_tensor('weight', weight, (None, c // groups, None, None), '(O, C/groups, k, k)', x)
+    o, _, k, kw = weight.shape
+    if k != kw or k % 2 == 0:
+        raise ValueError(f'weight must be (O, C/groups, k, k) with one odd kernel size, got {tuple(weight.shape)}.')
+    if o % groups:
+        raise ValueError(f'groups={groups} does not divide the {o} output channels of weight {tuple(weight.shape)}.')
+    _check_tensor('dilation', dilation, (b, None, None, None), "(B, G, H', W')", x, also=torch.float32)
+    g, h, w = dilation.shape[1:]
+    if g < 1 or c % g:
+        raise ValueError(f'dilation {tuple(dilation.shape)} has {g} groups, which do not divide the {c} channels of x.')
+    if mask is not None:
+        _check_tensor('mask', mask, (b, g * k * k, h, w), "(B, G*k*k, H', W')", x)
+    if bias is not None:
+        _check_tensor('bias', bias, (o,), '(O,)', x)
+    for name, gain, n in zip(('low_in', 'low_out', 'high_in', 'high_out'), gains, (c, o, c, o), strict=True):
+        if gain is not None:
+            _check_tensor(f'gains: {name}', gain, (b, n), '(B, C)' if name.endswith('in') else '(B, O)', x)
+
+
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    """What autocast does to the arguments of a convolution: every real dtype but float64 becomes its own."""
+    return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def adaptive_dilated_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        dilation: Tensor,
+        mask: Optional[Tensor] = None,
+        bias: Optional[Tensor] = None,
+        *,
+        gains: Optional[Gains] = None,
+        stride: IntOrPair = 1,
+        padding: Optional[IntOrPair] = None,
+        groups: int = 1,
+        backend: Optional[str] = None,
+) -> Tensor:
+    r"""Convolution with a dilation of its own at every output position (FADC paper, section 3).
+
+    With k in {-r..r}^2, r = kernel_size // 2, and bilinear sampling that is zero outside the map,
+
+    .. math::
+        y(b, p, o) = bias(o) + \sum_k mask(b, p, k) \sum_c W'(b, o, c, k) \, x(b, c, p \cdot stride + r - padding
+        + dilation(b, p) \cdot k)
+
+    where :math:`W' = low_{out} low_{in} \bar W + high_{out} high_{in} (W - \bar W)` and :math:`\bar W` is the mean of W
+    over the taps (AdaKern). Values are never inspected: any finite dilation is valid, zero and negative ones too.
+    The result has the memory format of x. Under autocast the arguments are cast as those of a convolution.
+
+    Args:
+        x: Input (B, C, H, W), float32, float64, or a half dtype that the backend supports.
+        weight: Weight (O, C/groups, k, k), k odd.
+        dilation: Dilation in pixels (B, G, H', W'); H', W' are the size of the output, G (dilation groups) divides C.
+            In the dtype of x, or float32.
+        mask: Modulation (B, G*k*k, H', W'), taps in row-major order within a dilation group. None means ones.
+        bias: Bias (O,).
+        gains: AdaKern's gains (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each may be None for ones.
+        stride: Distance of the kernel's centres, in pixels.
+        padding: Padding at dilation 1, may be negative. None means k // 2: centres on the pixels of x. A layer with
+            padding P and base dilation d passes P - k // 2 * (d - 1).
+        groups: Convolution groups.
+        backend: A name of :func:`list_backends`, or None to choose one by device, dtype and shape.
+
+    Returns:
+        Output (B, O, H', W').
+
+    Raises:
+        TypeError: An argument is not a tensor, or has another dtype than x.
+        ValueError: A shape or device does not fit the other arguments, or there is no such backend.
+        NotImplementedError: The named backend cannot run this case.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
+    gains = NO_GAINS if gains is None else gains
+    if not isinstance(gains, (tuple, list)) or len(gains) != 4:
+        raise ValueError(f'gains must be four tensors or None (low_in, low_out, high_in, high_out), got {gains!r}.')
+    device_type = x.device.type
+    autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, mask, bias = (_autocast(t, dtype) for t in (x, weight, mask, bias))
+        gains = tuple(_autocast(t, dtype) for t in gains)  # type: ignore[assignment]
+        dilation = _autocast(dilation, torch.float32)
+    _check(x, weight, dilation, mask, bias, gains, groups)
+    kernel_size = weight.shape[-1]
+    case = Case(
+        x, weight, dilation, mask, bias, tuple(gains), _pair('stride', stride, 1),  # type: ignore[arg-type]
+        _pair('padding', kernel_size // 2 if padding is None else padding), groups)
+    if backend is None:
+        name = choose_backend(case)
+    else:
+        if backend not in BACKENDS:
+            raise ValueError(f'There is no backend {backend!r}, the backends are {", ".join(BACKENDS)}.')
+        name = backend
+        reason = BACKENDS[name].why_not(case)
+        if reason:
+            raise NotImplementedError(f'The backend {name!r} cannot run this case: {reason}.')
+    if not autocast:
+        return BACKENDS[name].forward(case)
+    with torch.autocast(device_type, enabled=False):
+        return BACKENDS[name].forward(case)

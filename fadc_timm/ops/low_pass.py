@@ -1,0 +1,98 @@
+"""Ideal low-pass filters on maps: the frequency bands of FreqSelect (FADC paper, section 3.4).
+
+The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an axis of n points, the points
+`round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
+masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with the projection of each axis.
+"""
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+from .case import accumulation_dtype
+
+__all__ = ['low_pass']
+
+# Side of the largest map at which two small matrix products are faster than an FFT on a CPU.
+_MATMUL_SIDE = 32
+
+
+def _round_half_even(a: int, f: int) -> int:
+    """round(a / (2*f)) as Python rounds, for a >= 0, in integer arithmetic alone: a may be symbolic."""
+    q, m = (a + f) // (2 * f), (a + f) % (2 * f)
+    is_half = (2 * f - m) // (2 * f)
+    return q - is_half * (q % 2)
+
+
+def _keep(n: int, f: int, count: int, sign: int, device: torch.device) -> Tensor:
+    """Which of the frequencies sign*0, sign*1 ... sign*(count - 1) of an axis of n points pass: bool (count,)."""
+    low, high = _round_half_even(n * (f - 1), f) - n // 2, _round_half_even(n * (f + 1), f) - n // 2
+    # a frequency and the same one a period away, as the shifted axis runs from -(n//2) to n - n//2 - 1
+    k = torch.arange(count, device=device) * sign
+    return ((k >= low) & (k < high)) | ((k - sign * n >= low) & (k - sign * n < high))
+
+
+def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
+    h, w = x.shape[2], x.shape[3]
+    half = w // 2 + 1
+    spectrum = torch.fft.rfft2(x)
+    out: List[Tensor] = []
+    for f in factors:
+        mask = (_keep(h, f, h, 1, x.device)[:, None] & _keep(w, f, half, 1, x.device)).to(x.dtype)
+        mirrored = (_keep(h, f, h, -1, x.device)[:, None] & _keep(w, f, half, -1, x.device)).to(x.dtype)
+        out.append(torch.fft.irfft2(spectrum * ((mask + mirrored) / 2), s=[h, w]))
+    return out
+
+
+def _projection(n: int, f: int, dtype: torch.dtype, device: torch.device) -> List[Tensor]:
+    """Real and imaginary part (n, n) of the projection of an axis on the frequencies that pass."""
+    i = torch.arange(n, device=device)
+    phase = (i[:, None] * i) % n
+    angle = phase.to(torch.float64) * (2 * torch.pi / n)
+    keep = _keep(n, f, n, 1, device).to(torch.float64) / n
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    real = (cos * keep) @ cos + (sin * keep) @ sin
+    imag = (sin * keep) @ cos - (cos * keep) @ sin
+    return [real.to(dtype), imag.to(dtype)]
+
+
+def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
+    h, w = x.shape[2], x.shape[3]
+    out: List[Tensor] = []
+    for f in factors:
+        rows, cols = _projection(h, f, x.dtype, x.device), _projection(w, f, x.dtype, x.device)
+        # imag is antisymmetric: x @ imag is minus the product with its transpose
+        out.append(rows[0] @ (x @ cols[0]) + rows[1] @ (x @ cols[1]))
+    return out
+
+
+_FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
+
+
+@torch.jit.unused
+def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
+    if form is None:
+        small = max(x.shape[-2:]) <= _MATMUL_SIDE
+        form = 'matmul' if small or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting() else 'fft'
+    if form not in _FORMS:
+        raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
+    return _FORMS[form](x, factors)
+
+
+def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[Tensor]:
+    """Ideal low-pass filters at 1/f of the Nyquist frequency.
+
+    Args:
+        x: Map (B, C, H, W). Half dtypes are computed in float32.
+        factors: One f >= 1 for each filter.
+        form: 'fft', 'matmul', or None to choose by shape; while exporting None is 'matmul', which every runtime has.
+
+    Returns:
+        A map (B, C, H, W) for each factor, float32 or float64.
+
+    Raises:
+        ValueError: There is no such form.
+    """
+    if torch.jit.is_scripting():
+        return _low_pass_fft(x.float() if x.dtype != torch.float64 else x, factors)
+    return _eager(x.to(accumulation_dtype(x.dtype)), factors, form)

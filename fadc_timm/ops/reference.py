@@ -1,0 +1,70 @@
+"""The oracle: the definition written out, in float64. Slow, obvious, never chosen automatically."""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .case import Case, match_layout
+
+
+def why_not(case: Case) -> Optional[str]:
+    return None if case.x.device.type != 'mps' else 'it computes in float64, which MPS does not have'
+
+
+def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Sample x (B, C, H, W) at real positions rows, cols (B, H', W'), zero outside: (B, C, H', W')."""
+    b, c, h, w = x.shape
+    y = x.new_zeros(b, c, *rows.shape[1:])
+    batch = torch.arange(b, device=x.device)[:, None, None]
+    for dy in (0, 1):
+        for dx in (0, 1):
+            i, j = rows.floor() + dy, cols.floor() + dx
+            weight = (1 - (rows - i).abs()) * (1 - (cols - j).abs())
+            inside = (i >= 0) & (i < h) & (j >= 0) & (j < w)
+            # an outside corner reads pixel 0 and counts nothing: where, as its weight may be inf or NaN far out
+            i, j = torch.where(inside, i, 0), torch.where(inside, j, 0)
+            weight = torch.where(inside, weight, 0)
+            y = y + weight[:, None] * x[batch, :, i.long(), j.long()].permute(0, 3, 1, 2)
+    return y
+
+
+def forward(case: Case) -> Tensor:
+    dtype = case.x.dtype
+    x, weight, dilation = case.x.double(), case.weight.double(), case.dilation.double()
+    low_in, low_out, high_in, high_out = (None if g is None else g.double() for g in case.gains)
+    b, c, _, _ = x.shape
+    o, per_group, k, _ = weight.shape
+    r, groups, (out_h, out_w) = k // 2, case.dilation_groups, dilation.shape[2:]
+
+    # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
+    full = torch.zeros(o, c, k, k, dtype=torch.float64, device=x.device)
+    for g in range(case.groups):
+        rows = slice(g * o // case.groups, (g + 1) * o // case.groups)
+        full[rows, g * per_group:(g + 1) * per_group] = weight[rows]
+    mean = full.mean(dim=(2, 3), keepdim=True)
+    low, high = mean.expand(b, o, c, k, k), (full - mean).expand(b, o, c, k, k)
+    if low_in is not None:
+        low = low * low_in[:, None, :, None, None]
+    if low_out is not None:
+        low = low * low_out[:, :, None, None, None]
+    if high_in is not None:
+        high = high * high_in[:, None, :, None, None]
+    if high_out is not None:
+        high = high * high_out[:, :, None, None, None]
+    kernel = low + high
+
+    centre_rows = torch.arange(out_h, device=x.device)[:, None] * case.stride[0] + r - case.padding[0]
+    centre_cols = torch.arange(out_w, device=x.device)[None, :] * case.stride[1] + r - case.padding[1]
+    y = x.new_zeros(b, o, out_h, out_w)
+    for g in range(groups):
+        channels = slice(g * c // groups, (g + 1) * c // groups)
+        for i in range(k):
+            for j in range(k):
+                d = dilation[:, g]
+                sample = bilinear(x[:, channels], centre_rows + d * (i - r), centre_cols + d * (j - r))
+                if case.mask is not None:
+                    sample = sample * case.mask[:, g * k * k + i * k + j, None].double()
+                y = y + torch.einsum('boc,bchw->bohw', kernel[:, :, channels, i, j], sample)
+    if case.bias is not None:
+        y = y + case.bias.double()[:, None, None]
+    return match_layout(y.to(dtype), case.x)
