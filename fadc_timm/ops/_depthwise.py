@@ -5,17 +5,15 @@ No buffer over the taps is kept: each tap is sampled, weighted and added, and sa
 from typing import Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['depthwise_gather']
 
 
-def _bag(table: Tensor, index: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bags of four rows; besides the sums (bags, C), what aten's backward functions want."""
-    offsets = torch.arange(0, index.numel(), 4, device=index.device)
-    y, bag_of, size, maximum = torch.ops.aten._embedding_bag(
-        table, index.reshape(-1), offsets, False, 0, False, weight.reshape(-1), False, -1)
-    return y, bag_of, size, maximum
+def _sample(table: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of four rows of the table each: rows, weight (bags, 4) to (bags, C)."""
+    return F.embedding_bag(rows, table, mode='sum', per_sample_weights=weight)
 
 
 @torch.library.custom_op('fadc_timm::depthwise_gather', mutates_args=())
@@ -37,8 +35,8 @@ def depthwise_gather(table: Tensor, index: Tensor, weight: Tensor, kernel: Tenso
         return table.new_zeros(0, c)
     y = table.new_zeros(b, p // b, c)
     for t in range(taps):
-        sample = _bag(table, index[:, t], weight[:, t])[0]
-        y.addcmul_(sample.view(b, p // b, c), kernel[:, t, None])
+        sample = _sample(table, index[:, t], weight[:, t])
+        y.addcmul_(sample.reshape(b, p // b, c), kernel[:, t, None])
     return y.view(p, c)
 
 
@@ -63,14 +61,17 @@ def depthwise_gather_backward(
     if p == 0:
         return grad_table, grad_weight, grad_kernel
     grad = grad.reshape(b, p // b, c)
+    bag_of = torch.arange(index.shape[0] * 4, device=index.device) // 4
+    bag_size = torch.full_like(index[:, 0, 0], 4)
     for t in range(taps):
-        rows, row_weight = index[:, t].reshape(-1), weight[:, t].reshape(-1)
-        sample, bag_of, size, maximum = _bag(table, rows, row_weight)
-        grad_kernel[:, t] = (grad * sample.view(b, p // b, c)).sum(1)
-        grad_sample = (grad * kernel[:, t, None]).view(-1, table.shape[1])
+        rows, row_weight = index[:, t], weight[:, t]
+        sample = _sample(table, rows, row_weight)
+        grad_kernel[:, t] = (grad * sample.reshape(b, p // b, c)).sum(1)
+        grad_sample = (grad * kernel[:, t, None]).reshape(-1, table.shape[1])
         grad_table += torch.ops.aten._embedding_bag_dense_backward(
-            grad_sample, rows, bag_of, size, maximum, table.shape[0], False, 0, row_weight, -1)
-        grad_weight[:, t] = (table[rows].view(-1, 4, table.shape[1]) @ grad_sample[:, :, None])[:, :, 0]
+            grad_sample, rows.reshape(-1), bag_of, bag_size, bag_size, table.shape[0], False, 0,
+            row_weight.reshape(-1), -1)
+        grad_weight[:, t] = (table[rows] @ grad_sample[:, :, None])[:, :, 0]
     return grad_table, grad_weight, grad_kernel
 
 

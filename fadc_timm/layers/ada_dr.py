@@ -1,0 +1,111 @@
+"""Adaptive Dilation Rate (AdaDR): a dilation, and a modulation of the taps, for every output position.
+
+Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369, section 3.2
+"""
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['DILATION_ACTS', 'AdaDR']
+
+DILATION_ACTS = ('abs', 'relu', 'zero')
+
+
+class AdaDR(nn.Module):
+    """Adaptive Dilation Rate.
+
+    With o = conv(x) and base dilation d, the dilation is `1 + |o| * d` ('abs', the December 2024 release),
+    `1 + relu(o) * d` ('relu', April 2024) or `1 + (relu(o + 1) - 1) * d` ('zero', which reaches 1 - d). The modulation
+    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d * (1 + eps)`:
+    at exactly d = 1, |o| and relu(o) would have no gradient.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            kernel_size: int = 3,
+            stride: int = 1,
+            padding: Optional[int] = None,
+            dilation: int = 1,
+            dilation_groups: int = 1,
+            dilation_act: str = 'abs',
+            depthwise: bool = False,
+            eps: float = 1e-4,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_channels: Number of input channels.
+            kernel_size: Kernel size k, of these convolutions and of the one that is to be dilated.
+            stride: Stride, of both alike.
+            padding: Zero padding of these convolutions, None for k // 2. Negative padding crops.
+            dilation: Base dilation d, in pixels.
+            dilation_groups: Number of groups of channels with a dilation of their own.
+            dilation_act: 'abs', 'relu' or 'zero'.
+            depthwise: Predict the mask by a depthwise and a pointwise convolution, as for a depthwise kernel.
+            eps: Distance from the base dilation at the start, relative to it.
+
+        Raises:
+            ValueError: There is no such dilation_act.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if dilation_act not in DILATION_ACTS:
+            raise ValueError(f'dilation_act must be one of {DILATION_ACTS}, got {dilation_act!r}.')
+        padding = kernel_size // 2 if padding is None else padding
+        self.crop = max(-padding, 0)
+        self.dilation = dilation
+        self.dilation_groups = dilation_groups
+        self.dilation_act = dilation_act
+        self.depthwise = depthwise
+        self.eps = eps
+        taps = kernel_size * kernel_size
+        conv_args = dict(kernel_size=kernel_size, stride=stride, padding=max(padding, 0), **dd)
+        # dilation and mask read the same tensor: one convolution, the dilation first
+        self.conv = nn.Conv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
+        self.mask_dw = nn.Conv2d(in_channels, in_channels, groups=in_channels, bias=False, **conv_args) \
+            if depthwise else None
+        self.mask_pw = nn.Conv2d(in_channels, dilation_groups * taps, 1, **dd) if depthwise else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the base dilation and a mask of ones."""
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        with torch.no_grad():
+            self.conv.bias[:self.dilation_groups] = (self.dilation - 1) / self.dilation + self.eps
+        if self.mask_dw is not None and self.mask_pw is not None:
+            self.mask_dw.reset_parameters()
+            nn.init.zeros_(self.mask_pw.weight)
+            nn.init.zeros_(self.mask_pw.bias)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: Map (B, C, H, W).
+
+        Returns:
+            Dilation in pixels (B, G, H', W'), float32 or float64 as half dtypes are too coarse for positions, and mask
+            (B, G*k*k, H', W') in the dtype of the convolution.
+        """
+        if self.crop > 0:
+            x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
+        y = self.conv(x)
+        o = y[:, :self.dilation_groups]
+        o = o if o.dtype == torch.float64 else o.float()
+        if self.dilation_act == 'abs':
+            o = o.abs()
+        elif self.dilation_act == 'relu':
+            o = o.relu()
+        else:
+            o = (o + 1).relu() - 1
+        if self.mask_dw is not None and self.mask_pw is not None:
+            mask = self.mask_pw(self.mask_dw(x))
+        else:
+            mask = y[:, self.dilation_groups:]
+        return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+
+    def extra_repr(self) -> str:
+        return f'dilation={self.dilation}, dilation_groups={self.dilation_groups}, dilation_act={self.dilation_act!r}'

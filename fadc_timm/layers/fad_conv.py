@@ -1,0 +1,180 @@
+"""Frequency-Adaptive Dilated Convolution: FreqSelect, AdaDR and AdaKern around the operator.
+
+Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
+"""
+from typing import Any, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import adaptive_dilated_conv2d
+from ..ops.case import Gains, scale_channels
+from ..ops.scripted import scripted_conv2d
+from .ada_dr import AdaDR
+from .ada_kern import AdaKern
+from .freq_select import FreqSelect
+
+__all__ = ['FADConv2d']
+
+
+def _one_int(name: str, value: Any) -> int:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(set(values)) != 1 or isinstance(values[0], (bool, float, str)):
+        raise ValueError(f'{name} must be one integer for both axes, got {value!r}.')
+    return values[0]
+
+
+@register_notrace_module
+class FADConv2d(nn.Conv2d):
+    """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
+
+    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps` of
+    AdaDR. It is torch.fx's leaf for timm's feature extractors.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[int, Tuple[int, int], str] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            freq_select: bool = True,
+            bands: Tuple[int, ...] = (2, 4, 8),
+            lowfreq_att: bool = False,
+            spatial_group: int = 1,
+            kernel_decompose: str = 'both',
+            ada_dr: bool = True,
+            dilation_act: str = 'abs',
+            dilation_groups: int = 1,
+            eps: float = 1e-4,
+            backend: Optional[str] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            kernel_size: Odd kernel size k.
+            stride: Stride.
+            padding: Padding in pixels, 'same' or 'valid', as the plain convolution's.
+            dilation: Base dilation, in pixels.
+            groups: Convolution groups; where they equal both channel counts, the kernel is depthwise.
+            bias: Add a bias.
+            padding_mode: 'zeros', or 'replicate': replicated for the padding at dilation 1 (k // 2 pixels, where the
+                convolution keeps the size) and zero beyond, as in the authors' code.
+            freq_select: Use FreqSelect.
+            bands: FreqSelect's split frequencies, fractions 1/f of Nyquist.
+            lowfreq_att: FreqSelect weighs the lowest band too.
+            spatial_group: FreqSelect's groups of channels, above 64 one for each channel.
+            kernel_decompose: The parts of the kernel with AdaKern's gains: 'both', 'low', 'high' or 'none'.
+            ada_dr: Use AdaDR, else the dilation stays the base dilation and there is no mask.
+            dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
+            dilation_groups: AdaDR's groups of channels.
+            eps: AdaDR's relative distance from the base dilation at the start.
+            backend: Backend of the operator, None to choose by device, dtype and shape.
+
+        Raises:
+            ValueError: A value is outside of what is said above; the message names it.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        k, s, d = (_one_int(n, v) for n, v in
+                   (('kernel_size', kernel_size), ('stride', stride), ('dilation', dilation)))
+        if k % 2 == 0 or k < 1:
+            raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
+        if padding_mode not in ('zeros', 'replicate'):
+            raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
+        if kernel_decompose not in ('both', 'low', 'high', 'none'):
+            raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
+        if dilation_groups < 1 or in_channels % dilation_groups:
+            raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
+        super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)
+        if isinstance(self.padding, str):
+            p = d * (k // 2) if self.padding == 'same' else 0
+        else:
+            p = _one_int('padding', self.padding)
+        # where a kernel of dilation 1 must be centred for the output to have the plain convolution's size
+        self.inner_padding = p - (k // 2) * (d - 1)
+        self.pads_itself = padding_mode == 'replicate' and self.inner_padding > 0
+        self.backend = backend
+        depthwise = groups > 1 and groups == in_channels == out_channels
+        self.freq_select = FreqSelect(in_channels, bands, lowfreq_att, spatial_group, **dd) if freq_select else None
+        self.ada_kern = None
+        if kernel_decompose != 'none':
+            self.ada_kern = AdaKern(in_channels, out_channels, kernel_decompose, depthwise, **dd)
+        self.ada_dr = None
+        if ada_dr:
+            self.ada_dr = AdaDR(
+                in_channels, k, s, 0 if self.pads_itself else self.inner_padding, d, dilation_groups, dilation_act,
+                depthwise, eps, **dd)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **cfg: Any) -> 'FADConv2d':
+        """Take over a plain convolution: its arguments, its parameters (the objects themselves), and its mode.
+
+        Args:
+            conv: A convolution of exactly the class `nn.Conv2d`.
+            **cfg: Arguments of FADConv2d beyond those of `nn.Conv2d`; padding_mode replaces the convolution's.
+
+        Raises:
+            TypeError: conv is of another class, whose forward may compute something else.
+            ValueError: conv has a kernel, stride or padding that FADConv2d has not.
+        """
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(f'from_conv takes an nn.Conv2d, got {type(conv).__module__}.{type(conv).__name__}.')
+        args = dict(
+            in_channels=conv.in_channels, out_channels=conv.out_channels, kernel_size=conv.kernel_size,
+            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+            bias=conv.bias is not None, padding_mode=conv.padding_mode,
+            device=conv.weight.device, dtype=conv.weight.dtype)
+        new = cls(**{**args, **cfg})
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) to (B, O, H', W'), of the size that the plain convolution gives."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
+        if self.freq_select is not None:
+            x = self.freq_select(x)
+        gains: Gains = (None, None, None, None)
+        if self.ada_kern is not None:
+            gains = self.ada_kern(x)
+        if self.ada_dr is None:
+            return self._plain(x, gains)
+        padding = self.inner_padding
+        if self.pads_itself:
+            x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
+            padding = 0
+        dilation, mask = self.ada_dr(x)
+        if torch.jit.is_scripting():
+            return scripted_conv2d(
+                x, self.weight, dilation, mask, self.bias, gains, self.stride[0], padding, self.groups)
+        return self._operator(x, dilation, mask, gains, padding)
+
+    @torch.jit.unused
+    def _operator(self, x: Tensor, dilation: Tensor, mask: Tensor, gains: Gains, padding: int) -> Tensor:
+        return adaptive_dilated_conv2d(
+            x, self.weight, dilation, mask, self.bias, gains=gains, stride=self.stride[0], padding=padding,
+            groups=self.groups, backend=self.backend)
+
+    def _plain(self, x: Tensor, gains: Gains) -> Tensor:
+        """The convolution at the base dilation, under the gains."""
+        if self.ada_kern is None:
+            return self._conv_forward(x, self.weight, self.bias)
+        low_in, low_out, high_in, high_out = gains
+        mean = self.weight.mean(dim=(2, 3), keepdim=True)
+        low = self._conv_forward(scale_channels(x, low_in), mean.expand_as(self.weight), None)
+        high = self._conv_forward(scale_channels(x, high_in), self.weight - mean, None)
+        y = scale_channels(low, low_out) + scale_channels(high, high_out)
+        bias = self.bias
+        if bias is not None:
+            y = y + bias[:, None, None]
+        return y

@@ -1,0 +1,101 @@
+"""Frequency Selection (FreqSelect): reweigh the frequency bands of a feature map at every position.
+
+Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369, section 3.4
+"""
+from typing import Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import low_pass
+
+__all__ = ['FreqSelect']
+
+
+class FreqSelect(nn.Module):
+    """Frequency Selection.
+
+    The map is split at 1/f of the Nyquist frequency for each f of `bands`; each band is weighted by a map
+    `2 * sigmoid(conv(x))` in [0, 2]. The convolution starts at zero, so the module starts as the identity.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            bands: Tuple[int, ...] = (2, 4, 8),
+            lowfreq_att: bool = False,
+            spatial_group: int = 1,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_channels: Number of channels.
+            bands: Where the spectrum is split, as fractions 1/f of the Nyquist frequency, from high to low.
+            lowfreq_att: Weigh the lowest band too, else it passes unweighted.
+            spatial_group: Number of channel groups with weight maps of their own, above 64 one for each channel.
+
+        Raises:
+            ValueError: A band is not an integer above 1, or the groups do not divide the channels.
+        """
+        super().__init__()
+        bands = tuple(bands)
+        if not bands or any(isinstance(f, bool) or not isinstance(f, int) or f < 2 for f in bands):
+            raise ValueError(f'bands must be integers of at least 2 (fractions 1/f of Nyquist), got {bands}.')
+        groups = in_channels if spatial_group > 64 else spatial_group
+        if groups < 1 or in_channels % groups:
+            raise ValueError(f'spatial_group={spatial_group} does not divide in_channels={in_channels}.')
+        self.in_channels = in_channels
+        self.bands = bands
+        self.lowfreq_att = lowfreq_att
+        self.spatial_group = groups
+        self.num_maps = len(bands) + int(lowfreq_att)
+        # all maps read the same tensor: one convolution, its outputs group by group
+        self.conv = nn.Conv2d(
+            in_channels, groups * self.num_maps, 3, padding=1, groups=groups, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the identity."""
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def band_weights(self, x: Tensor) -> Tensor:
+        """Weights of the bands at every position.
+
+        Args:
+            x: Map (B, C, H, W).
+
+        Returns:
+            (B, M, S, H, W) in [0, 2], 1 is the identity: M bands from high to low frequency, S spatial groups.
+        """
+        b, _, h, w = x.shape
+        maps = 2 * torch.sigmoid(self.conv(x))
+        return maps.reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
+        b, c, h, w = x.shape
+        lows = low_pass(x, list(self.bands))
+        maps = self.band_weights(x).to(lows[0].dtype)
+        full = x.to(lows[0].dtype)
+        # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
+        y = self._weigh(full, maps[:, 0])
+        for i, low in enumerate(lows):
+            last = i + 1 == self.num_maps
+            y = y + self._weigh(low, (1 - maps[:, i]) if last else (maps[:, i + 1] - maps[:, i]))
+        y = y.to(x.dtype)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if channels_last:
+            return y.contiguous(memory_format=torch.channels_last)
+        return y.contiguous()
+
+    def _weigh(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (B, C, H, W) times weight (B, S, H, W), a map for each of S groups of channels."""
+        if self.spatial_group == 1:
+            return x * weight
+        b, c, h, w = x.shape
+        return (x.reshape(b, self.spatial_group, -1, h, w) * weight[:, :, None]).reshape(b, c, h, w)
+
+    def extra_repr(self) -> str:
+        return f'bands={self.bands}, lowfreq_att={self.lowfreq_att}, spatial_group={self.spatial_group}'
