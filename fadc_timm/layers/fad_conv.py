@@ -16,7 +16,12 @@ from .ada_dr import AdaDR
 from .ada_kern import AdaKern
 from .freq_select import FreqSelect
 
-__all__ = ['FADConv2d']
+__all__ = ['OPTIONS', 'FADConv2d']
+
+# Arguments of FADConv2d that a model passes to all of its layers.
+OPTIONS = (
+    'padding_mode', 'freq_select', 'bands', 'lowfreq_att', 'spatial_group', 'kernel_decompose', 'ada_dr',
+    'dilation_act', 'dilation_groups', 'eps', 'backend')
 
 
 def _one_int(name: str, value: Any) -> int:
@@ -137,6 +142,12 @@ class FADConv2d(nn.Conv2d):
         new = cls(**{**args, **cfg})
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
+
+    def reset_fadc_parameters(self) -> None:
+        """Make FreqSelect, AdaKern and AdaDR the identity again; weight and bias stay."""
+        for module in (self.freq_select, self.ada_kern, self.ada_dr):
+            if module is not None:
+                module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) to (B, O, H', W'), of the size that the plain convolution gives."""

@@ -1,0 +1,7 @@
+"""The zoo: importing this package registers its models with timm."""
+from . import fadc_convnext, fadc_resnet
+from .fadc_convnext import FADCConvNeXt
+from .fadc_resnet import FADCResNet
+from .lift import LiftReport, lift_model
+
+__all__ = ['FADCConvNeXt', 'FADCResNet', 'LiftReport', 'fadc_convnext', 'fadc_resnet', 'lift_model']

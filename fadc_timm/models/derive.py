@@ -1,0 +1,177 @@
+"""Deriving a family from timm's: architectures, pretrained tags and Hub ids come from timm's registry.
+
+`<base>_fadc` is built by the base's own entry point and lifted; a checkpoint of the base loads into it.
+"""
+import logging
+from collections import deque
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
+
+import timm
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from torch import Tensor, nn
+
+from ..layers import FADConv2d
+from ..layers.fad_conv import OPTIONS
+from .lift import DEFAULT_STAGES, lift_model
+
+__all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
+
+_logger = logging.getLogger(__name__)
+
+StateDict = Dict[str, Tensor]
+
+
+class Family(NamedTuple):
+    """What timm's registry does not say about one of its families.
+
+    module: Name of timm's module.
+    base_cls: Class of its models.
+    fadc_cls: Our subclass of it, which the lifted models are.
+    stages: Names of the modules of the four stages.
+    checkpoint_filter_fn: As in timm, for a state dict and a model.
+    feature_cfg: timm's defaults for features_only.
+    """
+    module: str
+    base_cls: Type[nn.Module]
+    fadc_cls: Type[nn.Module]
+    stages: Tuple[str, ...]
+    checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]
+    feature_cfg: Dict[str, Any]
+
+    def bases(self) -> List[str]:
+        """Names of timm's architectures of the family."""
+        return timm.list_models(module=self.module)
+
+
+def derive_default_cfgs(
+        family: Family,
+        own: Optional[Dict[str, Dict[str, PretrainedCfg]]] = None,
+) -> Dict[str, DefaultCfg]:
+    """Default configurations of `<base>_fadc`: the tags of the base in their order, and its weights, Hub ids included.
+
+    Args:
+        family: The family.
+        own: For a base, tags with weights of our own, which come before the base's.
+    """
+    out = {}
+    for base in family.bases():
+        cfgs = dict((own or {}).get(base, {}))
+        for name, cfg in get_arch_pretrained_cfgs(base).items():
+            cfgs[name.partition('.')[2]] = replace(cfg, architecture=None, tag=None)
+        if cfgs:
+            has_weights = any(cfg.has_weights for cfg in cfgs.values())
+            out[f'{base}_fadc'] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)
+    return out
+
+
+def _check_stages(family: Family, fadc_stages: Sequence[bool]) -> Tuple[str, ...]:
+    n = len(family.stages)
+    if not isinstance(fadc_stages, (list, tuple)) or len(fadc_stages) != n or \
+            not all(isinstance(s, bool) for s in fadc_stages):
+        raise ValueError(f'fadc_stages must be {n} booleans, one for each stage, got {fadc_stages!r}.')
+    return tuple(name for name, on in zip(family.stages, fadc_stages, strict=True) if on)
+
+
+def _build_lifted(
+        family: Family,
+        base: str,
+        fadc_stages: Sequence[bool] = DEFAULT_STAGES,
+        **kwargs: Any,
+) -> nn.Module:
+    """Build the base by its own entry point, lift it, and make it one of our class."""
+    stages = _check_stages(family, fadc_stages)
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    model = model_entrypoint(base)(pretrained=False, **kwargs)
+    if type(model) is not family.base_cls:
+        raise TypeError(f'timm builds {base} as {type(model).__name__}, not as {family.base_cls.__name__}.')
+    model.__class__ = family.fadc_cls
+    if stages:
+        lift_model(model, stages, **options)
+    return model
+
+
+def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build `<base>_fadc`.
+
+    Args:
+        family: The family of the base.
+        base: Name of timm's architecture.
+        pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
+        **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of FADConv2d.
+    """
+    if kwargs.get('pretrained_cfg') == 'fcmae':
+        # as timm does for its ConvNeXt V2: these weights end before the head
+        kwargs.setdefault('pretrained_strict', False)
+    return build_model_with_cfg(
+        partial(_build_lifted, family, base),
+        f'{base}_fadc',
+        pretrained,
+        pretrained_filter_fn=family.checkpoint_filter_fn,
+        feature_cfg=dict(family.feature_cfg),
+        **kwargs)
+
+
+def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
+    """An entry point `<base>_fadc(pretrained=False, **kwargs)` for each base, to be registered with timm."""
+    for base in family.bases():
+        def entrypoint(pretrained: bool = False, *, _base: str = base, **kwargs: Any) -> nn.Module:
+            return create(family, _base, pretrained, **kwargs)
+
+        entrypoint.__name__ = entrypoint.__qualname__ = f'{base}_fadc'
+        entrypoint.__module__ = family.fadc_cls.__module__
+        entrypoint.__doc__ = f"timm's {base} with FADC convolutions in its stages 2 to 4."
+        yield entrypoint
+
+
+def fadc_keys(model: nn.Module) -> List[str]:
+    """Names in the state dict of the parameters and buffers that FADC adds to the base."""
+    modules = [name for name, m in model.named_modules() if isinstance(m, FADConv2d)]
+    return [f'{name}.{key}' for name in modules for key in model.get_submodule(name).state_dict()
+            if key not in ('weight', 'bias')]
+
+
+def adapt_checkpoint(
+        state_dict: StateDict,
+        model: nn.Module,
+        base_filter: Optional[Callable[[StateDict, nn.Module], StateDict]] = None,
+) -> StateDict:
+    """A checkpoint of the base, or of the FADC model, as the FADC model loads it.
+
+    To a base's checkpoint the FADC parameters are added as the model has them: the identity. timm loads without
+    strictness where the classes differ, so keys are compared here.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The FADC model, as it was built.
+        base_filter: timm's filter for checkpoints of the base.
+
+    Raises:
+        RuntimeError: Keys are missing or left over; the message names them.
+    """
+    own = model.state_dict()
+    added = fadc_keys(model)
+    if not any(key in state_dict for key in added):
+        if base_filter is not None:
+            state_dict = base_filter(state_dict, model)
+        state_dict = {**state_dict, **{key: own[key] for key in added}}
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    # timm drops the classifier, or demands it, by the number of classes
+    loose = cfg.get('classifier') or ()
+    loose = (loose,) if isinstance(loose, str) else tuple(loose)
+    if cfg.get('tag') == 'fcmae':
+        loose += ('head.norm',)
+
+    def differing(a: Any, b: Any) -> List[str]:
+        return [k for k in a if k not in b and not k.endswith('num_batches_tracked')
+                and k.rpartition('.')[0] not in loose]
+
+    missing, unexpected = differing(own, state_dict), differing(state_dict, own)
+    if missing or unexpected:
+        name = cfg.get('architecture') or type(model).__name__
+        raise RuntimeError(
+            f'The checkpoint fits neither {name} nor its base: '
+            f'missing keys: {", ".join(missing) or "none"}; unexpected keys: {", ".join(unexpected) or "none"}.')
+    return state_dict

@@ -1,0 +1,134 @@
+"""Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution."""
+import logging
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from torch import nn
+
+from ..layers import FADConv2d
+from ..layers.fad_conv import OPTIONS
+
+__all__ = ['DEFAULT_STAGES', 'LiftReport', 'lift_model']
+
+_logger = logging.getLogger(__name__)
+
+# Stages 2 to 4, as in the paper.
+DEFAULT_STAGES = (False, True, True, True)
+
+Stages = Union[Sequence[bool], Sequence[str]]
+
+
+class LiftReport(NamedTuple):
+    """What :func:`lift_model` did.
+
+    replaced: Names of the convolutions that are FADConv2d now.
+    left: Name and reason of each other convolution.
+    """
+    replaced: Tuple[str, ...]
+    left: Dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f'replaced {len(self.replaced)} convolutions: {", ".join(self.replaced) or "none"}']
+        reasons: Dict[str, List[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f'left {len(names)} convolutions ({reason}): {", ".join(names)}' for reason, names in reasons.items()]
+        return '\n'.join(lines)
+
+
+def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
+    """Top modules of each stage: those after the previous feature of timm's feature_info, up to the stage's own.
+
+    A stage is a feature at stride 4 or more; what is before the first of them and at stride 2 is the stem.
+    """
+    info = getattr(model, 'feature_info', None)
+    if info is None:
+        raise ValueError(f'{type(model).__name__} has no feature_info: give stages as names of modules.')
+    features = info if isinstance(info, (list, tuple)) else info.get_dicts()
+    names = [name for name, _ in model.named_modules()]
+    order = {name: i for i, name in enumerate(names)}
+    stages, start = [], 0
+    for feature in features:
+        # feature networks flatten 'stages.0' to 'stages_0'
+        name = next((n for n in (feature['module'], feature['module'].replace('.', '_')) if n in order), None)
+        if name is None:
+            raise ValueError(
+                f'The feature {feature["module"]!r} of {type(model).__name__} is no module of it: '
+                'give stages as names of modules.')
+        end = max(i for n, i in order.items() if n == name or n.startswith(name + '.')) + 1
+        if feature['reduction'] >= 4:
+            stages.append(tuple(names[start:end]))
+        start = max(start, end)
+    return stages
+
+
+def _selected(model: nn.Module, stages: Stages) -> Optional[set]:
+    """Names of all modules in the selected stages."""
+    stages = tuple(stages)
+    if stages and all(isinstance(s, str) for s in stages):
+        selected = set()
+        for prefix in stages:
+            inside = {n for n, _ in model.named_modules() if n == prefix or n.startswith(f'{prefix}.')}
+            if not inside:
+                top = ', '.join(n for n, _ in model.named_children())
+                raise ValueError(f'{type(model).__name__} has no module {prefix!r}; its top modules are {top}.')
+            selected |= inside
+        return selected
+    if not all(isinstance(s, bool) for s in stages):
+        raise ValueError(f'stages must be booleans, one for each stage, or names of modules, got {stages!r}.')
+    found = _stages_of(model)
+    if len(stages) != len(found):
+        raise ValueError(f'{type(model).__name__} has {len(found)} stages, got {len(stages)} booleans: {stages!r}.')
+    return {name for stage, on in zip(found, stages, strict=True) if on for name in stage}
+
+
+def _why_left(conv: nn.Conv2d) -> Optional[str]:
+    if isinstance(conv, FADConv2d):
+        return 'a FADConv2d already'
+    if type(conv) is not nn.Conv2d:
+        return f'of class {type(conv).__name__}, which may compute something else than nn.Conv2d'
+    if max(conv.kernel_size) == 1:
+        return 'a 1x1 kernel, which has no taps to dilate'
+    return None
+
+
+def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) -> LiftReport:
+    """Let FADConv2d take over the k x k convolutions of a network, in place. Its function stays the same.
+
+    Args:
+        model: Any network of convolutions. Its other modules, and the names of its parameters, stay.
+        stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
+            or names of modules, which select everything inside of them.
+        **cfg: Options of FADConv2d.
+
+    Returns:
+        What was replaced, and what was left for which reason.
+
+    Raises:
+        TypeError: An option that FADConv2d has not.
+        ValueError: The stages do not fit the model.
+    """
+    unknown = sorted(set(cfg) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')
+    selected = _selected(model, stages)
+    replaced: List[str] = []
+    left: Dict[str, str] = {}
+    lifted: Dict[nn.Module, FADConv2d] = {}  # a convolution that stands in two places stays one module
+    for name, conv in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        reason = 'outside of the selected stages' if name not in selected else _why_left(conv)
+        if reason is None and conv not in lifted:
+            try:
+                lifted[conv] = FADConv2d.from_conv(conv, **cfg)
+            except ValueError as e:
+                reason = str(e).rstrip('.')
+        if reason is not None:
+            left[name] = reason
+            continue
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, lifted[conv])
+        replaced.append(name)
+    report = LiftReport(tuple(replaced), left)
+    _logger.debug('Lifted %s: %s', type(model).__name__, report)
+    return report
