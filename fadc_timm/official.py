@@ -1,0 +1,254 @@
+"""The authors' FADC: their layers rebuilt, and their checkpoints converted.
+
+Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in names, in
+one convolution where theirs has several, and in the mask: sigmoid(o) there, 2*sigmoid(o) here, so weights are halved.
+"""
+import logging
+from typing import Any, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import FADConv2d
+from .models.derive import fadc_keys
+
+__all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
+
+_logger = logging.getLogger(__name__)
+
+StateDict = Dict[str, Tensor]
+
+# Options with the one value that is supported, which is also their default in the authors' code.
+_FIXED_OPTIONS: Dict[str, Any] = dict(
+    offset_freq=None, conv_type='conv', sp_att=False, pre_fs=True, use_dct=False, normal_conv_dim=0, use_BFM=False,
+    norm_cfg=None)
+_FIXED_FS_OPTIONS: Dict[str, Any] = dict(
+    fs_feat='feat', lp_type='freq', act='sigmoid', spatial='conv', spatial_kernel=3, init='zero',
+    global_selection=False)
+_PADDING_MODES = {'repeat': 'replicate', 'zero': 'zeros', None: 'zeros'}
+_CLASSES = ('AdaptiveDilatedConv', 'AdaptiveDilatedDWConv')
+
+
+def _refuse(options: Dict[str, Any], fixed: Mapping[str, Any], what: str) -> None:
+    """Take the fixed options out; raise for another value of one, and for what is left."""
+    for name, value in fixed.items():
+        if name in options and options.pop(name) != value:
+            raise NotImplementedError(f'{what} with {name} other than {value!r} is not supported.')
+    if options:
+        raise NotImplementedError(f'{what} has no supported option {", ".join(sorted(options))}.')
+
+
+def _freq_select_cfg(fs_cfg: Any) -> Dict[str, Any]:
+    """Options of FADConv2d for the authors' fs_cfg, of which None means no FreqSelect."""
+    if fs_cfg is None:
+        return dict(freq_select=False)
+    fs_cfg = dict(fs_cfg)
+    cfg = dict(
+        freq_select=True,
+        bands=tuple(fs_cfg.pop('k_list', (2,))),
+        lowfreq_att=bool(fs_cfg.pop('lowfreq_att', True)),
+        spatial_group=fs_cfg.pop('spatial_group', 1))
+    _refuse(fs_cfg, _FIXED_FS_OPTIONS, 'fs_cfg')
+    return cfg
+
+
+def _one(name: str, value: Any) -> int:
+    values = set(value) if isinstance(value, (tuple, list)) else {value}
+    if len(values) != 1:
+        raise NotImplementedError(f'{name}={value!r}: only one value for both axes is supported.')
+    return values.pop()
+
+
+def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
+    """The FADConv2d of the authors' constructor arguments."""
+    if class_name not in _CLASSES:
+        raise NotImplementedError(f'There is no class {class_name!r} of layers, the classes are {", ".join(_CLASSES)}.')
+    depthwise = class_name == 'AdaptiveDilatedDWConv'
+    options = dict(kwargs)
+    in_channels, out_channels = options.pop('in_channels'), options.pop('out_channels')
+    k = _one('kernel_size', options.pop('kernel_size'))
+    stride = _one('stride', options.pop('stride', 1))
+    padding = _one('padding', options.pop('padding', 0))
+    dilation = _one('dilation', options.pop('dilation', 1))
+    groups = options.pop('groups', 1)
+    dilation_groups = options.pop('deform_groups', 1)
+    bias = options.pop('bias', True)
+    padding_mode = options.pop('padding_mode', 'repeat')
+    kernel_decompose = options.pop('kernel_decompose', 'both')
+    use_zero_dilation = options.pop('use_zero_dilation', False)
+    eps = options.pop('epsilon', 1e-4)
+    dilation_act = options.pop('dilation_act', 'relu' if depthwise else 'abs')
+    fs_cfg = _freq_select_cfg(options.pop('fs_cfg', dict(k_list=(2, 4, 8), lowfreq_att=False)))
+    _refuse(options, _FIXED_OPTIONS, class_name)
+    if padding_mode not in _PADDING_MODES:
+        raise NotImplementedError(f'padding_mode={padding_mode!r} is not supported, but {list(_PADDING_MODES)} are.')
+    if kernel_decompose not in ('both', 'low', 'high', None):
+        raise NotImplementedError(f'kernel_decompose={kernel_decompose!r} is not supported.')
+    if bias == 'auto':
+        bias = True  # mmcv decides by norm_cfg, which is None here
+    if depthwise != (groups > 1 and groups == in_channels == out_channels):
+        raise NotImplementedError(
+            f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} is not supported.')
+    if depthwise and kernel_decompose is None and dilation != 1:
+        raise NotImplementedError(f'{class_name} with dilation={dilation} and without AdaKern is not supported.')
+    # their layers pad k // 2 pixels whatever `padding` says, but for the depthwise one without a padding_mode
+    inner = padding if depthwise and padding_mode is None else k // 2
+    return FADConv2d(
+        in_channels, out_channels, k, stride, inner + (k // 2) * (dilation - 1), dilation, groups, bias,
+        padding_mode=_PADDING_MODES[padding_mode], kernel_decompose=kernel_decompose or 'none',
+        dilation_act='zero' if use_zero_dilation else dilation_act, dilation_groups=dilation_groups, eps=eps, **fs_cfg)
+
+
+class _Keys:
+    """A state dict that is used up key by key."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.left = dict(state_dict)
+        self.missing: List[str] = []
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.left:
+            self.missing.append(name)
+            return torch.zeros(0)
+        return self.left.pop(name)
+
+    def cat(self, names: List[str]) -> Tensor:
+        tensors = [self.take(name) for name in names]
+        return torch.cat(tensors) if all(t.dim() == tensors[0].dim() for t in tensors) else tensors[0]
+
+    def check(self, what: str) -> None:
+        if self.missing or self.left:
+            raise RuntimeError(
+                f'The state dict does not fit {what}: missing keys: {", ".join(self.missing) or "none"}; '
+                f'unexpected keys: {", ".join(sorted(self.left)) or "none"}.')
+
+
+def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDict:
+    """A state dict of one of the authors' layers as that of a FADConv2d. Linear in every weight, so gradients pass.
+
+    Args:
+        state_dict: In their naming.
+        layer: The layer that it is for.
+
+    Raises:
+        RuntimeError: Keys are missing or left over; the message names them.
+    """
+    keys = _Keys(state_dict)
+    # their mask sigmoid(o) is half of ours, and the operator is linear in the weight
+    out = {'weight': keys.take('weight') / (1 if layer.ada_dr is None else 2)}
+    if layer.bias is not None:
+        out['bias'] = keys.take('bias')
+    if layer.freq_select is not None:
+        fs = layer.freq_select
+        for p in ('weight', 'bias'):
+            maps = [keys.take(f'FS.freq_weight_conv_list.{i}.{p}') for i in range(fs.num_maps)]
+            if not keys.missing:
+                # (S, ...) for each map -> group by group (S*M, ...)
+                out[f'freq_select.conv.{p}'] = torch.stack(maps, dim=1).flatten(0, 1)
+    if layer.ada_kern is not None:
+        parts = ['OMNI_ATT1', 'OMNI_ATT2'] if layer.ada_kern.parts == 2 else ['OMNI_ATT']
+        names = {'fc': ['weight'], 'bn': ['weight', 'bias', 'running_mean', 'running_var'],
+                 'channel_fc': ['weight', 'bias']}
+        if layer.ada_kern.out_gain is not None:
+            names['filter_fc'] = ['weight', 'bias']
+        ours = {'fc': 'fc', 'bn': 'norm', 'channel_fc': 'in_gain', 'filter_fc': 'out_gain'}
+        for theirs, tensors in names.items():
+            for t in tensors:
+                out[f'ada_kern.{ours[theirs]}.{t}'] = keys.cat([f'{part}.{theirs}.{t}' for part in parts])
+        counts = [keys.left.pop(f'{part}.bn.num_batches_tracked', torch.tensor(0)) for part in parts]
+        out['ada_kern.norm.num_batches_tracked'] = counts[0]
+    if layer.ada_dr is not None:
+        if layer.ada_dr.depthwise:
+            out['ada_dr.conv.weight'] = keys.take('conv_offset.weight')
+            out['ada_dr.conv.bias'] = keys.take('conv_offset.bias')
+            out['ada_dr.mask_dw.weight'] = keys.take('conv_mask.0.weight')
+            out['ada_dr.mask_pw.weight'] = keys.take('conv_mask.1.weight')
+            out['ada_dr.mask_pw.bias'] = keys.take('conv_mask.1.bias')
+        else:
+            for p in ('weight', 'bias'):
+                out[f'ada_dr.conv.{p}'] = keys.cat([f'conv_offset.{p}', f'conv_mask.{p}'])
+        keys.left.pop('dilated_offset', None)  # a constant buffer: the taps
+    keys.check(f'a layer with {layer}')
+    return out
+
+
+def load_layer(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> FADConv2d:
+    """Rebuild one of the authors' layers.
+
+    Args:
+        class_name: 'AdaptiveDilatedConv' or 'AdaptiveDilatedDWConv'.
+        kwargs: Their constructor arguments; besides, `dilation_act='relu'` for the code of April 2024.
+        state_dict: Their state dict.
+
+    Returns:
+        The layer in eval mode.
+
+    Raises:
+        NotImplementedError: An option, or a value of one, that is not supported; the message names it.
+        RuntimeError: Keys are missing or left over; the message names them.
+    """
+    layer = _build_layer(class_name, kwargs)
+    layer.load_state_dict(convert_layer({k: v.detach() for k, v in state_dict.items()}, layer))
+    return layer.eval()
+
+
+def _strip(state_dict: Mapping[str, Any]) -> Tuple[StateDict, int]:
+    """The backbone of an mmsegmentation checkpoint, and the number of other tensors."""
+    if isinstance(state_dict.get('state_dict'), Mapping):
+        state_dict = state_dict['state_dict']
+    tensors = {k.removeprefix('module.'): v for k, v in state_dict.items() if isinstance(v, Tensor)}
+    backbone = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k.startswith('backbone.')}
+    if not backbone:
+        raise RuntimeError('The checkpoint has no keys under "backbone.", as mmsegmentation names them.')
+    return backbone, len(tensors) - len(backbone)
+
+
+def _rename_stem(key: str, conv1_is_deep: bool) -> str:
+    """mmsegmentation's deep stem is one Sequential: convolutions at 0, 3, 6; timm's last norm stands apart as bn1."""
+    index, _, rest = key.removeprefix('stem.').partition('.')
+    if not conv1_is_deep:
+        return key
+    return f'bn1.{rest}' if index == '7' else f'conv1.{index}.{rest}'
+
+
+def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
+    """An mmsegmentation checkpoint of the authors as a state dict for a timm model.
+
+    Args:
+        state_dict: The checkpoint, with or without its outer 'state_dict'. Heads are ignored and counted in a log line.
+        model: An FADC ResNet. Its classifier, which no segmentation checkpoint has, keeps its values.
+
+    Returns:
+        A state dict that loads strictly.
+
+    Raises:
+        RuntimeError: Keys are missing or left over; the message names them.
+    """
+    backbone, heads = _strip(state_dict)
+    _logger.info('Ignored %d tensors outside of the backbone.', heads)
+    own = model.state_dict()
+    added = set(fadc_keys(model))
+    conv1_is_deep = isinstance(model.get_submodule('conv1'), nn.Sequential)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    out: StateDict = {}
+    for name, layer in layers.items():
+        inside = {k: backbone.pop(k) for k in list(backbone) if k.startswith(f'{name}.')}
+        try:
+            converted = convert_layer({k.removeprefix(f'{name}.'): v for k, v in inside.items()}, layer)
+        except RuntimeError as e:
+            raise RuntimeError(f'{name}: {e}') from None
+        out.update({f'{name}.{k}': v for k, v in converted.items()})
+    for key, value in backbone.items():
+        out[_rename_stem(key, conv1_is_deep) if key.startswith('stem.') else key] = value
+    classifier = [k for k in own if k not in out and k.startswith('fc.')]
+    if classifier:
+        _logger.info('The classifier keeps its values: %s.', ', '.join(classifier))
+        out.update({k: own[k] for k in classifier})
+    missing = [k for k in own if k not in out and not k.endswith('num_batches_tracked')]
+    unexpected = [k for k in out if k not in own]
+    if missing or unexpected:
+        raise RuntimeError(
+            f'The checkpoint does not fit {type(model).__name__}: missing keys: {", ".join(missing) or "none"}; '
+            f'unexpected keys: {", ".join(unexpected) or "none"}.')
+    _logger.info('Converted %d tensors, %d of them of FADC.', len(out), len(added))
+    return {k: out.get(k, own[k]) for k in own}
