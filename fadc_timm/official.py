@@ -89,6 +89,9 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
     if depthwise != (groups > 1 and groups == in_channels == out_channels):
         raise NotImplementedError(
             f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} is not supported.')
+    if depthwise and fs_cfg.get('lowfreq_att'):
+        # the copy of FreqSelect beside that class leaves the lowest band's weight without its activation
+        raise NotImplementedError(f'{class_name} with lowfreq_att is not supported.')
     if depthwise and kernel_decompose is None and dilation != 1:
         raise NotImplementedError(f'{class_name} with dilation={dilation} and without AdaKern is not supported.')
     # their layers pad k // 2 pixels whatever `padding` says, but for the depthwise one without a padding_mode
@@ -168,7 +171,7 @@ def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDi
             for p in ('weight', 'bias'):
                 out[f'ada_dr.conv.{p}'] = keys.cat([f'conv_offset.{p}', f'conv_mask.{p}'])
         keys.left.pop('dilated_offset', None)  # a constant buffer: the taps
-    keys.check(f'a layer with {layer}')
+    keys.check(f'a layer ({layer.extra_repr()})')
     return out
 
 
