@@ -1,7 +1,7 @@
 """The authors' FADC: their layers rebuilt, and their checkpoints converted.
 
-Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in names, in
-one convolution where theirs has several, and in the mask: sigmoid(o) there, 2*sigmoid(o) here, so weights are halved.
+Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in names,
+in one convolution where theirs has several, and in the mask: sigmoid(o) there, 2*sigmoid(o) here: weights are halved.
 """
 import logging
 from typing import Any, Dict, List, Mapping, Tuple
@@ -88,7 +88,8 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
         bias = True  # mmcv decides by norm_cfg, which is None here
     if depthwise != (groups > 1 and groups == in_channels == out_channels):
         raise NotImplementedError(
-            f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} is not supported.')
+            f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} '
+            'is not supported.')
     if depthwise and fs_cfg.get('lowfreq_att'):
         # the copy of FreqSelect beside that class leaves the lowest band's weight without its activation
         raise NotImplementedError(f'{class_name} with lowfreq_att is not supported.')

@@ -17,6 +17,7 @@ from typing import Any, Dict
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from timm.utils import ParseKwargs
 
 from fadc_timm.official import convert_checkpoint
@@ -35,19 +36,24 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
-def write_folder(model: torch.nn.Module, model_args: Dict[str, Any], out: Path) -> None:
+def write_folder(
+        model: torch.nn.Module,
+        pretrained_cfg: Dict[str, Any],
+        model_args: Dict[str, Any],
+        out: Path,
+) -> None:
     """Write timm's folder under a temporary name beside its place, then put it there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
     try:
         timm.models.save_for_hf(
-            model, str(temporary / 'new'), model_config=dict(pretrained_cfg=model.pretrained_cfg),
+            model, str(temporary / 'new'), model_config=dict(pretrained_cfg=pretrained_cfg),
             model_args=model_args, safe_serialization=True)
-        config = temporary / 'new' / 'config.json'
-        content = json.loads(config.read_text())
+        config_file = temporary / 'new' / 'config.json'
+        content = json.loads(config_file.read_text())
         # timm repeats it beside the entry that counts, and transformers' wrapper then passes it twice
         content.get('model_args', {}).pop('num_classes', None)
-        config.write_text(json.dumps(content, indent=2))
+        config_file.write_text(json.dumps(content, indent=2))
         if out.exists():
             out.rename(temporary / 'old')
         (temporary / 'new').rename(out)
@@ -76,10 +82,12 @@ def main() -> int:
         model = timm.create_model(args.model, num_classes=0, **model_args)
         model.load_state_dict(convert_checkpoint(read_checkpoint(args.checkpoint), model))
         # the authors' backbones see images normalised as timm's default does, at mmsegmentation's crop size
-        model.pretrained_cfg = dict(
-            model.pretrained_cfg, num_classes=0, tag=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        default_cfg = timm.models.get_pretrained_cfg(args.model) or PretrainedCfg()
+        config = dict(
+            default_cfg.to_dict(), num_classes=0, tag=None,
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             license=None, paper_ids='arXiv:2403.05369', origin_url='https://github.com/Linwei-Chen/FADC')
-        write_folder(model, model_args, args.out)
+        write_folder(model, config, model_args, args.out)
     except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError, pickle.UnpicklingError) as e:
         print(f'convert_official: {args.checkpoint}: {e}', file=sys.stderr)
         return 2

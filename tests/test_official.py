@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 def load(name):
     with safe_open(VECTORS / f'{name}.safetensors', 'pt') as f:
-        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  not iterable otherwise
 
 
 def part(tensors, prefix):

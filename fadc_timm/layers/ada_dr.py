@@ -1,6 +1,7 @@
 """Adaptive Dilation Rate (AdaDR): a dilation, and a modulation of the taps, for every output position.
 
-Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369, section 3.2
+Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
+https://arxiv.org/abs/2403.05369
 """
 from typing import Optional, Tuple
 
@@ -72,14 +73,14 @@ class AdaDR(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the base dilation and a mask of ones."""
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
-        with torch.no_grad():
-            self.conv.bias[:self.dilation_groups] = (self.dilation - 1) / self.dilation + self.eps
-        if self.mask_dw is not None and self.mask_pw is not None:
+        if self.mask_dw is not None:
             self.mask_dw.reset_parameters()
-            nn.init.zeros_(self.mask_pw.weight)
-            nn.init.zeros_(self.mask_pw.bias)
+        for conv in (self.conv, self.mask_pw):
+            if conv is not None:
+                for parameter in conv.parameters():
+                    nn.init.zeros_(parameter)
+        assert self.conv.bias is not None
+        nn.init.constant_(self.conv.bias[:self.dilation_groups], (self.dilation - 1) / self.dilation + self.eps)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """

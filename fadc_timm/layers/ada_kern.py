@@ -1,6 +1,7 @@
 """Adaptive Kernel (AdaKern): reweigh the low and the high frequency part of a kernel by the input.
 
-Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369, section 3.3
+Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
+https://arxiv.org/abs/2403.05369
 """
 from typing import Optional, Tuple
 
@@ -67,8 +68,8 @@ class AdaKern(nn.Module):
         self.norm.reset_parameters()
         for head in (self.in_gain, self.out_gain):
             if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+                for parameter in head.parameters():
+                    nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """

@@ -35,8 +35,8 @@ def _one_int(name: str, value: Any) -> int:
 class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
 
-    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps` of
-    AdaDR. It is torch.fx's leaf for timm's feature extractors.
+    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps`
+    of AdaDR. For timm's feature extractors it is a leaf of torch.fx.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
         if dilation_groups < 1 or in_channels % dilation_groups:
             raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
-        super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)
+        super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
         if isinstance(self.padding, str):
             p = d * (k // 2) if self.padding == 'same' else 0
         else:

@@ -1,6 +1,7 @@
 """Frequency Selection (FreqSelect): reweigh the frequency bands of a feature map at every position.
 
-Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369, section 3.4
+Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
+https://arxiv.org/abs/2403.05369
 """
 from typing import Tuple
 
@@ -57,8 +58,8 @@ class FreqSelect(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the identity."""
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def band_weights(self, x: Tensor) -> Tensor:
         """Weights of the bands at every position.

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
-from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
 from torch import Tensor, nn
 
 from ..layers import FADConv2d

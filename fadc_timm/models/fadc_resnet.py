@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import torch
-from timm.models import register_model
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg, register_model
 from timm.models.resnet import ResNet
 from torch import nn
 

@@ -1,6 +1,6 @@
 """Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution."""
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
 
@@ -61,11 +61,12 @@ def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
     return stages
 
 
-def _selected(model: nn.Module, stages: Stages) -> Optional[set]:
+def _selected(model: nn.Module, stages: Stages) -> Set[str]:
     """Names of all modules in the selected stages."""
-    stages = tuple(stages)
+    if isinstance(stages, str):
+        raise ValueError(f'stages must be a sequence of names or booleans, got {stages!r}.')
     if stages and all(isinstance(s, str) for s in stages):
-        selected = set()
+        selected: Set[str] = set()
         for prefix in stages:
             inside = {n for n, _ in model.named_modules() if n == prefix or n.startswith(f'{prefix}.')}
             if not inside:

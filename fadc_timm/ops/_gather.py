@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels, tap_positions
 from ._depthwise import depthwise_gather
+from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels, tap_positions
 
 
 def why_not(case: Case) -> Optional[str]:
@@ -18,7 +18,7 @@ def why_not(case: Case) -> Optional[str]:
 
 
 def _corners(position: Tensor, size: int) -> Tuple[Tensor, Tensor]:
-    """Both neighbours of each position (..., ) on an axis: index (..., 2) inside [0, size) and bilinear weight (..., 2)."""
+    """Both neighbours of each position (...) on an axis: index (..., 2) in [0, size) and bilinear weight (..., 2)."""
     floor = position.floor()
     frac = position - floor
     index = floor.long()[..., None] + torch.arange(2, device=position.device)
@@ -36,7 +36,7 @@ def sampling_table(case: Case) -> Tuple[Tensor, Tensor]:
     x, k, groups = case.x, case.kernel_size, case.dilation_groups
     b, _, h, w = x.shape
     out_h, out_w = case.dilation.shape[2:]
-    d = case.dilation.to(accumulation_dtype(case.dilation.dtype))
+    d = case.dilation.to(accumulation_dtype(x.dtype))
     row, row_weight = _corners(tap_positions(d, k, h, case.stride[0], case.padding[0], 2), h)
     col, col_weight = _corners(tap_positions(d, k, w, case.stride[1], case.padding[1], 3), w)
     row = row + torch.arange(b, device=x.device)[:, None, None, None, None, None] * h
@@ -100,8 +100,8 @@ def forward(case: Case) -> Tensor:
         return _bags(x, index.reshape(-1, 4), weight.reshape(-1, 4), groups).view(b * out_h * out_w, taps, c)
 
     def summed_samples(x: Tensor) -> Tensor:
-        over_taps = (t.flatten(3, 4).transpose(3, 4).reshape(-1, taps * 4) for t in (index, weight))
-        return _bags(x, *over_taps, groups).view(b * out_h * out_w, 1, c)
+        rows, row_weights = (t.flatten(3, 4).transpose(3, 4).reshape(-1, taps * 4) for t in (index, weight))
+        return _bags(x, rows, row_weights, groups).view(b * out_h * out_w, 1, c)
 
     def to_map(y: Tensor) -> Tensor:
         return y.view(b, out_h, out_w, case.weight.shape[0]).permute(0, 3, 1, 2)

@@ -40,7 +40,7 @@ def deform_conv2d(
     taps = torch.stack((tap[:, None].expand(k, k), tap[None, :].expand(k, k)), dim=-1)  # (k, k, 2)
     shift = torch.tensor([pad_h - padding_h, pad_w - padding_w], device=x.device, dtype=x.dtype)
     # torchvision's own clamp is an integer cast: keep huge dilations within its range, they are outside anyway
-    limit = float(x.shape[2] + x.shape[3] + out_h * stride_h + out_w * stride_w + k)
+    limit = float(x.shape[2] + x.shape[3] + out_h * stride_h + out_w * stride_w + abs(padding_h) + abs(padding_w) + k)
     offset = ((dilation.clamp(-limit, limit)[:, :, None, None, None] - 1) * taps[:, :, :, None, None]
               + shift[:, None, None])
     offset = offset.reshape(b, g * k * k * 2, out_h, out_w)

@@ -13,7 +13,7 @@ class Case(NamedTuple):
     """Arguments of :func:`adaptive_dilated_conv2d` after checking.
 
     Shapes: x (B, C, H, W), weight (O, C/groups, k, k), dilation (B, G, H', W'), mask (B, G*k*k, H', W') or None,
-    bias (O,) or None, gains ``(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))``, each or None for ones.
+    bias (O,) or None, gains ``(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))``, each None for ones.
     """
     x: Tensor
     weight: Tensor
@@ -43,7 +43,7 @@ class Case(NamedTuple):
         return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
 
     def split_weight(self) -> Tuple[Tensor, Tensor]:
-        """AdaKern's parts (paper Eq. 6): the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
+        """AdaKern's parts: the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
         mean = self.weight.mean(dim=(2, 3), keepdim=True)
         return mean, self.weight - mean
 

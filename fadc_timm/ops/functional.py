@@ -17,7 +17,7 @@ IntOrPair = Union[int, Tuple[int, int]]
 
 def _pair(name: str, value: Any, minimum: Optional[int] = None) -> Tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(isinstance(v, (bool, float, str)) or v is None for v in pair):
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in pair):
         raise TypeError(f'{name} must be an integer or a pair of integers, got {value!r}.')
     if minimum is not None and any(v < minimum for v in pair):
         raise ValueError(f'{name} must be at least {minimum}, got {value!r}.')
@@ -55,6 +55,8 @@ def _check(
 ) -> None:
     if x.dim() != 4:
         raise ValueError(f'x must have shape (B, C, H, W), got {tuple(x.shape)}.')
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f'x (B, C, H, W) must have at least one pixel, got {tuple(x.shape)}.')
     if not x.is_floating_point():
         raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
@@ -70,6 +72,8 @@ def _check(
         raise ValueError(f'groups={groups} does not divide the {o} output channels of weight {tuple(weight.shape)}.')
     _check_tensor('dilation', dilation, (b, None, None, None), "(B, G, H', W')", x, also=torch.float32)
     g, h, w = dilation.shape[1:]
+    if h < 1 or w < 1:
+        raise ValueError(f"dilation (B, G, H', W') must have at least one position, got {tuple(dilation.shape)}.")
     if g < 1 or c % g:
         raise ValueError(f'dilation {tuple(dilation.shape)} has {g} groups, which do not divide the {c} channels of x.')
     if mask is not None:
@@ -118,7 +122,7 @@ def adaptive_dilated_conv2d(
             In the dtype of x, or float32.
         mask: Modulation (B, G*k*k, H', W'), taps in row-major order within a dilation group. None means ones.
         bias: Bias (O,).
-        gains: AdaKern's gains (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each may be None for ones.
+        gains: AdaKern's gains (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each None for ones.
         stride: Distance of the kernel's centres, in pixels.
         padding: Padding at dilation 1, may be negative. None means k // 2: centres on the pixels of x. A layer with
             padding P and base dilation d passes P - k // 2 * (d - 1).
@@ -136,20 +140,23 @@ def adaptive_dilated_conv2d(
     if not isinstance(x, Tensor):
         raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
     gains = NO_GAINS if gains is None else gains
-    if not isinstance(gains, (tuple, list)) or len(gains) != 4:
-        raise ValueError(f'gains must be four tensors or None (low_in, low_out, high_in, high_out), got {gains!r}.')
+    want = 'gains must be four tensors or None (low_in, low_out, high_in, high_out)'
+    if not isinstance(gains, (tuple, list)):
+        raise TypeError(f'{want}, got {type(gains).__name__}.')
+    if len(gains) != 4:
+        raise ValueError(f'{want}, got {len(gains)} of them.')
     device_type = x.device.type
     autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
     if autocast:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, mask, bias = (_autocast(t, dtype) for t in (x, weight, mask, bias))
-        gains = tuple(_autocast(t, dtype) for t in gains)  # type: ignore[assignment]
+        gains = tuple(_autocast(t, dtype) for t in gains)
         dilation = _autocast(dilation, torch.float32)
     _check(x, weight, dilation, mask, bias, gains, groups)
-    kernel_size = weight.shape[-1]
+    r = weight.shape[-1] // 2  # in torch.jit.trace a tensor
     case = Case(
         x, weight, dilation, mask, bias, tuple(gains), _pair('stride', stride, 1),  # type: ignore[arg-type]
-        _pair('padding', kernel_size // 2 if padding is None else padding), groups)
+        (r, r) if padding is None else _pair('padding', padding), groups)
     if backend is None:
         name = choose_backend(case)
     else:

@@ -1,8 +1,8 @@
-"""Ideal low-pass filters on maps: the frequency bands of FreqSelect (FADC paper, section 3.4).
+"""Ideal low-pass filters on maps: the frequency bands of FreqSelect (FADC paper, section 3).
 
 The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an axis of n points, the points
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
-masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with the projection of each axis.
+masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with a projection of each axis.
 """
 from typing import List, Optional
 
