@@ -37,7 +37,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 def _cfg(**kwargs: Any) -> PretrainedCfg:
     defaults: Dict[str, Any] = dict(
-        input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95, interpolation='bicubic',
+        input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=1.0, interpolation='bicubic',
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv='conv1.0', classifier='fc', license='apache-2.0')
     return PretrainedCfg(**{**defaults, **kwargs})
 
