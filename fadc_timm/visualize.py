@@ -1,0 +1,300 @@
+"""What the FADC layers of a model do to one image: dilation maps and FreqSelect band weights, as numbers and a picture.
+
+    records = collect(model, x)                     # one record per call of an FADConv2d, in the order they run
+    stages = summarize(records)                     # one entry per stage
+    save(figure(photo, stages), 'fadc.png')
+
+Matplotlib is imported inside `figure` only: importing fadc_timm must not cost its import.
+"""
+import math
+import os
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import FADConv2d
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'save', 'summarize', 'table']
+
+_CONSTANT = 0.01  # a map that varies by less is called constant: an identity start is off by eps = 1e-4 only
+
+
+@dataclass
+class LayerRecord:
+    """What one FADConv2d did in one forward pass; tensors are float32 on the CPU.
+
+    Attributes:
+        name: Name of the layer in the model.
+        stage: The layer's name up to the first part with a digit.
+        stride: Stride of the layer's output with respect to the model's input.
+        shape: (C, H', W') of the layer's output.
+        dilation: (B, G, H', W') in pixels of the layer's input map; the layer's base dilation where it has no AdaDR.
+        bands: FreqSelect's frequency bands, () where the layer has no FreqSelect.
+        weights: (B, M, S, H, W) FreqSelect band weights at the layer's input, or None.
+    """
+    name: str
+    stage: str
+    stride: int
+    shape: Tuple[int, int, int]
+    dilation: torch.Tensor
+    bands: Tuple[int, ...]
+    weights: Optional[torch.Tensor]
+
+
+@dataclass
+class StageSummary:
+    """The layers of a stage averaged to one map of each kind, for one image of the batch.
+
+    Attributes:
+        name, stride, shape: As in the records; the last layer's shape.
+        layers: Names of its layers.
+        dilation: (H', W') map, the mean over the layers.
+        dilation_range: Smallest and largest dilation over all layers, before any averaging.
+        weights: Band ('1/2-1', in units of Nyquist) to (H', W') map, high to low frequency; {} without FreqSelect.
+    """
+    name: str
+    stride: int
+    shape: Tuple[int, int, int]
+    layers: List[str]
+    dilation: np.ndarray
+    dilation_range: Tuple[float, float]
+    weights: Dict[str, np.ndarray]
+
+
+def _stage_name(layer: str) -> str:
+    parts = layer.split('.')
+    first = next((i for i, part in enumerate(parts) if re.search(r'\d', part)), 0)
+    # a flat trunk (`features.3`) has no stages: all its layers at one size then count as one
+    return '.'.join(parts[:first + 1] if first + 1 < len(parts) else parts[:-1]) or layer
+
+
+def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
+    """(2, 4, 8), 4 -> ['1/2-1', '1/4-1/2', '1/8-1/4', '0-1/8'], fractions of Nyquist; the last if it has a map too."""
+    edges = ['1', *(f'1/{b:g}' for b in bands), '0']
+    return [f'{low}-{high}' for high, low in zip(edges, edges[1:])][:maps]
+
+
+def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
+    """Run a model once, in eval mode and without gradients, and record what its FADC layers chose.
+
+    Args:
+        model: Any model with FADConv2d layers; its training flags are restored afterwards.
+        x: (B, C, H, W) input on the model's device, already normalised.
+
+    Returns:
+        One record per call of an FADConv2d, in the order they ran.
+
+    Raises:
+        ValueError: The model has no FADConv2d layer, or none of them ran.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no FADConv2d layer: nothing to collect')
+    records, dilations = [], {}
+
+    def keep_dilation(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        dilations[name] = output[0].detach().float().cpu()
+
+    def keep_layer(name: str, module: Any, args: Any, output: torch.Tensor) -> None:
+        batch, channels, height, width = output.shape
+        base = torch.full((batch, 1, height, width), float(module.dilation[0]))
+        fs = module.freq_select
+        bands = () if fs is None else fs.bands
+        weights = None if fs is None else fs.band_weights(args[0]).detach().float().cpu()
+        # maps of odd sizes are rounded up, so the ratio of sizes is only near the stride, a power of two
+        stride = 2 ** max(0, round(math.log2(max(x.shape[-2] / height, x.shape[-1] / width))))
+        records.append(LayerRecord(
+            name, _stage_name(name), stride, (channels, height, width), dilations.pop(name, base), bands, weights))
+
+    modes = {m: m.training for m in model.modules()}
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(partial(keep_layer, name)))
+            if layer.ada_dr is not None:
+                handles.append(layer.ada_dr.register_forward_hook(partial(keep_dilation, name)))
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, training in modes.items():
+            m.training = training
+    if not records:
+        raise ValueError(f'none of the {len(layers)} FADConv2d layers of {type(model).__name__} ran')
+    return records
+
+
+def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSummary]:
+    """Average records to one map of each kind per stage.
+
+    Groups (AdaDR's G, FreqSelect's S) are averaged too. Weight maps are brought to the size of the stage's output, as
+    those of a strided layer are finer. Layers with other bands than the stage's first are left out of its weights.
+
+    Args:
+        records: From `collect`.
+        index: Which image of the batch.
+
+    Returns:
+        One summary per stage, in the order they ran; layers of different output size are different stages.
+    """
+    groups: Dict[Tuple[str, int, int], List[LayerRecord]] = {}
+    for r in records:
+        groups.setdefault((r.stage, *r.shape[1:]), []).append(r)
+    out = []
+    for (stage, height, width), rs in groups.items():
+        dilation = torch.stack([r.dilation[index].mean(0) for r in rs]).mean(0).numpy()
+        low = min(r.dilation[index].min().item() for r in rs)
+        high = max(r.dilation[index].max().item() for r in rs)
+        weighted = [(r.bands, r.weights[index].mean(1)) for r in rs if r.weights is not None]
+        labels = _band_labels(weighted[0][0], len(weighted[0][1])) if weighted else []
+        maps = [m for bands, m in weighted if _band_labels(bands, len(m)) == labels]
+        maps = [F.interpolate(m[None], (height, width), mode='area')[0] for m in maps]
+        weights = dict(zip(labels, torch.stack(maps).mean(0).numpy())) if maps else {}
+        last, names = rs[-1], [r.name for r in rs]
+        out.append(StageSummary(stage, last.stride, last.shape, names, dilation, (low, high), weights))
+    return out
+
+
+def table(stages: Sequence[StageSummary]) -> str:
+    """The stages as a text table: layers, output, stride, mean dilation (its range over the layers), band weights."""
+    labels = list(dict.fromkeys(label for s in stages for label in s.weights))
+    rows = [['stage', 'layers', 'output', 'stride', 'dilation (min to max)', *(f'w {label}' for label in labels)]]
+    for s in stages:
+        low, high = s.dilation_range
+        rows.append([
+            s.name, str(len(s.layers)), 'x'.join(map(str, s.shape)), str(s.stride),
+            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})',
+            *(f'{s.weights[label].mean():.2f}' if label in s.weights else '-' for label in labels)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _spread(values: np.ndarray) -> Tuple[str, float, float]:
+    """A caption and a colour range: percentiles, so that a lone pixel at the border does not set the scale."""
+    low, high = float(values.min()), float(values.max())
+    if high - low < _CONSTANT:
+        return f'constant {values.mean():.2f}', low - 0.5, high + 0.5
+    p1, p99 = np.percentile(values, (1, 99))
+    pad = max(0.0, 0.1 - (p99 - p1)) / 2
+    return f'mean {values.mean():.2f}, {low:.2f} to {high:.2f}', p1 - pad, p99 + pad
+
+
+def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note: str = '') -> 'Figure':
+    """Draw the image, and for each stage the dilation map and the band weights.
+
+    Args:
+        image: What the model saw: a PIL image, or an (H, W) or (H, W, 3) array, uint8 or float in [0, 1].
+        stages: From `summarize`; one column each.
+        title: Headline; note: the line below it, e.g. where the weights come from.
+
+    Returns:
+        A matplotlib Figure with the Agg canvas, 1600 pixels wide (more from six stages on).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    photo = np.asarray(image)
+    photo = photo / 255. if photo.dtype == np.uint8 else photo.astype(float)
+    grey = photo if photo.ndim == 2 else photo[..., :3] @ (0.299, 0.587, 0.114)
+    extent = (0, photo.shape[1], photo.shape[0], 0)
+    labels = list(dict.fromkeys(label for s in stages for label in s.weights))
+    ink = '#222222'
+    # lengths in inches from the upper left corner, at 100 pixels an inch
+    margin, gap, head, caption, bar = 0.3, 0.25, 0.95, 0.5, 0.8
+    fig_w = max(16., 2 * margin + (len(stages) + 1) * (2.8 + gap))
+    w = (fig_w - 2 * margin - len(stages) * gap) / max(4, len(stages) + 1)
+    h = w * min(max(photo.shape[0] / photo.shape[1], 0.3), 1.25)
+    rows = [head, *(head + caption + h + bar + i * (caption + h + gap / 2) for i in range(len(labels)))]
+    fig_h = rows[-1] + caption + h + bar + 0.2
+    fig = Figure((fig_w, fig_h), dpi=100, facecolor='white')
+    FigureCanvasAgg(fig)
+
+    def write(x: float, y: float, text: str, size: float, color: str = '#666666', weight: str = 'normal') -> None:
+        fig.text(x / fig_w, 1 - y / fig_h, text, fontsize=size, color=color, weight=weight)
+
+    def axes(x: float, y: float, width: float, height: float) -> Any:
+        return fig.add_axes((x / fig_w, 1 - (y + height) / fig_h, width / fig_w, height / fig_h))
+
+    def panel(column: int, y: float, name: str, line: str) -> Any:
+        x = margin + column * (w + gap)
+        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), ink, 'bold')  # 10 and 14 characters an inch
+        write(x, y + 0.41, line, 9.5 * min(1., 14 * w / len(line)))
+        ax = axes(x, y + caption, w, h)
+        ax.set_axis_off()
+        return ax
+
+    def over_photo(ax: Any, values: np.ndarray, cmap: str, low: float, high: float) -> Any:
+        ax.imshow(grey, cmap='gray', vmin=-0.3, vmax=1.3, extent=extent)
+        return ax.imshow(values, cmap=cmap, vmin=low, vmax=high, alpha=0.72, extent=extent, interpolation='nearest')
+
+    def colour_bar(mapped: Any, ax: Any, label: str, **kwargs: Any) -> None:
+        drawn = fig.colorbar(mapped, cax=ax, orientation='horizontal', **kwargs)
+        drawn.set_label(label, fontsize=9.5, color=ink)
+        drawn.ax.tick_params(labelsize=9, colors=ink)
+        drawn.outline.set_visible(False)
+
+    write(margin, 0.45, title, 16, ink, 'bold')
+    write(margin, 0.75, note, 11)
+    ax = panel(0, head, 'Input', f'{photo.shape[1]} × {photo.shape[0]} pixels')
+    ax.imshow(photo, cmap='gray', vmin=0, vmax=1)
+    for row, label in enumerate(labels, 1):
+        low, high = (float(Fraction(edge)) for edge in label.split('-'))
+        ax = panel(0, rows[row], f'Band {label} of Nyquist', 'in the spectrum of a layer\'s input')
+        ax.set(xlim=(-1.06, 1.06), ylim=(-1.06, 1.06), aspect='equal')
+        for edge, color in ((1, '#e8e8e8'), (high, '#4a5a6a'), (low, '#e8e8e8')):
+            ax.add_patch(Rectangle((-edge, -edge), 2 * edge, 2 * edge, facecolor=color))
+        ax.plot((-1, 1), (0, 0), (0, 0), (-1, 1), color='white', linewidth=0.8)
+
+    # one scale for all weights, centred at 1
+    reach = max((float(np.percentile(abs(m - 1), 99)) for s in stages for m in s.weights.values()), default=0)
+    reach = min(1., max(0.1, math.ceil(reach * 10) / 10))
+    weights = None
+    for column, s in enumerate(stages, 1):
+        count = '1 layer' if len(s.layers) == 1 else f'average of {len(s.layers)} layers'
+        text, low, high = _spread(s.dilation)
+        ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}', f'{count}; {text}')
+        mapped = over_photo(ax, s.dilation, 'viridis', low, high)
+        ax = axes(margin + column * (w + gap), head + caption + h + 0.12, w, 0.12)
+        colour_bar(mapped, ax, 'dilation, pixels of the layer\'s input map', ticks=MaxNLocator(5), extend='both')
+        for row, label in enumerate(labels, 1):
+            if label in s.weights:
+                ax = panel(column, rows[row], f'{s.name}: band {label}', f'weight: {_spread(s.weights[label])[0]}')
+                weights = over_photo(ax, s.weights[label], 'RdBu_r', 1 - reach, 1 + reach)
+            else:
+                panel(column, rows[row], f'{s.name}: band {label}', 'has no weight')
+    if weights is not None:
+        x = margin + w + gap
+        colour_bar(weights, axes(x, fig_h - bar, len(stages) * (w + gap) - gap, 0.14),
+                   'FreqSelect weight of the band: 1 leaves it as it is, 0 removes it, 2 doubles it',
+                   ticks=np.linspace(1 - reach, 1 + reach, 5))
+    return fig
+
+
+def save(fig: 'Figure', path: Union[str, os.PathLike]) -> Path:
+    """Write a figure as PNG, whole or not at all: to a temporary name beside it, then renamed.
+
+    Raises:
+        OSError: The folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        fig.savefig(temporary, format='png', metadata={'Software': None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,394 @@
+"""The command line and the pictures that it draws."""
+import os
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import fadc_timm
+from fadc_timm import visualize
+from fadc_timm.__main__ import main
+from fadc_timm.layers import FADConv2d
+
+MODEL = 'test_resnet_fadc'
+ROOT = Path(fadc_timm.__file__).parents[1]
+SHOW_STATE = 'import sys, timm; print(sys.argv, sys.path[0], __name__, __file__)\n'
+
+
+@pytest.fixture
+def model():
+    """A model whose layers have chosen something: dilations and weights depend on the position."""
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL)
+    for m in model.modules():
+        if isinstance(m, FADConv2d):
+            for conv in (m.ada_dr.conv, m.freq_select.conv):
+                torch.nn.init.normal_(conv.weight, std=0.05)
+    return model
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """`run` makes this process the script's; give it back afterwards."""
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+
+
+def command(*args, **kwargs):
+    """Run a python command line with the package importable, wherever it runs."""
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+           'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        [sys.executable, *map(str, args)], env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def table_rows(text):
+    """Stage name -> the row's columns."""
+    lines = [line for line in text.splitlines() if re.match(r'(layer|stages\.)\d', line)]
+    return {line.split()[0]: re.split(r'\s{2,}', line) for line in lines}
+
+
+# --- collect and summarize ---
+
+def test_collect_records_what_the_layers_computed(model):
+    x = torch.randn(2, 3, 72, 104)
+    seen = {}
+    layer = model.layer3[0].conv2
+    layer.ada_dr.register_forward_hook(lambda m, a, out: seen.update(dilation=out[0]))
+    layer.freq_select.register_forward_hook(lambda m, a, out: seen.update(x=a[0]))
+    records = {r.name: r for r in visualize.collect(model, x)}
+
+    names = [name for name, m in model.named_modules() if isinstance(m, FADConv2d)]
+    assert list(records) == names
+    record = records['layer3.0.conv2']
+    assert (record.stage, record.stride, record.bands) == ('layer3', 16, (2, 4, 8))
+    assert record.shape == (48, 5, 7)  # 72 and 104 are not multiples of 16
+    torch.testing.assert_close(record.dilation, seen['dilation'])
+    torch.testing.assert_close(record.weights, layer.freq_select.band_weights(seen['x']))
+    assert record.dilation.std() > 1e-3 and record.weights.std() > 1e-3
+
+
+def test_collect_leaves_the_model_as_it_was(model):
+    model.train()
+    model.layer2.eval()
+    x = torch.randn(1, 3, 64, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    visualize.collect(model, x)
+    assert model.training and model.layer3.training and not any(m.training for m in model.layer2.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    for key, value in model.state_dict().items():  # running statistics included
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_collect_gives_the_model_back_when_the_forward_fails(model):
+    model.train()
+    with pytest.raises(RuntimeError):
+        visualize.collect(model, torch.randn(1, 7, 64, 64))
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+
+
+def test_collect_without_fadc_layers():
+    with pytest.raises(ValueError, match='no FADConv2d'):
+        visualize.collect(timm.create_model('test_resnet'), torch.randn(1, 3, 64, 64))
+
+
+def test_modules_switched_off_and_lowest_band():
+    layers = [
+        FADConv2d(3, 4, 3, padding=2, dilation=2, ada_dr=False, bands=(2, 4), lowfreq_att=True),
+        FADConv2d(4, 4, 3, padding=1, freq_select=False, dilation_groups=2),
+    ]
+    model = torch.nn.Sequential(OrderedDict(features=torch.nn.Sequential(*layers)))
+    records = visualize.collect(model, torch.randn(1, 3, 9, 12))
+    assert records[0].dilation.unique().tolist() == [2] and records[0].weights.shape == (1, 3, 1, 9, 12)
+    assert records[1].weights is None and records[1].dilation.shape == (1, 2, 9, 12)
+    stages = visualize.summarize(records)
+    assert [len(s.layers) for s in stages] == [2]  # a flat trunk: one stage for each size
+    assert list(stages[0].weights) == ['1/2-1', '1/4-1/2', '0-1/4']
+
+
+@pytest.mark.parametrize('name, stage', [
+    ('layer2.0.conv2', 'layer2'), ('stages.1.blocks.3.conv_dw', 'stages.1'),
+    ('encoder.layer3.1.conv2', 'encoder.layer3'), ('s2.b1.conv2.conv', 's2'),
+    ('features.3', 'features'), ('conv', 'conv'), ('7', '7'),
+])
+def test_stage_names(name, stage):
+    assert visualize._stage_name(name) == stage
+
+
+def test_summarize_averages_a_stage(model):
+    records = visualize.collect(model, torch.randn(2, 3, 64, 96))
+    stages = {s.name: s for s in visualize.summarize(records, index=1)}
+    assert list(stages) == ['layer2', 'layer3', 'layer4'] and [s.stride for s in stages.values()] == [8, 16, 32]
+    of_stage = [r for r in records if r.stage == 'layer2']
+    assert len(of_stage) > 1
+    expected = torch.stack([r.dilation[1, 0] for r in of_stage]).mean(0).numpy()
+    np.testing.assert_allclose(stages['layer2'].dilation, expected, rtol=1e-6)
+    assert stages['layer2'].dilation_range[1] == max(r.dilation[1].max().item() for r in of_stage)
+    # the first layer is strided, so its weights are twice as fine as the map that they are averaged on
+    assert of_stage[0].weights.shape[-2:] == (16, 24)
+    assert all(w.shape == (8, 12) for w in stages['layer2'].weights.values())
+    mean = torch.stack([r.weights[1, 0].mean() for r in of_stage]).mean().item()
+    assert stages['layer2'].weights['1/2-1'].mean() == pytest.approx(mean, rel=1e-5)
+
+
+# --- the picture ---
+
+def test_figure_of_constant_maps_says_so():
+    model = timm.create_model(MODEL)
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 64)))
+    fig = visualize.figure(np.zeros((64, 64, 3)), stages)
+    texts = [t.get_text() for t in fig.texts]
+    assert sum('constant 1.00' in t for t in texts) == 3 * (1 + 3)  # three stages: dilation and three bands
+    scales = [image.get_clim() for ax in fig.axes for image in ax.images if image.get_cmap().name == 'viridis']
+    assert len(scales) == 3 and all(high - low > 0.5 for low, high in scales)
+
+
+def test_figure_shows_the_maps(model):
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 96)))
+    fig = visualize.figure(Image.new('RGB', (96, 64)), stages)
+    shown = [image.get_array() for ax in fig.axes for image in ax.images if image.get_cmap().name == 'viridis']
+    for s, values in zip(stages, shown, strict=True):
+        np.testing.assert_array_equal(values, s.dilation)
+    weights = [image for ax in fig.axes for image in ax.images if image.get_cmap().name == 'RdBu_r']
+    assert len({image.get_clim() for image in weights}) == 1
+    assert sum(weights[0].get_clim()) == pytest.approx(2)  # centred at 1
+
+
+@pytest.mark.parametrize('size', [(64, 160), (160, 64)])
+def test_figure_text_stays_in_its_column(model, size):
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, *size)))
+    stages = [replace(s, name='features.denseblock4', dilation=s.dilation * 10) for s in (stages * 3)[:7]]
+    fig = visualize.figure(np.zeros((*size, 3)), stages, 'title')
+    renderer = fig.canvas.get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in fig.texts if t.get_text()]
+    for i, a in enumerate(boxes):
+        assert a.x0 >= 0 and a.x1 <= fig.bbox.x1 and a.y0 >= 0 and a.y1 <= fig.bbox.y1
+        assert not any(a.overlaps(b) for b in boxes[i + 1:])
+
+
+def test_save_is_whole_or_not_at_all(tmp_path):
+    class Broken:
+        def savefig(self, path, **kwargs):
+            Path(path).write_bytes(b'half a picture')
+            raise OSError('disk full')
+
+    out = tmp_path / 'a.png'
+    out.write_bytes(b'the old one')
+    with pytest.raises(OSError, match='disk full'):
+        visualize.save(Broken(), out)
+    assert out.read_bytes() == b'the old one' and os.listdir(tmp_path) == ['a.png']
+
+
+# --- visualize ---
+
+def test_visualize(tmp_path, capsys):
+    out = tmp_path / 'a.png'
+    assert main(['visualize', '--no-pretrained', '--out', str(out)]) == 0
+    text = capsys.readouterr().out
+    assert 'random weights' in text and str(out) in text
+    rows = table_rows(text)
+    assert rows['layer2'][2:5] == ['48x48x72', '8', '1.00 (1.00 to 1.00)'] and rows['layer2'][5:] == ['1.00'] * 3
+    assert rows['layer4'][2:4] == ['96x12x18', '32']
+    with Image.open(out) as image:
+        assert image.format == 'PNG' and image.width == 1600 and 900 < image.height < 2000
+        pixels = np.asarray(image.convert('RGB'))
+    left = pixels[:, :420]  # the photograph is in colour, and there is more than it
+    assert left.std() > 30 and (np.ptp(left.astype(int), axis=-1) > 60).sum() > 20000
+    assert pixels[:, 420:].std() > 20
+    assert os.listdir(tmp_path) == ['a.png']
+
+
+def test_visualize_takes_weights_from_the_package(tmp_path, capsys):
+    assert main(['visualize', '--out', str(tmp_path / 'a.png')]) == 0
+    text = capsys.readouterr().out
+    assert "pretrained weights 'bluemarble_climate', in the package" in text
+    for row in table_rows(text).values():  # training moved every stage away from its identity start
+        low, high = map(float, re.search(r'\((.*) to (.*)\)', row[4]).groups())
+        assert high - low > 0.1 and min(map(float, row[5:])) < 0.95
+
+
+def test_visualize_shows_what_the_model_saw(tmp_path, monkeypatch):
+    """The photograph undistorted and without borders, its normalisation undone."""
+    shown = []
+    monkeypatch.setattr(visualize, 'figure', lambda image, *args: shown.append(image))
+    monkeypatch.setattr(visualize, 'save', lambda *args: None)
+    colour = (200, 40, 90)
+    pixels = np.full((300, 500, 3), colour, np.uint8)
+    pixels[100:200, 200:300] = 0  # a square
+    Image.fromarray(pixels).save(tmp_path / 'photo.png')
+    assert main(['visualize', str(tmp_path / 'photo.png'), '--no-pretrained', '--out', str(tmp_path / 'a.png')]) == 0
+    image, = shown
+    assert image.shape == (352, 576, 3)
+    np.testing.assert_allclose(image[:5].reshape(-1, 3) * 255, np.broadcast_to(colour, (5 * 576, 3)), atol=1)
+    np.testing.assert_allclose(image[-5:].reshape(-1, 3) * 255, np.broadcast_to(colour, (5 * 576, 3)), atol=1)
+    dark = image.sum(-1) < 0.3
+    assert dark.any(0).sum() == pytest.approx(dark.any(1).sum(), abs=1)
+
+
+def test_visualize_size_and_aspect(tmp_path, capsys):
+    photo = tmp_path / 'tall.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 100, 3), np.uint8)).save(photo)
+    args = ['visualize', str(photo), '--no-pretrained', '--out', str(tmp_path / 'a.png')]
+    assert main(args) == 0
+    assert 'input 192x576' in capsys.readouterr().out
+    assert main([*args, '--size', '101']) == 0
+    assert 'input 34x101' in capsys.readouterr().out
+
+
+def test_visualize_checkpoint(model, tmp_path, capsys):
+    """A checkpoint with its own number of classes, FADC or plain, as a training script saves it."""
+    args = ['visualize', '--size', '64', '--out', str(tmp_path / 'a.png'), '--checkpoint', str(tmp_path / 'c.pth')]
+    model.reset_classifier(5)
+    for m in model.modules():
+        if isinstance(m, FADConv2d):
+            torch.nn.init.zeros_(m.ada_dr.conv.weight)
+            torch.nn.init.constant_(m.ada_dr.conv.bias, 0.75)
+    torch.save({'state_dict': model.state_dict(), 'epoch': 3}, tmp_path / 'c.pth')
+    assert main(args) == 0
+    assert [row[4] for row in table_rows(capsys.readouterr().out).values()] == ['1.75 (1.75 to 1.75)'] * 3
+
+    torch.save(timm.create_model('test_resnet', num_classes=0).state_dict(), tmp_path / 'c.pth')
+    assert main(args) == 0
+    assert [row[4] for row in table_rows(capsys.readouterr().out).values()] == ['1.00 (1.00 to 1.00)'] * 3
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model', 'resnet50'], r"'resnet50' is a plain timm model; with FADC it is 'resnet50_fadc'"),
+    (['--model', 'resnet51_fadc'], r"'resnet51_fadc'; close matches: .*resnet50_fadc"),
+    (['--model', 'resnet50_fadc.nope'], r"'resnet50_fadc' has no tag 'nope'; it has: .*a1_in1k"),
+    (['absent.jpg'], r"no image at 'absent.jpg'"),
+    ([__file__], r"cannot read '.*test_cli.py' as an image"),
+    (['--checkpoint', 'absent.pth'], r"no checkpoint at 'absent.pth'"),
+    (['--checkpoint', __file__], r"cannot read checkpoint '.*test_cli.py'"),
+    (['--checkpoint', 'absent.pth', '--pretrained'], r'exclude each other'),
+    (['--out', 'a.jpg'], r"\.png, got 'a.jpg'"),
+    (['--out', 'absent/a.png'], r"no folder 'absent'"),
+    (['--size', '0'], r"32 or more, got '0'"),
+    (['--size', 'big'], r"32 or more, got 'big'"),
+])
+def test_visualize_errors_are_one_line(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['visualize', '--no-pretrained' if '--pretrained' not in args else '--size=64', *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '' and len(captured.err.splitlines()) == 1
+    assert re.search(message, captured.err), captured.err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('state, message', [
+    (lambda: timm.create_model('test_convnext', num_classes=3).state_dict(), r"does not fit 'test_resnet_fadc'"),
+    (lambda: {'state_dict': {'a': 1}}, 'holds no state dict'),
+    (lambda: {}, 'holds no state dict'),
+])
+def test_checkpoint_that_does_not_fit(state, message, tmp_path, capsys):
+    torch.save(state(), tmp_path / 'c.pth')
+    assert main(['visualize', '--checkpoint', str(tmp_path / 'c.pth'), '--out', str(tmp_path / 'a.png')]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.splitlines()) == 1 and len(error) < 600
+    assert os.listdir(tmp_path) == ['c.pth']
+
+
+# --- list ---
+
+def list_rows(capsys, *args):
+    assert main(['list', *args]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    return [line.split(maxsplit=5) for line in lines]
+
+
+def test_list(capsys):
+    name, base, params, gmacs, size, weights = next(r for r in list_rows(capsys, 'test_resnet*') if r[0] == MODEL)
+    model = timm.create_model(MODEL, num_classes=timm.get_pretrained_cfg(MODEL).num_classes)
+    assert base == 'test_resnet' and size == '160x160'
+    assert float(params) == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.005)
+    # the weights move FADC's cost above that of the base: no operator is left out of the count
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        timm.create_model('test_resnet').eval()(torch.randn(1, 3, 160, 160))
+    assert counter.get_total_flops() / 2e9 < float(gmacs) < 2 * counter.get_total_flops() / 2e9
+
+
+def test_list_filters(capsys):
+    everything = timm.list_models('*_fadc')
+    for pattern in ('test_*', 'test_'):
+        assert [row[0] for row in list_rows(capsys, pattern)] == [n for n in everything if n.startswith('test_')]
+    assert [row[0] for row in list_rows(capsys, MODEL)] == [MODEL]
+    rows = list_rows(capsys, 'resnet18_fadc', '--tags')
+    assert [row[0] for row in rows] == timm.list_models('resnet18_fadc', include_tags=True) and len(rows) > 3
+    ids = {row[0]: row[5] for row in rows}
+    assert ids['resnet18_fadc.a1_in1k'] == 'timm/resnet18.a1_in1k'
+    assert [row[0] for row in list_rows(capsys, 'resnet18_fadc.a1*', '--tags')] == ['resnet18_fadc.a1_in1k']
+    assert main(['list', 'resnt18_fadc']) == 2
+    assert re.search("'resnt18_fadc'; close matches: .*resnet18_fadc", capsys.readouterr().err)
+
+
+# --- run ---
+
+def test_run_registers_the_models(tmp_path, capsys, process):
+    (tmp_path / 'neighbour.py').write_text('value = 3\n')
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys, timm, neighbour\n'
+        'class Pickled: pass\n'
+        'import __main__\n'
+        'print(__name__, sys.argv[1:], neighbour.value, __main__.Pickled is Pickled)\n'
+        'print(timm.is_model("test_resnet_fadc"))\n')
+    assert main(['run', str(script), '--help', '--', '-x', 'a b']) == 0
+    assert capsys.readouterr().out.splitlines() == ["__main__ ['--help', '--', '-x', 'a b'] 3 True", 'True']
+
+
+@pytest.mark.parametrize('code', [0, 7, 'a message'])
+def test_run_passes_on_the_exit_status(code, tmp_path, process):
+    script = tmp_path / 'script.py'
+    script.write_text(f'import sys; sys.exit({code!r})')
+    with pytest.raises(SystemExit) as e:
+        main(['run', str(script)])
+    assert e.value.code == code
+
+
+def test_run_without_a_script(tmp_path, capsys, process):
+    assert main(['run']) == 2
+    assert main(['run', str(tmp_path / 'absent.py')]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and 'wants a script' in lines[0] and 'absent.py' in lines[1]
+
+
+def test_run_does_what_python_does(tmp_path):
+    """Same output, traceback and exit status as without us."""
+    script = Path('folder') / 'script.py'
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / script).write_text(SHOW_STATE + 'def f():\n    raise ValueError("said so")\nf()\n')
+    plain = command(script, '--help', '3', cwd=tmp_path)
+    ours = command('-m', 'fadc_timm', 'run', script, '--help', '3', cwd=tmp_path)
+    assert plain.returncode == ours.returncode == 1
+    assert ours.stdout == plain.stdout and f"['{script}', '--help', '3'] {tmp_path / 'folder'}" in ours.stdout
+    assert ours.stderr == plain.stderr and 'said so' in ours.stderr
+
+
+def test_run_under_torchrun(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys, timm, torch, torch.distributed as dist\n'
+        'dist.init_process_group("gloo")\n'
+        'x = torch.tensor([float(timm.is_model("test_resnet_fadc")) + dist.get_rank()])\n'
+        'dist.all_reduce(x)\n'
+        'if dist.get_rank() == 0: print("sum", x.item(), sys.argv[1:])\n'
+        'dist.destroy_process_group()\n')
+    done = command('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2,
+                   '-m', 'fadc_timm', 'run', script, '--lr', '1', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sum 3.0 ['--lr', '1']" in done.stdout
+
+
+def test_import_leaves_matplotlib_alone():
+    done = command('-c', 'import sys, fadc_timm.__main__, fadc_timm.visualize; print("matplotlib" in sys.modules)')
+    assert done.stdout.strip() == 'False', done.stderr
