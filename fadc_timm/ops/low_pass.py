@@ -72,18 +72,25 @@ _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
     if form is None:
-        small = max(x.shape[-2:]) <= _MATMUL_SIDE
-        form = 'matmul' if small or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting() else 'fft'
+        # torch has is_exporting from 2.7 on
+        exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+        # the size comes last, as an exported graph may not depend on it
+        by_matmul = torch.onnx.is_in_onnx_export() or exporting() or max(x.shape[-2:]) <= _MATMUL_SIDE
+        form = 'matmul' if by_matmul else 'fft'
     if form not in _FORMS:
         raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
-    return _FORMS[form](x, factors)
+    device_type = x.device.type
+    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+        return _FORMS[form](x, factors)
+    with torch.autocast(device_type, enabled=False):  # which would take the products in half precision
+        return _FORMS[form](x, factors)
 
 
 def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[Tensor]:
     """Ideal low-pass filters at 1/f of the Nyquist frequency.
 
     Args:
-        x: Map (B, C, H, W). Half dtypes are computed in float32.
+        x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
         factors: One f >= 1 for each filter.
         form: 'fft', 'matmul', or None to choose by shape; while exporting None is 'matmul', which every runtime has.
 
