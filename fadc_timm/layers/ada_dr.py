@@ -18,8 +18,8 @@ class AdaDR(nn.Module):
 
     With o = conv(x) and base dilation d, the dilation is `1 + |o| * d` ('abs', the December 2024 release),
     `1 + relu(o) * d` ('relu', April 2024) or `1 + (relu(o + 1) - 1) * d` ('zero', which reaches 1 - d). The modulation
-    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d * (1 + eps)`:
-    at exactly d = 1, |o| and relu(o) would have no gradient.
+    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d + eps`; the
+    authors' code has `eps = 1e-4 * d`, as its |o| and relu(o) have no gradient at zero, where d = 1 starts. Ours have.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class AdaDR(nn.Module):
             dilation_groups: int = 1,
             dilation_act: str = 'abs',
             depthwise: bool = False,
-            eps: float = 1e-4,
+            eps: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
@@ -46,15 +46,17 @@ class AdaDR(nn.Module):
             dilation_groups: Number of groups of channels with a dilation of their own.
             dilation_act: 'abs', 'relu' or 'zero'.
             depthwise: Predict the mask by a depthwise and a pointwise convolution, as for a depthwise kernel.
-            eps: Distance from the base dilation at the start, relative to it.
+            eps: Distance from the base dilation at the start, in pixels.
 
         Raises:
-            ValueError: There is no such dilation_act.
+            ValueError: There is no such dilation_act, or eps is negative.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if dilation_act not in DILATION_ACTS:
             raise ValueError(f'dilation_act must be one of {DILATION_ACTS}, got {dilation_act!r}.')
+        if eps < 0:
+            raise ValueError(f'eps must not be negative, got {eps}.')
         padding = kernel_size // 2 if padding is None else padding
         self.crop = max(-padding, 0)
         self.dilation = dilation
@@ -80,7 +82,7 @@ class AdaDR(nn.Module):
                 for parameter in conv.parameters():
                     nn.init.zeros_(parameter)
         assert self.conv.bias is not None
-        nn.init.constant_(self.conv.bias[:self.dilation_groups], (self.dilation - 1) / self.dilation + self.eps)
+        nn.init.constant_(self.conv.bias[:self.dilation_groups], (self.dilation - 1 + self.eps) / self.dilation)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """
@@ -96,10 +98,11 @@ class AdaDR(nn.Module):
         y = self.conv(x)
         o = y[:, :self.dilation_groups]
         o = o if o.dtype == torch.float64 else o.float()
+        # with a gradient of 1 at zero
         if self.dilation_act == 'abs':
-            o = o.abs()
+            o = torch.where(o < 0, -o, o)
         elif self.dilation_act == 'relu':
-            o = o.relu()
+            o = torch.where(o < 0, torch.zeros_like(o), o)
         else:
             o = (o + 1).relu() - 1
         if self.mask_dw is not None and self.mask_pw is not None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops import adaptive_dilated_conv2d
+from ..ops import adaptive_dilated_conv2d, list_backends
 from ..ops.case import Gains, scale_channels
 from ..ops.scripted import scripted_conv2d
 from .ada_dr import AdaDR
@@ -24,10 +24,10 @@ OPTIONS = (
     'dilation_act', 'dilation_groups', 'eps', 'backend')
 
 
-def _one_int(name: str, value: Any) -> int:
+def _one_int(name: str, value: Any, minimum: int) -> int:
     values = value if isinstance(value, (tuple, list)) else (value,)
-    if len(set(values)) != 1 or isinstance(values[0], (bool, float, str)):
-        raise ValueError(f'{name} must be one integer for both axes, got {value!r}.')
+    if len(set(values)) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int) or values[0] < minimum:
+        raise ValueError(f'{name} must be one integer for both axes, at least {minimum}, got {value!r}.')
     return values[0]
 
 
@@ -35,8 +35,8 @@ def _one_int(name: str, value: Any) -> int:
 class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
 
-    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps`
-    of AdaDR. For timm's feature extractors it is a leaf of torch.fx.
+    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to rounding
+    (and to `eps`). For timm's feature extractors it is a leaf of torch.fx.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FADConv2d(nn.Conv2d):
             ada_dr: bool = True,
             dilation_act: str = 'abs',
             dilation_groups: int = 1,
-            eps: float = 1e-4,
+            eps: float = 0.,
             backend: Optional[str] = None,
             device=None,
             dtype=None,
@@ -83,16 +83,16 @@ class FADConv2d(nn.Conv2d):
             ada_dr: Use AdaDR, else the dilation stays the base dilation and there is no mask.
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
             dilation_groups: AdaDR's groups of channels.
-            eps: AdaDR's relative distance from the base dilation at the start.
+            eps: AdaDR's distance from the base dilation at the start, in pixels.
             backend: Backend of the operator, None to choose by device, dtype and shape.
 
         Raises:
             ValueError: A value is outside of what is said above; the message names it.
         """
         dd = {'device': device, 'dtype': dtype}
-        k, s, d = (_one_int(n, v) for n, v in
+        k, s, d = (_one_int(n, v, 1) for n, v in
                    (('kernel_size', kernel_size), ('stride', stride), ('dilation', dilation)))
-        if k % 2 == 0 or k < 1:
+        if k % 2 == 0:
             raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
         if padding_mode not in ('zeros', 'replicate'):
             raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
@@ -100,11 +100,13 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
         if dilation_groups < 1 or in_channels % dilation_groups:
             raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
+        if backend is not None and backend not in list_backends():
+            raise ValueError(f'backend must be None or one of {", ".join(list_backends())}, got {backend!r}.')
         super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
         if isinstance(self.padding, str):
             p = d * (k // 2) if self.padding == 'same' else 0
         else:
-            p = _one_int('padding', self.padding)
+            p = _one_int('padding', self.padding, 0)
         # where a kernel of dilation 1 must be centred for the output to have the plain convolution's size
         self.inner_padding = p - (k // 2) * (d - 1)
         self.pads_itself = padding_mode == 'replicate' and self.inner_padding > 0
@@ -130,10 +132,17 @@ class FADConv2d(nn.Conv2d):
 
         Raises:
             TypeError: conv is of another class, whose forward may compute something else.
-            ValueError: conv has a kernel, stride or padding that FADConv2d has not.
+            ValueError: conv has a kernel, stride or padding that FADConv2d has not, or hooks, which would be lost.
         """
         if type(conv) is not nn.Conv2d:
             raise TypeError(f'from_conv takes an nn.Conv2d, got {type(conv).__module__}.{type(conv).__name__}.')
+        if conv._forward_pre_hooks or conv._forward_hooks or conv._backward_pre_hooks or conv._backward_hooks:
+            raise ValueError('The convolution has hooks (as weight_norm and pruning add them), which would be lost.')
+        replicates = conv.padding_mode == 'replicate' and conv.padding not in ('valid', (0, 0))
+        if replicates and 'padding_mode' not in cfg and conv.dilation != (1, 1):
+            raise ValueError(
+                f"padding_mode='replicate' of a convolution of dilation {conv.dilation} replicates more than that of "
+                'FADConv2d does: choose a padding_mode.')
         args = dict(
             in_channels=conv.in_channels, out_channels=conv.out_channels, kernel_size=conv.kernel_size,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
@@ -158,12 +167,12 @@ class FADConv2d(nn.Conv2d):
         gains: Gains = (None, None, None, None)
         if self.ada_kern is not None:
             gains = self.ada_kern(x)
-        if self.ada_dr is None:
-            return self._plain(x, gains)
         padding = self.inner_padding
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
             padding = 0
+        if self.ada_dr is None:
+            return self._plain(x, gains, padding)
         dilation, mask = self.ada_dr(x)
         if torch.jit.is_scripting():
             return scripted_conv2d(
@@ -176,16 +185,20 @@ class FADConv2d(nn.Conv2d):
             x, self.weight, dilation, mask, self.bias, gains=gains, stride=self.stride[0], padding=padding,
             groups=self.groups, backend=self.backend)
 
-    def _plain(self, x: Tensor, gains: Gains) -> Tensor:
-        """The convolution at the base dilation, under the gains."""
+    def _plain(self, x: Tensor, gains: Gains, padding: int) -> Tensor:
+        """The convolution at the base dilation, under the gains; padding is that of dilation 1."""
+        padding = padding + (self.kernel_size[0] // 2) * (self.dilation[0] - 1)
         if self.ada_kern is None:
-            return self._conv_forward(x, self.weight, self.bias)
+            return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         low_in, low_out, high_in, high_out = gains
         mean = self.weight.mean(dim=(2, 3), keepdim=True)
-        low = self._conv_forward(scale_channels(x, low_in), mean.expand_as(self.weight), None)
-        high = self._conv_forward(scale_channels(x, high_in), self.weight - mean, None)
+        low = F.conv2d(
+            scale_channels(x, low_in), mean.expand_as(self.weight), None, self.stride, padding, self.dilation,
+            self.groups)
+        high = F.conv2d(
+            scale_channels(x, high_in), self.weight - mean, None, self.stride, padding, self.dilation, self.groups)
         y = scale_channels(low, low_out) + scale_channels(high, high_out)
         bias = self.bias
         if bias is not None:
-            y = y + bias[:, None, None]
+            y = y + bias.to(y.dtype)[:, None, None]  # under autocast the bias is float32
         return y

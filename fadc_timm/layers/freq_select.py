@@ -40,14 +40,14 @@ class FreqSelect(nn.Module):
             ValueError: A band is not an integer above 1, or the groups do not divide the channels.
         """
         super().__init__()
-        bands = tuple(bands)
-        if not bands or any(isinstance(f, bool) or not isinstance(f, int) or f < 2 for f in bands):
-            raise ValueError(f'bands must be integers of at least 2 (fractions 1/f of Nyquist), got {bands}.')
+        if not isinstance(bands, (tuple, list)) or not bands or any(
+                isinstance(f, bool) or not isinstance(f, int) or f < 2 for f in bands):
+            raise ValueError(f'bands must be integers of at least 2 (fractions 1/f of Nyquist), got {bands!r}.')
         groups = in_channels if spatial_group > 64 else spatial_group
         if groups < 1 or in_channels % groups:
             raise ValueError(f'spatial_group={spatial_group} does not divide in_channels={in_channels}.')
         self.in_channels = in_channels
-        self.bands = bands
+        self.bands = tuple(bands)
         self.lowfreq_att = lowfreq_att
         self.spatial_group = groups
         self.num_maps = len(bands) + int(lowfreq_att)

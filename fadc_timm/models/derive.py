@@ -4,6 +4,7 @@
 """
 import logging
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
@@ -154,7 +155,8 @@ def adapt_checkpoint(
     added = fadc_keys(model)
     if not any(key in state_dict for key in added):
         if base_filter is not None:
-            state_dict = base_filter(state_dict, model)
+            with suppress(KeyError):  # it looks up a key that the model has not: named below
+                state_dict = base_filter(state_dict, model)
         state_dict = {**state_dict, **{key: own[key] for key in added}}
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     # timm drops the classifier, or demands it, by the number of classes

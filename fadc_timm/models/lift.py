@@ -4,12 +4,14 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, 
 
 from torch import nn
 
-from ..layers import FADConv2d
+from ..layers import AdaDR, AdaKern, FADConv2d, FreqSelect
 from ..layers.fad_conv import OPTIONS
 
 __all__ = ['DEFAULT_STAGES', 'LiftReport', 'lift_model']
 
 _logger = logging.getLogger(__name__)
+
+_FADC = (FADConv2d, FreqSelect, AdaKern, AdaDR)
 
 # Stages 2 to 4, as in the paper.
 DEFAULT_STAGES = (False, True, True, True)
@@ -35,6 +37,11 @@ class LiftReport(NamedTuple):
         return '\n'.join(lines)
 
 
+def _names(model: nn.Module) -> List[str]:
+    """Names of all modules; one that stands in two places has both."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False)]
+
+
 def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
     """Top modules of each stage: those after the previous feature of timm's feature_info, up to the stage's own.
 
@@ -44,7 +51,7 @@ def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
     if info is None:
         raise ValueError(f'{type(model).__name__} has no feature_info: give stages as names of modules.')
     features = info if isinstance(info, (list, tuple)) else info.get_dicts()
-    names = [name for name, _ in model.named_modules()]
+    names = _names(model)
     order = {name: i for i, name in enumerate(names)}
     stages, start = [], 0
     for feature in features:
@@ -68,7 +75,7 @@ def _selected(model: nn.Module, stages: Stages) -> Set[str]:
     if stages and all(isinstance(s, str) for s in stages):
         selected: Set[str] = set()
         for prefix in stages:
-            inside = {n for n, _ in model.named_modules() if n == prefix or n.startswith(f'{prefix}.')}
+            inside = {n for n in _names(model) if prefix and (n == prefix or n.startswith(f'{prefix}.'))}
             if not inside:
                 top = ', '.join(n for n, _ in model.named_children())
                 raise ValueError(f'{type(model).__name__} has no module {prefix!r}; its top modules are {top}.')
@@ -82,13 +89,23 @@ def _selected(model: nn.Module, stages: Stages) -> Set[str]:
     return {name for stage, on in zip(found, stages, strict=True) if on for name in stage}
 
 
-def _why_left(conv: nn.Conv2d) -> Optional[str]:
+def _why_left(conv: nn.Conv2d, parts: Set[nn.Module]) -> Optional[str]:
+    if conv in parts:
+        return 'a part of FADC'
     if isinstance(conv, FADConv2d):
         return 'a FADConv2d already'
     if type(conv) is not nn.Conv2d:
         return f'of class {type(conv).__name__}, which may compute something else than nn.Conv2d'
     if max(conv.kernel_size) == 1:
         return 'a 1x1 kernel, which has no taps to dilate'
+    return None
+
+
+def _why_misfit(conv: nn.Conv2d, **cfg: Any) -> Optional[str]:
+    try:
+        FADConv2d.from_conv(conv, **cfg)
+    except ValueError as e:
+        return str(e).rstrip('.')
     return None
 
 
@@ -106,30 +123,36 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
 
     Raises:
         TypeError: An option that FADConv2d has not.
-        ValueError: The stages do not fit the model.
+        ValueError: The stages do not fit the model, or an option has a value that FADConv2d refuses; the model is left
+            as it was.
     """
     unknown = sorted(set(cfg) - set(OPTIONS))
     if unknown:
         raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')
     selected = _selected(model, stages)
-    replaced: List[str] = []
+    replaced: Dict[str, FADConv2d] = {}
     left: Dict[str, str] = {}
     lifted: Dict[nn.Module, FADConv2d] = {}  # a convolution that stands in two places stays one module
-    for name, conv in list(model.named_modules(remove_duplicate=False)):
+    parts = {part for m in model.modules() if isinstance(m, _FADC) for part in m.modules() if part is not m}
+    for name, conv in model.named_modules(remove_duplicate=False):
         if not isinstance(conv, nn.Conv2d):
             continue
-        reason = 'outside of the selected stages' if name not in selected else _why_left(conv)
+        reason = 'outside of the selected stages' if name not in selected else _why_left(conv, parts)
         if reason is None and conv not in lifted:
             try:
                 lifted[conv] = FADConv2d.from_conv(conv, **cfg)
             except ValueError as e:
-                reason = str(e).rstrip('.')
+                # the convolution does not fit, which is a reason to leave it, or an option is wrong
+                reason = _why_misfit(conv, **({'padding_mode': 'zeros'} if 'padding_mode' in cfg else {}))
+                if reason is None:
+                    raise ValueError(f'{name}: {e}') from e
         if reason is not None:
             left[name] = reason
-            continue
+        else:
+            replaced[name] = lifted[conv]
+    for name, new in replaced.items():
         parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, lifted[conv])
-        replaced.append(name)
+        setattr(model.get_submodule(parent), child, new)
     report = LiftReport(tuple(replaced), left)
     _logger.debug('Lifted %s: %s', type(model).__name__, report)
     return report

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Write the tables of the README between their markers, from the registry and the files that measurements left.
+
+    python scripts/readme_tables.py [--check]
+
+--check writes nothing and fails where the README differs.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+import fadc_timm  # noqa: F401  registers the models
+from fadc_timm.__main__ import model_cost
+
+README = Path(__file__).parent.parent / 'README.md'
+
+
+def _table(header: List[str], rows: List[List[str]]) -> str:
+    lines = [header, ['---'] * 2 + ['---:'] * (len(header) - 2), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def zoo() -> str:
+    """All architectures with their cost, beside their base's."""
+    rows = []
+    for name in timm.list_models('*_fadc'):
+        base = name.removesuffix('_fadc')
+        cfg = get_pretrained_cfg(name, allow_unregistered=False)
+        assert cfg is not None
+        size = tuple(cfg.input_size)
+        params, gmacs = model_cost(name, cfg.num_classes, size)
+        base_params, base_gmacs = model_cost(base, cfg.num_classes, size)
+        tags = sum(bool(c.has_weights) for c in get_arch_pretrained_cfgs(name).values())
+        rows.append([
+            f'`{name}`', f'`{base}`', f'{params:.2f}', f'{base_params:.2f}', f'{gmacs:.2f}', f'{base_gmacs:.2f}',
+            str(size[-1]), str(tags)])
+    return _table(['model', 'base', 'M params', "base's", 'GMACs', "base's", 'input', 'tags with weights'], rows)
+
+
+TABLES: Dict[str, Callable[[], str]] = {'zoo': zoo}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='compare only')
+    args = parser.parse_args()
+    old = new = README.read_text()
+    for name, make in TABLES.items():
+        start, end = f'<!-- table: {name} -->\n', f'\n<!-- end of table: {name} -->'
+        if start not in new or end not in new:
+            raise SystemExit(f'README.md has no markers {start.strip()} ... {end.strip()}')
+        head, tail = new.partition(start)[0], new.partition(end)[2]
+        new = f'{head}{start}{make()}{end}{tail}'
+    if args.check:
+        print('README.md is up to date' if new == old else 'README.md differs: run scripts/readme_tables.py')
+        return int(new != old)
+    temporary = README.with_suffix('.tmp')
+    temporary.write_text(new)
+    temporary.rename(README)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
