@@ -13,13 +13,7 @@ from torch.nn.utils import prune
 from fadc_timm import FADConv2d, LiftReport, lift_model
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def convs(model):
@@ -46,7 +40,7 @@ def lift(model, *args, x=None, **kwargs):
     assert parameters <= set(model.parameters())  # an optimizer keeps what it has
     assert not any(m.training for m in model.modules())
     for a, e in zip(as_list(model(x)), expected, strict=True):
-        assert error(a, e) < LOSSLESS  # 7.3e-6
+        assert error(a, e) < LOSSLESS  # 9.7e-5
     return report
 
 

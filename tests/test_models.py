@@ -37,20 +37,15 @@ REPRESENTATIVES = {
     'resnetrs50': THIN, 'test_resnet': {},
     'convnext_atto': {}, 'convnext_atto_ols': {}, 'convnext_zepto_rms': {}, 'convnextv2_atto': {}, 'test_convnext': {},
 }
-# Relative error of an FADC model at its start against its base: rounding, and what the depth makes of it.
-LOSSLESS = 2e-5  # 4.9e-6 (resnet26d)
+# Relative error of an FADC model at its start against its base: eps, rounding, and what the depth makes of it.
+LOSSLESS = 5e-4  # 1.4e-4
+ROUNDING = 2e-5  # without AdaDR's eps: 4.4e-6 (convnextv2_atto)
 
 TINY = ('test_resnet', 'test_convnext')
 SMALL = ('resnet10t', 'convnext_atto')
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @functools.cache
@@ -67,7 +62,8 @@ def photos(size=64):
 @torch.no_grad()
 def awaken(model):
     """As after training: timm starts residual branches and layer scales at (nearly) zero, here they are open, and the
-    norms have the statistics of the photographs.
+    norms have seen the photographs. Half of their statistics, as those alone make deep networks chaotic: they then
+    amplify the rounding of float32 a thousandfold, the bases as well.
     """
     for name, p in model.named_parameters():
         if p.ndim == 1 and name.endswith('bias'):
@@ -76,14 +72,14 @@ def awaken(model):
             p.uniform_(0.5, 1.5)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
-        m.momentum = 1.
+        m.momentum = 0.5
     model.train()(photos())
     for m in norms:
         m.momentum = 0.1
     return model.eval()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _trained(base, kwargs):
     torch.manual_seed(0)
     model = awaken(timm.create_model(base, **dict(kwargs)))
@@ -129,8 +125,9 @@ def module_of(base):
 
 
 @torch.no_grad()
-def check_lossless(base, state, tolerance=LOSSLESS, **kwargs):
-    plain, fadc = load(with_tag(base), state, **kwargs), load(with_tag(base, '_fadc'), state, **kwargs)
+def check_lossless(base, state, tolerance=LOSSLESS, options=None, **kwargs):
+    plain = load(with_tag(base), state, **kwargs)
+    fadc = load(with_tag(base, '_fadc'), state, **kwargs, **(options or {}))
     assert fad_convs(fadc)
     x = photos()[:, torch.arange(kwargs.get('in_chans', 3)) % 3]
     expected, y = plain(x), fadc(x)
@@ -215,7 +212,9 @@ VARIANTS = [{}, dict(num_classes=7, in_chans=1, output_stride=16), dict(features
 @pytest.mark.parametrize('base', REPRESENTATIVES)
 def test_lossless(base, variant):
     kwargs = REPRESENTATIVES[base]
-    check_lossless(base, trained(base, **kwargs), **kwargs, **variant)
+    state = trained(base, **kwargs)
+    check_lossless(base, state, **kwargs, **variant)
+    check_lossless(base, state, ROUNDING, dict(eps=0.), **kwargs, **variant)
 
 
 @pytest.mark.parametrize('variant', [
@@ -230,7 +229,7 @@ def test_lossless_variants(base, variant):
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
 @pytest.mark.parametrize('base', BASES)
 def test_lossless_everywhere(base, variant):
-    check_lossless(base, trained(base), 1e-3, **variant)  # 0
+    check_lossless(base, trained(base), 1e-3, **variant)  # @@S
 
 
 @pytest.mark.parametrize('stages', [(False, True, True, True), (True,) * 4, (False, False, False, True), (False,) * 4])
@@ -295,7 +294,7 @@ def test_checkpoint_file(base, suffix, tmp_path):
     features = load(name, path, features_only=True)(x)
     assert torch.equal(features[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
     grey = load(name, path, in_chans=1)
-    assert error(grey(x[:, :1]), model(x[:, :1].expand(-1, 3, -1, -1))) < 1e-5  # 2.0e-6
+    assert error(grey(x[:, :1]), model(x[:, :1].expand(-1, 3, -1, -1))) < 1e-5  # 1.5e-6
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -309,12 +308,15 @@ def test_checkpoint_that_fits_neither(base, lost, kwargs):
     fadc = create_fadc(name).state_dict()
     own = next(key for key in fadc if key.endswith('ada_dr.conv.bias'))
     for state, key in ((trained(base), lost), (fadc, lost), (fadc, own)):
-        state = {k: v for k, v in state.items() if k != key}
-        for left_over in (torch.zeros(4, 4), torch.zeros(4)):
+        without = {k: v for k, v in state.items() if k != key}
+        # timm's filter for ConvNeXt looks up what has two dimensions
+        for more in ({}, {'neck.fc.weight': torch.zeros(4)}, {'neck.fc.weight': torch.zeros(4, 4)}):
             with pytest.raises(RuntimeError) as e:
-                load(name, {**state, 'neck.fc.weight': left_over}, **kwargs)
+                load(name, {**without, **more}, **kwargs)
             missing, unexpected = str(e.value).split('unexpected keys: ')
-            assert key in missing and 'neck.fc.weight' in unexpected
+            assert key in missing and all(k in unexpected for k in more)
+        with pytest.raises(RuntimeError, match=r'missing keys: none; unexpected keys: neck\.fc\.weight\.'):
+            load(name, {**state, 'neck.fc.weight': torch.zeros(4, 4)}, **kwargs)
 
 
 @pytest.mark.parametrize('base', TINY)
@@ -380,7 +382,7 @@ def test_channels_last_weights(base, tmp_path):
         state = model.state_dict()
         save({k: v.contiguous() for k, v in state.items()} if path.suffix == '.safetensors' else state, path)
         loaded = load(name, path)
-        assert error(loaded(photos()), expected) < 1e-5  # 2.1e-6
+        assert error(loaded(photos()), expected) < 2e-6  # 4.2e-7
 
 
 @pytest.mark.parametrize('base, own', [
@@ -515,9 +517,9 @@ def test_factory_arguments(base):
     model = timm.create_model(f'{base}_fadc', device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
     assert model(torch.zeros(2, 3, 64, 64, device='meta', dtype=torch.bfloat16)).shape == (2, model.num_classes)
-    model = load(with_tag(base, '_fadc'), trained(base), dtype=torch.float64)
+    model = load(with_tag(base, '_fadc'), trained(base), dtype=torch.float64, eps=0.)
     plain = load(with_tag(base), trained(base), dtype=torch.float64)
-    assert error(model(photos().double()), plain(photos().double())) < 1e-12  # 3.4e-15
+    assert error(model(photos().double()), plain(photos().double())) < 1e-12  # 3.2e-15
     model = timm.create_model(f'{base}_fadc', dtype=torch.bfloat16).eval()
     assert model(photos().bfloat16()).isfinite().all()
 
@@ -540,10 +542,10 @@ def test_init_weights(base):
 @torch.no_grad()
 def test_torchscript(base):
     model = create_fadc(f'{base}_fadc')
-    assert error(torch.jit.script(model)(photos()), model(photos())) < 1e-5  # 1.8e-6
+    assert error(torch.jit.script(model)(photos()), model(photos())) < 2e-6  # 6.0e-7
     net = create_fadc(f'{base}_fadc', features_only=True)
     for a, e in zip(torch.jit.script(net)(photos()), net(photos()), strict=True):
-        assert error(a, e) < 1e-5  # 1.6e-6
+        assert error(a, e) < 2e-6  # 5.0e-7
 
 
 @pytest.mark.parametrize('base', TINY)

@@ -18,8 +18,9 @@ class AdaDR(nn.Module):
 
     With o = conv(x) and base dilation d, the dilation is `1 + |o| * d` ('abs', the December 2024 release),
     `1 + relu(o) * d` ('relu', April 2024) or `1 + (relu(o + 1) - 1) * d` ('zero', which reaches 1 - d). The modulation
-    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d + eps`; the
-    authors' code has `eps = 1e-4 * d`, as its |o| and relu(o) have no gradient at zero, where d = 1 starts. Ours have.
+    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d + eps`:
+    at d itself the taps lie on pixels, where bilinear sampling has a different slope to either side. The authors' code
+    has `1e-4 * d`, at which deep networks leave the function of their base by more than 1e-3.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class AdaDR(nn.Module):
             dilation_groups: int = 1,
             dilation_act: str = 'abs',
             depthwise: bool = False,
-            eps: float = 0.,
+            eps: float = 1e-5,
             device=None,
             dtype=None,
     ) -> None:
@@ -98,7 +99,7 @@ class AdaDR(nn.Module):
         y = self.conv(x)
         o = y[:, :self.dilation_groups]
         o = o if o.dtype == torch.float64 else o.float()
-        # with a gradient of 1 at zero
+        # unlike abs() and relu() with a gradient at zero, should eps be that
         if self.dilation_act == 'abs':
             o = torch.where(o < 0, -o, o)
         elif self.dilation_act == 'relu':

@@ -35,8 +35,8 @@ def _one_int(name: str, value: Any, minimum: int) -> int:
 class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
 
-    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to rounding
-    (and to `eps`). For timm's feature extractors it is a leaf of torch.fx.
+    `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps`
+    of AdaDR. For timm's feature extractors it is a leaf of torch.fx.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FADConv2d(nn.Conv2d):
             ada_dr: bool = True,
             dilation_act: str = 'abs',
             dilation_groups: int = 1,
-            eps: float = 0.,
+            eps: float = 1e-5,
             backend: Optional[str] = None,
             device=None,
             dtype=None,

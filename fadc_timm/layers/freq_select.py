@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import low_pass
+from ..ops.case import match_layout
 
 __all__ = ['FreqSelect']
 
@@ -85,11 +86,7 @@ class FreqSelect(nn.Module):
         for i, low in enumerate(lows):
             last = i + 1 == self.num_maps
             y = y + self._weigh(low, (1 - maps[:, i]) if last else (maps[:, i + 1] - maps[:, i]))
-        y = y.to(x.dtype)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if channels_last:
-            return y.contiguous(memory_format=torch.channels_last)
-        return y.contiguous()
+        return match_layout(y.to(x.dtype), x)
 
     def _weigh(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (B, C, H, W) times weight (B, S, H, W), a map for each of S groups of channels."""
