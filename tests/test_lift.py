@@ -12,7 +12,6 @@ from torch.nn.utils import prune
 
 from fadc_timm import FADConv2d, LiftReport, lift_model
 
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
