@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import error
+from conftest import needs_dynamo
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
@@ -695,6 +696,7 @@ def test_script(cfg, dtype):
         assert error(scripted(x), m(x)) < (2e-6 if dtype == torch.float32 else EXACT)  # 6.5e-7, 1.9e-15
 
 
+@needs_dynamo
 @pytest.mark.parametrize('cfg, batch', [(FAD_CONV[4], 1), (FAD_CONV[6], 2), (FAD_CONV[9], 2)], ids=ids)
 def test_compile(cfg, batch):
     """One graph, forward and backward, in training."""

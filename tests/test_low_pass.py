@@ -90,7 +90,7 @@ def test_empty_masks(form):
         low, = low_pass(x, [f], form)
         assert is_empty(h, f) or is_empty(w, f)
         assert torch.equal(low, torch.zeros_like(x))
-        grad, = torch.autograd.grad(low.sum(), x)
+        grad, = torch.autograd.grad(low, x, torch.randn_like(low))
         assert torch.equal(grad, torch.zeros_like(x))
 
 
@@ -161,8 +161,15 @@ def test_unknown_form(form):
 # tracing: sizes may be symbolic
 
 
+def skip_unless_traceable(form):
+    if form == 'fft' and not hasattr(torch.compiler, 'is_exporting'):
+        pytest.skip('torch before 2.7 cannot trace an FFT of symbolic size; there form=None is matmul while tracing')
+
+
 @pytest.mark.parametrize('form', [None, *FORMS])
 def test_export_any_size(form):
+    skip_unless_traceable(form)
+
     class LowPass(torch.nn.Module):
         def forward(self, x):
             return low_pass(x, [2, 4, 8], form)
@@ -177,6 +184,7 @@ def test_export_any_size(form):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_compile_any_size(form):
+    skip_unless_traceable(form)
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(low_pass, fullgraph=True, dynamic=True, backend=counter)

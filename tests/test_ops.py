@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, DTYPES, GAINS, INPUTS, OpCase
+from conftest import needs_dynamo
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -533,6 +534,7 @@ def test_fake_tensors(backend, case):
     assert [g.shape for g in grads] == [t.shape for t in inputs.values()]
 
 
+@needs_dynamo
 @pytest.mark.parametrize('backend, case', [
     ('reference', CASE['k1']), *((name, case) for name in BACKEND_NAMES for case in TRACED)], ids=ids)
 def test_compile(backend, case):
@@ -546,6 +548,7 @@ def test_compile(backend, case):
     check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
 
 
+@needs_dynamo
 @pytest.mark.parametrize('backend, groups', [(None, 4), *((name, 1) for name in BACKEND_NAMES)])
 def test_compile_any_size(backend, groups):
     """One graph serves every batch and size."""

@@ -1,6 +1,5 @@
 """The backends of the operator. A new one is a file with `forward` and `why_not`, and a line here."""
-from types import MappingProxyType
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 from torch import Tensor
 
@@ -16,13 +15,12 @@ class Backend(NamedTuple):
     why_not: Callable[[Case], Optional[str]]
 
 
-_BACKENDS: Dict[str, Backend] = {
+BACKENDS: Dict[str, Backend] = {
     'reference': Backend(reference.forward, reference.why_not),
     'gather': Backend(_gather.forward, _gather.why_not),
     'torchvision': Backend(_torchvision.forward, _torchvision.why_not),
     'grid_sample': Backend(_grid_sample.forward, _grid_sample.why_not),
 }
-BACKENDS: Mapping[str, Backend] = MappingProxyType(_BACKENDS)
 
 
 def list_backends() -> List[str]:
