@@ -231,7 +231,6 @@ def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> State
     backbone, heads = _strip(state_dict)
     _logger.info('Ignored %d tensors outside of the backbone.', heads)
     own = model.state_dict()
-    added = set(fadc_keys(model))
     conv1_is_deep = isinstance(model.get_submodule('conv1'), nn.Sequential)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
     out: StateDict = {}
@@ -254,5 +253,5 @@ def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> State
         raise RuntimeError(
             f'The checkpoint does not fit {type(model).__name__}: missing keys: {", ".join(missing) or "none"}; '
             f'unexpected keys: {", ".join(unexpected) or "none"}.')
-    _logger.info('Converted %d tensors, %d of them of FADC.', len(out), len(added))
+    _logger.info('Converted %d tensors, %d of them of FADC.', len(out), len(fadc_keys(model)))
     return {k: out.get(k, own[k]) for k in own}

@@ -2,7 +2,6 @@
 
 `<base>_fadc` is built by the base's own entry point and lifted; a checkpoint of the base loads into it.
 """
-import logging
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
@@ -18,8 +17,6 @@ from ..layers.fad_conv import OPTIONS
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
-
-_logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, Tensor]
 
