@@ -585,18 +585,21 @@ def test_script(name, dtype):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=ids)
-@pytest.mark.parametrize('shape', [(2, 3, 4, 9, 2), (1, 2, 6, 25, 1), (0, 1, 2, 9, 1)], ids=str)
-def test_opcheck_depthwise_gather(shape, dtype):
-    b, p, c, taps, groups = shape
-    generator = torch.Generator().manual_seed(0)
-    rows = max(b, 1) * 5 * groups
-    table = torch.randn(rows, c // groups, generator=generator).to(dtype).requires_grad_()
-    index = torch.randint(rows, (b * p * groups, taps, 4), generator=generator)
-    weight = torch.rand(b * p * groups, taps, 4, generator=generator).to(dtype).requires_grad_()
-    kernel = torch.randn(b, taps, c, generator=generator).to(dtype).requires_grad_()
-    torch.library.opcheck(torch.ops.fadc_timm.depthwise_gather, (table, index, weight, kernel))
-    detached = [t.detach() for t in (torch.randn(b * p, c).to(dtype), table, index, weight, kernel)]
-    torch.library.opcheck(torch.ops.fadc_timm.depthwise_gather_backward, tuple(detached))
+@pytest.mark.parametrize('name', ['gains', 'plain', 'batch0', 'dilation_groups_across', 'depthwise', 'stride2'])
+def test_opcheck_sampled_conv2d(name, dtype):
+    """Schema, fake kernel and autograd formula of the operator behind `gather`."""
+    case = CASE[name]
+    inputs = cases.make_inputs(case, dtype)
+    x, dilation, mask, scale = inputs['x'], inputs['dilation'], inputs.get('mask'), inputs.get('high_in')
+    options = ([*case.stride], [case.k // 2] * 2, case.groups)
+    with_total = scale is not None
+    forward = torch.ops.fadc_timm.sampled_conv2d
+    for weight in (inputs['weight'][None], inputs['weight'].expand(case.x[0], *inputs['weight'].shape)):
+        args = (x, dilation, mask, weight.detach().requires_grad_(), scale, with_total, *options)
+        torch.library.opcheck(forward, args)
+        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        grads = tuple(torch.randn_like(t) for t in forward(*detached))
+        torch.library.opcheck(torch.ops.fadc_timm.sampled_conv2d_backward, (*grads, *detached))
 
 
 # FLOPs

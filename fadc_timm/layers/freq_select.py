@@ -8,8 +8,7 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import low_pass
-from ..ops.case import match_layout
+from ..ops import mix_bands
 
 __all__ = ['FreqSelect']
 
@@ -77,23 +76,7 @@ class FreqSelect(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
-        b, c, h, w = x.shape
-        lows = low_pass(x, list(self.bands))
-        maps = self.band_weights(x).to(lows[0].dtype)
-        full = x.to(lows[0].dtype)
-        # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
-        y = self._weigh(full, maps[:, 0])
-        for i, low in enumerate(lows):
-            last = i + 1 == self.num_maps
-            y = y + self._weigh(low, (1 - maps[:, i]) if last else (maps[:, i + 1] - maps[:, i]))
-        return match_layout(y.to(x.dtype), x)
-
-    def _weigh(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (B, C, H, W) times weight (B, S, H, W), a map for each of S groups of channels."""
-        if self.spatial_group == 1:
-            return x * weight
-        b, c, h, w = x.shape
-        return (x.reshape(b, self.spatial_group, -1, h, w) * weight[:, :, None]).reshape(b, c, h, w)
+        return mix_bands(x, self.band_weights(x), list(self.bands))
 
     def extra_repr(self) -> str:
         return f'bands={self.bands}, lowfreq_att={self.lowfreq_att}, spatial_group={self.spatial_group}'

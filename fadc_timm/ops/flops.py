@@ -9,7 +9,8 @@ import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _depthwise  # noqa: F401  registers torch.ops.fadc_timm
+from . import _sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
+from .band_mix import multiply_adds
 
 __all__ = ['fvcore_handlers']
 
@@ -31,15 +32,27 @@ def _deform_conv2d_backward(grad_shape, x_shape, weight_shape, *args, out_shape=
     return 4 * _prod(grad_shape) * _prod(weight_shape[1:])
 
 
-@register_flop_formula(torch.ops.fadc_timm.depthwise_gather)
-def _depthwise_gather(table_shape, index_shape, weight_shape, kernel_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _prod(out_shape) * kernel_shape[1]
+@register_flop_formula(torch.ops.fadc_timm.sampled_conv2d)
+def _sampled_conv2d(x_shape, dilation_shape, mask_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _prod(out_shape[0]) * _prod(weight_shape[2:])
 
 
-@register_flop_formula(torch.ops.fadc_timm.depthwise_gather_backward)
-def _depthwise_gather_backward(
-        grad_shape, table_shape, index_shape, weight_shape, kernel_shape, *args, out_shape=None, **kwargs) -> int:
-    return 4 * _prod(grad_shape) * kernel_shape[1]
+@register_flop_formula(torch.ops.fadc_timm.sampled_conv2d_backward)
+def _sampled_conv2d_backward(
+        grad_shape, total_shape, x_shape, dilation_shape, mask_shape, weight_shape, *args, out_shape=None,
+        **kwargs) -> int:
+    return 4 * _prod(grad_shape) * _prod(weight_shape[2:])
+
+
+@register_flop_formula(torch.ops.fadc_timm.mix_low_passes)
+def _mix_low_passes(x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
+    return 2 * multiply_adds(x_shape, factors)
+
+
+@register_flop_formula(torch.ops.fadc_timm.mix_low_passes_backward)
+def _mix_low_passes_backward(
+        grad_shape, x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
+    return 4 * multiply_adds(x_shape, factors)
 
 
 def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
@@ -52,5 +65,6 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
 
     return {
         'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
-        'fadc_timm::depthwise_gather': lambda i, o: _prod(shape(o[0])) * shape(i[3])[1],
+        'fadc_timm::sampled_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[3])[2:]),
+        'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), i[2].toIValue()),
     }

@@ -4,7 +4,8 @@ The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an 
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
 masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with a projection of each axis.
 """
-from typing import List, Optional
+from contextlib import nullcontext
+from typing import ContextManager, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ def _round_half_even(a: int, f: int) -> int:
     return q - is_half * (q % 2)
 
 
+def edges(n: int, f: int) -> Tuple[int, int]:
+    """The filter at 1/f of Nyquist keeps the frequencies low <= k < high of an axis of n points; maybe none."""
+    return _round_half_even(n * (f - 1), f) - n // 2, _round_half_even(n * (f + 1), f) - n // 2
+
+
 def _keep(n: int, f: int, count: int, sign: int, device: torch.device) -> Tensor:
     """Which of the frequencies sign*0, sign*1 ... sign*(count - 1) of an axis of n points pass: bool (count,)."""
-    low, high = _round_half_even(n * (f - 1), f) - n // 2, _round_half_even(n * (f + 1), f) - n // 2
+    low, high = edges(n, f)
     # a frequency and the same one a period away, as the shifted axis runs from -(n//2) to n - n//2 - 1
     k = torch.arange(count, device=device) * sign
     return ((k >= low) & (k < high)) | ((k - sign * n >= low) & (k - sign * n < high))
@@ -71,20 +77,29 @@ def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
 
 
+def is_exporting() -> bool:
+    """Whether a graph is being made for other runtimes, which know neither our operators nor every FFT."""
+    # torch has is_exporting from 2.7 on
+    exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+    return torch.onnx.is_in_onnx_export() or exporting()
+
+
+def without_autocast(x: Tensor) -> ContextManager[None]:
+    """A context in which the products of x are taken in its own precision."""
+    device_type = x.device.type
+    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
     if form is None:
-        # torch has is_exporting from 2.7 on
-        exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
         # the size comes last, as an exported graph may not depend on it
-        by_matmul = torch.onnx.is_in_onnx_export() or exporting() or max(x.shape[-2:]) <= _MATMUL_SIDE
-        form = 'matmul' if by_matmul else 'fft'
+        form = 'matmul' if is_exporting() or max(x.shape[-2:]) <= _MATMUL_SIDE else 'fft'
     if form not in _FORMS:
         raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
-    device_type = x.device.type
-    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
-        return _FORMS[form](x, factors)
-    with torch.autocast(device_type, enabled=False):  # which would take the products in half precision
+    with without_autocast(x):
         return _FORMS[form](x, factors)
 
 

@@ -1,0 +1,287 @@
+"""Mixing of frequency bands: a map plus its low-passes, each under a weight of its own at every position.
+
+A low-pass at 1/f of Nyquist keeps few frequencies, and those of a lower filter are among those of a higher one. So one
+analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters; and the last
+step of the synthesis, along the rows, takes the weights in with it, so that no low-pass is ever written out.
+"""
+from functools import lru_cache
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .case import accumulation_dtype, match_layout
+from .low_pass import edges, is_exporting, low_pass, without_autocast
+
+__all__ = ['mix_bands']
+
+# Bytes of the map in a tile; see _sampled_conv.py.
+_TILE_BYTES = 2 * 2 ** 20
+
+
+class _Axis(NamedTuple):
+    """The filters along one axis of n points, in real frequencies: 1, cos 1, sin 1, cos 2, sin 2, ...
+
+    analysis: (J, n), onto the frequencies of the widest filter.
+    synthesis: (n, J_f) for each filter, which keeps the first J_f.
+    one_sided: For each filter the frequency k of which it keeps only one of +k and -k, and the sign of that; or 0.
+    """
+    analysis: Tensor
+    synthesis: List[Tensor]
+    one_sided: List[Tuple[int, int]]
+
+
+@lru_cache(maxsize=256)
+def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
+    ends = [edges(n, f) for f in factors]
+    # one at least, with nothing in it where the filter is empty
+    counts = [2 * max(-low, high - 1, 0) + 1 for low, high in ends]
+    j = torch.arange(max(counts), device=device)
+    frequency = (j + 1) // 2
+    angle = (torch.arange(n, device=device)[:, None] * frequency % n).double() * (2 * torch.pi / n)
+    basis = torch.where((j % 2 == 0) & (j > 0), torch.sin(angle), torch.cos(angle))
+    synthesis, one_sided = [], []
+    for (low, high), count in zip(ends, counts):
+        k = frequency[:count]
+        kept = ((k >= low) & (k < high)).double() + ((-k >= low) & (-k < high) & (k > 0)).double()
+        synthesis.append((basis[:, :count] * (kept / n)).to(dtype))
+        one_sided.append((max(-low, high - 1), low + high - 1) if high > low else (0, 0))
+    return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
+
+
+class _Plan:
+    """What both passes share: the filters of a call, and the tiles to work in."""
+
+    def __init__(self, x: Tensor, factors: List[int]) -> None:
+        self.b, self.c, self.h, self.w = x.shape
+        # on small maps filters coincide: those of equal edges are one, and this one's place is what each factor has
+        passed = [(edges(self.h, f), edges(self.w, f)) for f in factors]
+        self.place = [passed.index(p) for p in passed]
+        distinct = sorted(set(self.place))
+        self.place = [distinct.index(p) for p in self.place]
+        self.filters = range(len(distinct))
+        kept = tuple(factors[i] for i in distinct)
+        self.rows = _axis(self.h, kept, x.dtype, x.device)
+        self.cols = _axis(self.w, kept, x.dtype, x.device)
+        self.row_bytes = self.w * self.c * x.element_size()
+        # where each filter's columns lie, side by side
+        widths = [s.shape[1] for s in self.cols.synthesis]
+        self.columns = [slice(sum(widths[:i]), sum(widths[:i + 1])) for i in self.filters]
+
+    def samples(self) -> Iterator[slice]:
+        step = max(1, _TILE_BYTES // (self.h * self.row_bytes))
+        return (slice(i, min(i + step, self.b)) for i in range(0, self.b, step))
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of a tile: all of them, but where a sample is larger than a tile."""
+        step = max(1, min(self.h, _TILE_BYTES // self.row_bytes))
+        return (slice(i, min(i + step, self.h)) for i in range(0, self.h, step))
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """x (b, H, W, C) to coefficients (b, J, J', C)."""
+        b, across, down = x.shape[0], self.cols.analysis, self.rows.analysis
+        out = x.new_zeros(b, down.shape[0], across.shape[0] * self.c)
+        for rows in self.blocks():
+            part = x[:, rows]
+            n = part.shape[1]
+            part = _product(across, part.reshape(b * n, self.w, self.c)).view(b, n, -1)
+            out.baddbmm_(down[:, rows].expand(b, -1, -1), part)
+        return out.view(b, down.shape[0], across.shape[0], self.c)
+
+    def couple(self, coefficients: Tensor, i: int) -> Tensor:
+        """The coefficients that filter i keeps, (b, J_i, J'_i, C). The adjoint is the same on these.
+
+        Of a pair of one-sided frequencies only two of the four products of exponentials pass: cos cos and sin sin come
+        together, and cos sin and sin cos, each with the sign of the sides.
+        """
+        n, m = self.rows.synthesis[i].shape[1], self.cols.synthesis[i].shape[1]
+        kept = coefficients[:, :n, :m]
+        (k, side), (k2, side2) = self.rows.one_sided[i], self.cols.one_sided[i]
+        if side * side2 == 0:
+            return kept
+        sign = torch.tensor([[-1, 1], [1, -1]], dtype=kept.dtype, device=kept.device) * (side * side2)
+        pair, pair2 = slice(2 * k - 1, 2 * k + 1), slice(2 * k2 - 1, 2 * k2 + 1)
+        kept = kept.clone()
+        kept[:, pair, pair2] += coefficients[:, pair, pair2].flip(1, 2) * sign[:, :, None]
+        return kept
+
+    def synthesise_columns(self, kept: List[Tensor], rows: slice) -> Tensor:
+        """Coefficients of all filters to rows of the map, still in frequencies along these: (b*n, sum of J'_i, C)."""
+        b = kept[0].shape[0]
+        parts = [_product(s[rows], k.reshape(b, k.shape[1], -1)).view(-1, k.shape[2], self.c)
+                 for s, k in zip(self.rows.synthesis, kept)]
+        return torch.cat(parts, dim=1)
+
+    def weighted_synthesis(self, steps: Tensor) -> Tensor:
+        """Weights (b, n, W, 1 + M) on the synthesis along rows, all filters side by side: (b*n, W, sum of J'_i)."""
+        parts = []
+        for i, synthesis in enumerate(self.cols.synthesis):
+            of = [j + 1 for j, place in enumerate(self.place) if place == i]
+            step = steps[..., of[0]:of[0] + 1] if len(of) == 1 else steps[..., of].sum(-1, keepdim=True)
+            parts.append(step * synthesis)
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+
+def multiply_adds(shape: Sequence[int], factors: List[int]) -> int:
+    """Of the matrix products of :func:`mix_low_passes` on a map (B, C, H, W); its gradient takes twice as many."""
+    plan = _Plan(torch.empty(tuple(shape), device='meta'), factors)
+    pairs = [(s.shape[1], t.shape[1]) for s, t in zip(plan.rows.synthesis, plan.cols.synthesis)]
+    down, across = len(plan.rows.analysis), len(plan.cols.analysis)
+    analysis = plan.h * across * plan.w + down * plan.h * across
+    synthesis = sum(plan.h * n * m + plan.h * plan.w * m for n, m in pairs)
+    return plan.b * plan.c * (analysis + synthesis)
+
+
+def _product(a: Tensor, x: Tensor) -> Tensor:
+    """a (n, m) times each of x (b, m, C)."""
+    return torch.bmm(a.expand(x.shape[0], -1, -1), x)
+
+
+@torch.library.custom_op('fadc_timm::mix_low_passes', mutates_args=())
+def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    """steps_0 * x + sum of steps_i * low_pass(x, factors_i).
+
+    Args:
+        x: Map (B, C, H, W), float32 or float64, best channels_last; another layout costs one copy.
+        steps: (B, 1 + M, H, W) for M factors.
+        factors: Filters at 1/f of Nyquist.
+
+    Returns:
+        (B, C, H, W), channels_last.
+    """
+    plan = _Plan(x, factors)
+    x, steps = x.permute(0, 2, 3, 1).contiguous(), steps.permute(0, 2, 3, 1).contiguous()
+    out = torch.empty_like(x)
+    for samples in plan.samples() if x.numel() else ():
+        coefficients = plan.analyse(x[samples])
+        kept = [plan.couple(coefficients, i) for i in plan.filters]
+        for rows in plan.blocks():
+            part, step = x[samples, rows], steps[samples, rows]
+            direct = (part * step[..., :1]).flatten(0, 1)
+            columns = plan.synthesise_columns(kept, rows)
+            out[samples, rows] = direct.baddbmm_(plan.weighted_synthesis(step), columns).view(part.shape)
+    return out.permute(0, 3, 1, 2)
+
+
+@mix_low_passes.register_fake
+def _(x, steps, factors):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op('fadc_timm::mix_low_passes_backward', mutates_args=())
+def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
+    """Gradients of :func:`mix_low_passes` for x and steps. The low-passes are self-adjoint."""
+    plan = _Plan(x, factors)
+    grad, x, steps = (t.permute(0, 2, 3, 1).contiguous() for t in (grad, x, steps))
+    grad_x, grad_steps = torch.empty_like(x), torch.zeros_like(steps)
+    for samples in plan.samples() if x.numel() else ():
+        coefficients = plan.analyse(x[samples])
+        kept = [plan.couple(coefficients, i) for i in plan.filters]
+        grad_kept = [torch.zeros_like(k).flatten(2) for k in kept]
+        for rows in plan.blocks():
+            g = grad[samples, rows]
+            grad_steps[samples, rows, :, 0] = torch.linalg.vecdot(g, x[samples, rows])
+            products = torch.bmm(g.flatten(0, 1), plan.synthesise_columns(kept, rows).transpose(1, 2))
+            products = products.view(*g.shape[:3], -1)
+            weighted = plan.weighted_synthesis(steps[samples, rows])
+            frequencies = torch.bmm(weighted.transpose(1, 2), g.flatten(0, 1)).view(*g.shape[:2], -1, plan.c)
+            for j, i in enumerate(plan.place):
+                grad_steps[samples, rows, :, j + 1] = (
+                    products[..., plan.columns[i]] * plan.cols.synthesis[i]).sum(-1)
+            for i, columns in enumerate(plan.columns):
+                down = plan.rows.synthesis[i][rows].t()
+                grad_kept[i].baddbmm_(down.expand(g.shape[0], -1, -1), frequencies[:, :, columns].flatten(2))
+        total = torch.zeros_like(coefficients)
+        for i, k in enumerate(kept):
+            total[:, :k.shape[1], :k.shape[2]] += plan.couple(grad_kept[i].view(k.shape), i)
+        for rows in plan.blocks():
+            part = _product(plan.rows.analysis[:, rows].t(), total.flatten(2))
+            part = part.reshape(-1, total.shape[2], plan.c)
+            g = grad[samples, rows]
+            direct = (g * steps[samples, rows, :, :1]).flatten(0, 1)
+            back = plan.cols.analysis.t().expand(direct.shape[0], -1, -1)
+            grad_x[samples, rows] = direct.baddbmm_(back, part).view(g.shape)
+    return grad_x.permute(0, 3, 1, 2), grad_steps.permute(0, 3, 1, 2).contiguous()
+
+
+@mix_low_passes_backward.register_fake
+def _(grad, x, steps, factors):
+    return torch.empty_like(x, memory_format=torch.channels_last), steps.new_empty(steps.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, steps, ctx.factors = inputs
+    ctx.save_for_backward(x, steps)
+
+
+def _backward(ctx, grad: Tensor):
+    return *mix_low_passes_backward(grad, *ctx.saved_tensors, ctx.factors), None
+
+
+mix_low_passes.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _by_groups(x: Tensor, groups: int) -> Tensor:
+    """x (B, S*C, H, W) as (B*S, C, H, W): each group of channels a sample of its own."""
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def _fused(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    groups = steps.shape[2]
+    if groups == 1:
+        return mix_low_passes(x, steps[:, :, 0], factors)
+    y = mix_low_passes(_by_groups(x, groups), steps.transpose(1, 2).flatten(0, 1), factors)
+    return y.unflatten(0, (-1, groups)).flatten(1, 2)
+
+
+def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    b, c, h, w = x.shape
+    groups = steps.shape[2]
+    y = x.reshape(b, groups, c // groups, h, w) * steps[:, 0, :, None]
+    for i, low in enumerate(low_pass(x, factors)):
+        y = y + low.reshape(b, groups, c // groups, h, w) * steps[:, i + 1, :, None]
+    return y.reshape(b, c, h, w)
+
+
+@torch.jit.unused
+def _eager(x: Tensor, steps: Tensor, factors: List[int], form: Optional[str]) -> Tensor:
+    if form is None:
+        form = 'written_out' if is_exporting() else 'fused'
+    if form not in _FORMS:
+        raise ValueError(f'There is no form {form!r} of the band mix, the forms are {", ".join(_FORMS)}.')
+    with without_autocast(x):
+        return _FORMS[form](x, steps, factors)
+
+
+_FORMS = {'fused': _fused, 'written_out': _written_out}
+
+
+def mix_bands(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str] = None) -> Tensor:
+    """Split a map at 1/f of the Nyquist frequency for each factor, weigh each band at every position, and add up.
+
+    FADC paper, section 3 (FreqSelect).
+
+    Args:
+        x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
+        weights: (B, M, S, H, W): M bands from high to low frequency, S groups of channels. There is one band more than
+            factors; without weights for the last, the lowest, it passes unweighted.
+        factors: Where the spectrum is split, f >= 1, from high to low.
+        form: 'fused', 'written_out' (in operators that every runtime has), or None: written out while exporting, else
+            fused.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of x.
+
+    Raises:
+        ValueError: There is no such form.
+    """
+    exact = x.to(accumulation_dtype(x.dtype)) if not torch.jit.is_scripting() else (
+        x.float() if x.dtype != torch.float64 else x)
+    weights = weights.to(exact.dtype)
+    if weights.shape[1] == len(factors):
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
+    # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
+    steps = torch.cat([weights[:, :1], weights[:, 1:] - weights[:, :-1]], dim=1)
+    if torch.jit.is_scripting():
+        return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
+    return match_layout(_eager(exact, steps, factors, form).to(x.dtype), x)
