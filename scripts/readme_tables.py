@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List
 
+import _speed_tables
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
@@ -41,7 +42,7 @@ def zoo() -> str:
     return _table(['model', 'base', 'M params', "base's", 'GMACs', "base's", 'input', 'tags with weights'], rows)
 
 
-TABLES: Dict[str, Callable[[], str]] = {'zoo': zoo}
+TABLES: Dict[str, Callable[[], str]] = {'speed': _speed_tables.speed, 'operator': _speed_tables.operator, 'zoo': zoo}
 
 
 def main() -> int:

@@ -1,0 +1,188 @@
+"""What the benchmarks measure: a plain network, its FADC network off the identity, and steps of either."""
+import contextlib
+import copy
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from _today import make_today
+from torch import Tensor, nn
+
+from fadc_timm import FADConv2d
+
+__all__ = ['AMP_DTYPES', 'FORMATS', 'Setting', 'leave_identity', 'make_models', 'make_step', 'place', 'training_state']
+
+Step = Callable[[], Any]
+
+AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
+FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+class Setting(NamedTuple):
+    """How a step runs: on which device, under autocast to which dtype ('' for none), through inductor or eager."""
+    device: str = 'cpu'
+    amp: str = ''
+    compile: bool = False
+
+    def autocast(self) -> Any:
+        if not self.amp:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=AMP_DTYPES[self.amp])
+
+
+def _draw(conv: nn.Conv2d, x: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Random parameters with which the output for x (B, C, H, W) has a mean and a spread over positions, each (O,)."""
+    assert conv.bias is not None
+    nn.init.normal_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    y = conv(x)
+    # on a map of few pixels the spread may be small by chance
+    scale = std / torch.maximum(y.std(dim=(0, 2, 3), unbiased=False), 0.1 * y.abs().mean(dim=(0, 2, 3)) + 1e-6)
+    conv.weight *= scale[:, None, None, None]
+    conv.bias.copy_(mean - scale * y.mean(dim=(0, 2, 3)))
+
+
+def _leave_identity(layer: FADConv2d, x: Tensor) -> None:
+    """Random FADC parameters, of a size that fits the layer's input x (B, C, H, W)."""
+    if layer.freq_select is not None:
+        conv = layer.freq_select.conv
+        n = torch.ones(conv.out_channels)
+        _draw(conv, x, 0.3 * torch.randn_like(n), n)
+        x = layer.freq_select(x)
+    if layer.ada_kern is not None:
+        kern, norm = layer.ada_kern, layer.ada_kern.norm
+        kern.reset_parameters()
+        pooled = kern.fc(x.mean(dim=(2, 3), keepdim=True))
+        assert norm.running_mean is not None and norm.running_var is not None
+        rms = float(pooled.square().mean().sqrt()) + 1e-6
+        nn.init.normal_(norm.running_mean, std=0.1 * rms)
+        nn.init.uniform_(norm.running_var, 0.5 * rms ** 2, 1.5 * rms ** 2)
+        nn.init.normal_(norm.weight, 1., 0.1)
+        nn.init.normal_(norm.bias, std=0.1)
+        for head in (kern.in_gain, kern.out_gain):
+            if head is not None:
+                assert head.bias is not None
+                nn.init.normal_(head.weight, std=head.weight[0].numel() ** -0.5)
+                nn.init.normal_(head.bias, std=0.3)
+    if layer.ada_dr is not None:
+        dr = layer.ada_dr
+        conv, g, d = dr.conv, dr.dilation_groups, dr.dilation
+        mean, std = 0.3 * torch.randn(conv.out_channels), torch.ones(conv.out_channels)
+        mean[:g], std[:g] = (d - 0.5) / d, 0.6 / d  # of the dilation before its activation: d + 0.5, and 0.6 pixels
+        _draw(conv, x, mean, std)
+        if dr.mask_dw is not None and dr.mask_pw is not None:
+            dr.mask_dw.reset_parameters()
+            n = torch.ones(dr.mask_pw.out_channels)
+            _draw(dr.mask_pw, dr.mask_dw(x), 0.3 * torch.randn_like(n), n)
+
+
+@torch.no_grad()
+def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
+    """Move every FADC parameter of a network, or of a layer, off the identity, modestly, as after training.
+
+    Dilations then vary over the positions, between about d - 0.5 (where the activation admits it) and d + 2 pixels;
+    gains, masks and band weights lie around one, most of them between 0.5 and 1.5. The parameters are drawn layer by
+    layer, in the order of running, to fit the layer's input for a random image.
+
+    Args:
+        model: On the CPU, in float32. Weights and biases of its convolutions stay.
+        seed: Of the parameters and of the image.
+        size: Side of the image, or of a layer's input, in pixels.
+    """
+    def before(layer: nn.Module, args: Any) -> None:
+        assert isinstance(layer, FADConv2d)
+        _leave_identity(layer, args[0])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+        x = torch.randn(2, channels, size, size)
+        training = model.training
+        handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, FADConv2d)]
+        try:
+            model.eval()(x)
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]:
+    """The networks by variant: 'plain', 'today' and 'fadc', with the same weights where they have the same.
+
+    Branches that timm starts at zero (the last norms of residual blocks, layer scale) are started at 0.3, so that
+    activations and gradients are those of a network in training.
+
+    Args:
+        name: An architecture `<base>_fadc`.
+        variants: Which of the three.
+        seed: Of all weights.
+    """
+    if not name.endswith('_fadc'):
+        raise ValueError(f'The model must be a <base>_fadc, got {name!r}.')
+    torch.manual_seed(seed)
+    plain = timm.create_model(name.removesuffix('_fadc'))
+    for key, p in plain.named_parameters():
+        if (p == 0).all() and key.endswith('weight') or key.endswith('.gamma'):
+            p.fill_(0.3)
+    models = {'plain': plain}
+    if set(variants) - {'plain'}:
+        fadc = timm.create_model(name, num_classes=plain.num_classes)
+        unexpected = fadc.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f'{name} lacks parameters of its base: {", ".join(unexpected)}.')
+        leave_identity(fadc, seed)
+        models['fadc'] = fadc
+        if 'today' in variants:
+            models['today'] = make_today(fadc)
+    return {v: models[v] for v in variants}
+
+
+def place(model: nn.Module, x: Tensor, device: str, memory_format: str) -> Tuple[nn.Module, Tensor]:
+    """A copy of a network, and a batch x (B, 3, H, W), on a device in a memory format of `FORMATS`."""
+    layout = FORMATS[memory_format]
+    return copy.deepcopy(model).to(device).to(memory_format=layout), x.to(device).to(memory_format=layout)
+
+
+def training_state(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the training steps: SGD with momentum, at a rate that changes the weights next to nothing."""
+    return torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+
+
+def make_step(
+        model: nn.Module,
+        x: Tensor,
+        what: str,
+        setting: Setting,
+        optimizer: Optional[torch.optim.Optimizer] = None,
+) -> Step:
+    """One inference, or one training step (forward, loss, backward, SGD), as a callable.
+
+    Args:
+        model: In the memory format and on the device of x; it is set to the mode of the step.
+        x: Images (B, 3, H, W).
+        what: 'inference' or 'train'.
+        setting: How it runs; under float16 the loss is not scaled, which takes no time.
+        optimizer: Of a training step, None for :func:`training_state`.
+    """
+    model.train(what == 'train')
+    run = torch.compile(model, dynamic=False) if setting.compile else model
+    if what == 'inference':
+        def infer() -> Tensor:
+            with torch.inference_mode(), setting.autocast():
+                return run(x)
+        return infer
+
+    state = training_state(model) if optimizer is None else optimizer
+    labels = torch.arange(x.shape[0], device=x.device)
+
+    def train() -> Tensor:
+        state.zero_grad(set_to_none=True)
+        with setting.autocast():
+            loss = F.cross_entropy(run(x), labels)
+        loss.backward()
+        state.step()
+        return loss.detach()
+    return train

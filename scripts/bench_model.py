@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Time and memory of FADC networks against their plain base, in the same run on the same machine.
+
+    python scripts/bench_model.py                                                  # every case of the table
+    python scripts/bench_model.py --model resnet50_fadc --what inference train     # some of them
+    python scripts/bench_model.py --model resnet50d_fadc --batch 8 --size 288      # another case
+    python scripts/bench_model.py --device cuda --amp float16 --channels-last      # the table for GPUs
+    python scripts/bench_model.py --check                                          # fail where a ratio was lost
+
+Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (scripts/_today.py); `fadc`,
+this package. FADC parameters are off the identity, and before a case is timed, `today` and `fadc` must agree. What:
+
+* inference: a batch, in milliseconds;
+* train: forward, loss, backward and a step of SGD;
+* inference/eager, train/eager: the compiled FADC network, its ratio is that to itself without compiling;
+* memory: the largest number of megabytes of tensors during a training step;
+* per-pixel: the time of a pixel at one size over that at 224, its ratio is the growth over that of the plain network;
+* import: `import timm` and `import fadc_timm` in new processes, the ratio is the *difference in seconds*.
+
+Rows go to scripts/results/bench_model.csv, each in place of the one with its case, quantity, variant, device, dtype and
+compile; `python scripts/readme_tables.py` brings them into the README.
+"""
+import argparse
+import copy
+import functools
+import subprocess
+import sys
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from _bench import Clock, add_options, formats_to_try, interleave, peak_memory, pick_format, run_jobs
+from _rows import RESULTS, Row, Samples, environment, make_rows
+from _subjects import Setting, Step, make_models, make_step, place, training_state
+from torch import Tensor, nn
+
+OUTPUT = RESULTS / 'bench_model.csv'
+VARIANTS = ('plain', 'today', 'fadc')
+WHAT = ('inference', 'train', 'memory', 'per-pixel', 'import')
+SMALL = 224  # side that per-pixel compares with
+
+
+class Case(NamedTuple):
+    """A row of the table: largest ratio of `fadc`, and for a compiled network the largest ratio to itself eager."""
+    model: str
+    what: str
+    batch: int = 1
+    size: int = SMALL
+    target: Optional[float] = None
+    compile: bool = False
+    eager_target: Optional[float] = None
+
+    @property
+    def name(self) -> str:
+        if self.what == 'import':
+            return 'fadc_timm beyond timm'
+        against = f' against {SMALL}' if self.what == 'per-pixel' else ''
+        return f'{self.model} {self.batch}x{self.size}{against}'
+
+
+# Targets are for two cores and float32.
+CASES = (
+    Case('resnet50_fadc', 'inference', 4, 224, 1.2),
+    Case('resnet50_fadc', 'inference', 1, 224, 1.3),
+    Case('resnet50_fadc', 'inference', 1, 512, 1.3),
+    Case('resnet50_fadc', 'train', 4, 224, 1.35),
+    Case('resnet18_fadc', 'inference', 4, 224, 1.3),
+    Case('resnet101_fadc', 'inference', 4, 224, 1.3),
+    Case('resnext50_32x4d_fadc', 'inference', 4, 224, 1.3),
+    Case('convnext_tiny_fadc', 'inference', 4, 224, 1.8),
+    Case('convnext_tiny_fadc', 'train', 2, 224, 2.2),
+    Case('resnet50_fadc', 'memory', 4, 224, 1.5),
+    Case('resnet50_fadc', 'per-pixel', 1, 1024, 1.1),
+    Case('resnet50_fadc', 'inference', 4, 224, 1.3, compile=True, eager_target=1.),
+    Case('resnet50_fadc', 'train', 4, 224, 1.3, compile=True, eager_target=1.),
+    Case('convnext_tiny_fadc', 'inference', 4, 224, 1.6, compile=True),
+    Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile=True),
+    Case('', 'import', target=0.1),
+)
+CUDA_CASES = tuple(
+    Case(model, what, batch, size)
+    for model in ('resnet50_fadc', 'convnext_tiny_fadc')
+    for what, batch, size in (
+        ('inference', 64, 224), ('inference', 16, 512), ('train', 64, 224), ('train', 16, 512), ('memory', 64, 224)))
+
+
+def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
+    """Raise unless today's way and ours compute the same, and something finite."""
+    outputs = {}
+    with torch.inference_mode():
+        for variant, model in models.items():
+            outputs[variant] = copy.deepcopy(model).to(device).eval()(x.to(device))
+            if not outputs[variant].isfinite().all():
+                raise RuntimeError(f'{variant}: the output is not finite, its time would mean nothing.')
+    if 'today' in outputs and 'fadc' in outputs:
+        error = float((outputs['today'] - outputs['fadc']).abs().max() / outputs['today'].abs().max())
+        limit = 1e-3 if device == 'cpu' else 2e-2  # with TF32
+        if error > limit:
+            raise RuntimeError(f"today's way and fadc differ by {error:.1e} of the largest logit, over {limit:.0e}.")
+
+
+def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+    """inference, train."""
+    models = make_models(case.model, args.variants)
+    x = torch.randn(case.batch, 3, case.size, case.size)
+    check_same(models, x, setting.device)
+    torch.compiler.reset()
+    clock = Clock(setting.device)
+    formats: Dict[str, str] = {}
+    steps: Dict[str, Step] = {}
+
+    def add(name: str, model: nn.Module, setting: Setting) -> None:
+        def make(memory_format: str, compile: bool = False) -> Step:
+            return make_step(
+                *place(model, x, setting.device, memory_format), case.what, setting._replace(compile=compile))
+
+        # the format is chosen without compiling, which takes minutes for each
+        formats[name], steps[name] = pick_format(make, clock, formats_to_try(args.memory_format))
+        if setting.compile:
+            steps[name] = make(formats[name], compile=True)
+            clock(steps[name], 3)
+
+    for variant, model in models.items():
+        add(variant, model, setting)
+    eager = case.compile and 'fadc' in models
+    if eager:
+        add('fadc eager', models['fadc'], setting._replace(compile=False))
+    samples = interleave(steps, clock, args.repeats, args.max_time)
+    env = environment(setting)
+    target = {} if case.target is None else {'fadc': case.target}
+    rows = make_rows(case.name, case.what, {v: samples[v] for v in models}, formats, env, target)
+    if eager:
+        target = {} if case.eager_target is None else {'fadc': case.eager_target}
+        rows += make_rows(
+            case.name, f'{case.what}/eager', {v: samples[v] for v in ('fadc eager', 'fadc')}, formats, env, target)
+    return rows
+
+
+def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+    models = make_models(case.model, args.variants)
+    clock = Clock(setting.device)
+    formats: Dict[str, str] = {}
+    steps: Dict[str, Step] = {}
+    for size in (SMALL, case.size):
+        x = torch.randn(case.batch, 3, size, size)
+        check_same(models, x, setting.device)
+        for variant, model in models.items():
+            def make(memory_format: str, model: nn.Module = model, x: Tensor = x) -> Step:
+                return make_step(*place(model, x, setting.device, memory_format), 'inference', setting)
+
+            formats[f'{variant} {size}'], steps[f'{variant} {size}'] = pick_format(
+                make, clock, formats_to_try(args.memory_format))
+    times = interleave(steps, clock, args.repeats, args.max_time)
+    pixels = (case.size / SMALL) ** 2
+    samples: Samples = {}
+    for v in models:
+        small, big = f'{v} {SMALL}', f'{v} {case.size}'
+        samples[v] = [b / a / pixels for a, b in zip(times[small], times[big])]
+        formats[v] = ' and '.join(sorted({formats[small], formats[big]}))
+    target = {} if case.target is None else {'fadc': case.target}
+    return make_rows(case.name, case.what, samples, formats, environment(setting), target, unit='x')
+
+
+def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+    x = torch.randn(case.batch, 3, case.size, case.size)
+    samples: Samples = {}
+    formats: Dict[str, str] = {}
+    for variant, source in make_models(case.model, args.variants).items():
+        for memory_format in formats_to_try(args.memory_format):
+            model, images = place(source, x, setting.device, memory_format)
+            optimizer = training_state(model)
+            step = make_step(model, images, 'train', setting, optimizer)
+            for _ in range(2):
+                step()
+            optimizer.zero_grad(set_to_none=True)
+            state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *state, images))
+            peak = peak_memory(step, held, setting.device)
+            if variant not in samples or peak < samples[variant][0]:
+                samples[variant], formats[variant] = [peak], memory_format
+    target = {} if case.target is None else {'fadc': case.target}
+    return make_rows(case.name, case.what, samples, formats, environment(setting), target, unit='MB')
+
+
+def measure_import(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+    code = ('import time; t0 = time.perf_counter(); import timm; t1 = time.perf_counter(); import fadc_timm; '
+            'print(t1 - t0, time.perf_counter() - t0)')
+    samples: Samples = {'plain': [], 'fadc': []}
+    for i in range(args.repeats + 1):
+        out = subprocess.run(
+            [sys.executable, '-c', code], cwd=RESULTS.parents[1], capture_output=True, text=True, check=True).stdout
+        if i:  # the first fills the disk cache
+            for values, seconds in zip(samples.values(), out.split()):
+                values.append(float(seconds) * 1e3)
+    target = {} if case.target is None else {'fadc': case.target}
+    return make_rows(case.name, case.what, samples, {}, environment(setting), target,
+                     compare=lambda value, base: (value - base) / 1e3)
+
+
+MEASURE = {
+    'inference': measure_times, 'train': measure_times, 'memory': measure_memory, 'per-pixel': measure_per_pixel,
+    'import': measure_import}
+
+
+def measure(case: Case, args: argparse.Namespace) -> List[Row]:
+    setting = Setting(args.device, args.amp, case.compile)
+    if (args.device, args.amp) != ('cpu', ''):
+        case = case._replace(target=None, eager_target=None)
+    return MEASURE[case.what](case, args, setting)
+
+
+def select_cases(args: argparse.Namespace) -> List[Case]:
+    """The cases of the table that the options leave, or where there is --batch or --size those that they make."""
+    table = CUDA_CASES if args.device == 'cuda' else CASES
+    what = args.what or WHAT
+    if args.batch is None and args.size is None:
+        return [c for c in table if c.what in what and (not args.model or c.model in args.model)
+                and args.compile in (None, c.compile)]
+    known = {c._replace(target=None, eager_target=None): c for c in table}
+    cases = [Case(m, w, args.batch or 4, args.size or SMALL, compile=bool(args.compile))
+             for m in args.model or ['resnet50_fadc'] for w in args.what or ['inference']]
+    return [known.get(c, c) for c in cases]
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', nargs='+', help='<base>_fadc')
+    parser.add_argument('--what', nargs='+', choices=WHAT, help='quantities')
+    parser.add_argument('--batch', type=int, help='with --size: a case of your own (default: 4)')
+    parser.add_argument('--size', type=int, help='with --batch: a case of your own (default: 224)')
+    parser.add_argument(
+        '--compile', action=argparse.BooleanOptionalAction, help='through inductor; default: as in the table')
+    parser.add_argument(
+        '--variants', type=lambda s: tuple(s.split(',')), help="comma-separated, plain is always measured (default: "
+        f"{','.join(VARIANTS)}, with --check without today's)")
+    add_options(parser, repeats=15)
+    args = parser.parse_args(argv)
+    variants = args.variants or (('plain', 'fadc') if args.check else VARIANTS)
+    if set(variants) - set(VARIANTS):
+        parser.error(f'--variants are of {", ".join(VARIANTS)}, got {", ".join(variants)}')
+    args.variants = tuple(v for v in VARIANTS if v == 'plain' or v in variants)
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # a case has up to six compiled networks alive, and one that silently fell back to eager would be timed as compiled
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    cases = select_cases(args)
+    if not cases:
+        raise SystemExit('The table has no such case: give --batch and --size for one of your own.')
+    jobs = [(f'{c.name}, {c.what}', functools.partial(measure, c, args)) for c in cases]
+    return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

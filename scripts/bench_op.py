@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Time of the operator, of the layer and of its parts, on the shapes of three networks, against the plain convolution.
+
+    python scripts/bench_op.py [--shapes 'resnet50*'] [--device cuda] [--amp float16] [--check]
+
+Everything is compared with `F.conv2d` of the same shape. FADC parameters are off the identity, and the inputs of the
+operator are what such a layer makes: `op NAME` is the operator with gains and mask on each backend that can run the
+case (the oracle aside), `layer` is `FADConv2d`, `layer today` the same function as everyone runs it today
+(scripts/_today.py), `freq_select` is that module, `low_pass FORM` its filters. What: forward, or forward+backward with
+the gradients of the inputs and of the parameters. Rows go to scripts/results/bench_op.csv, as those of bench_model.py.
+"""
+import argparse
+import fnmatch
+import functools
+import sys
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from _bench import Clock, add_options, formats_to_try, interleave, pick_format, run_jobs
+from _rows import RESULTS, Row, environment, make_rows
+from _subjects import Setting, Step, leave_identity, place
+from _today import make_today
+from torch import Tensor, nn
+
+from fadc_timm import FADConv2d
+from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, low_pass
+
+OUTPUT = RESULTS / 'bench_op.csv'
+FORMS = ('fft', 'matmul')
+WHAT = ('forward', 'forward+backward')
+
+
+class Shape(NamedTuple):
+    """A convolution of a network at 224x224: channels in and out, side of its input."""
+    net: str
+    channels: int
+    side: int
+    stride: int = 1
+    kernel_size: int = 3
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        return f'{self.net} {self.channels}@{self.side}' + (f' s{self.stride}' if self.stride > 1 else '')
+
+
+SHAPES = (
+    *(Shape('resnet50', c, n, s) for c, n, s in (
+        (128, 56, 2), (128, 28, 1), (256, 28, 2), (256, 14, 1), (512, 14, 2), (512, 7, 1))),
+    *(Shape('resnext50_32x4d', c, n, s, groups=32) for c, n, s in (
+        (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1), (1024, 14, 2), (1024, 7, 1))),
+    *(Shape('convnext_tiny', c, n, kernel_size=7, groups=c) for c, n in ((192, 28), (384, 14), (768, 7))),
+)
+
+Function = Callable[..., Union[Tensor, List[Tensor]]]
+Called = Tuple[Function, List[Optional[Tensor]]]  # a function, and what it is called with and differentiated for
+
+
+def make_layer(shape: Shape) -> FADConv2d:
+    """The layer in place of the convolution, off the identity."""
+    layer = FADConv2d(
+        shape.channels, shape.channels, shape.kernel_size, shape.stride, shape.kernel_size // 2, groups=shape.groups)
+    leave_identity(layer, size=shape.side)
+    return layer.eval()
+
+
+def runs(function: Function, tensors: List[Optional[Tensor]], setting: Setting) -> bool:
+    """Whether a backend can run the case."""
+    try:
+        with torch.no_grad(), setting.autocast():
+            function(*tensors)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) -> Dict[str, Called]:
+    """What is measured, by variant."""
+    torch.manual_seed(0)
+    layer, x = make_layer(shape), torch.randn(batch, shape.channels, shape.side, shape.side)
+    layer_today, _ = place(make_today(layer), x, setting.device, memory_format)
+    placed, x = place(layer, x, setting.device, memory_format)
+    assert isinstance(placed, FADConv2d)
+    layer, padding, stride = placed, shape.kernel_size // 2, shape.stride
+    fs, kern, dr = layer.freq_select, layer.ada_kern, layer.ada_dr
+    assert fs is not None and kern is not None and dr is not None
+    with torch.no_grad():
+        selected = fs(x)
+        maps = [selected, layer.weight, *dr(selected), layer.bias, *kern(selected)]
+
+    made: Dict[str, Called] = {
+        'plain': (lambda x, w, b: F.conv2d(x, w, b, stride, padding, 1, shape.groups), [x, layer.weight, layer.bias])}
+    for name in list_backends():
+        def operator(*t: Tensor, name: str = name) -> Tensor:
+            return adaptive_dilated_conv2d(
+                *t[:5], gains=(t[5], t[6], t[7], t[8]), stride=stride, padding=padding, groups=shape.groups,
+                backend=name)
+
+        if name != 'reference' and runs(operator, maps, setting):
+            made[f'op {name}'] = operator, maps
+    modules: Dict[str, nn.Module] = {'layer today': layer_today, 'layer': layer, 'freq_select': fs}
+    for name, module in modules.items():
+        # the module has its parameters, they are named to be differentiated for
+        made[name] = (lambda x, *_, module=module: module(x)), [x, *module.parameters()]
+    for form in FORMS:
+        made[f'low_pass {form}'] = functools.partial(low_pass, factors=list(fs.bands), form=form), [x]
+    return made
+
+
+def make_step(called: Called, what: str, setting: Setting) -> Step:
+    """One call, or one call and the gradients of all tensors."""
+    function, tensors = called
+    tensors = [t if t is None or isinstance(t, nn.Parameter) else t.detach().clone().requires_grad_() for t in tensors]
+
+    def forward() -> object:
+        with torch.inference_mode(), setting.autocast():
+            return function(*tensors)
+
+    def outputs() -> Tuple[Tensor, ...]:
+        with setting.autocast():
+            y = function(*tensors)
+        return (y,) if isinstance(y, Tensor) else tuple(y)
+
+    if what == 'forward':
+        return forward
+    inputs = [t for t in tensors if t is not None]
+    grads = [torch.randn_like(y) for y in outputs()]
+    return lambda: torch.autograd.grad(outputs(), inputs, grads)
+
+
+def measure(shape: Shape, what: str, args: argparse.Namespace) -> List[Row]:
+    setting = Setting(args.device, args.amp)
+    clock = Clock(setting.device)
+    made = {f: functions(shape, args.batch, setting, f) for f in formats_to_try(args.memory_format)}
+    formats: Dict[str, str] = {}
+    steps: Dict[str, Step] = {}
+    for variant in next(iter(made.values())):
+        def make(memory_format: str, variant: str = variant) -> Step:
+            return make_step(made[memory_format][variant], what, setting)
+
+        formats[variant], steps[variant] = pick_format(make, clock, list(made))
+    samples = interleave(steps, clock, args.repeats, args.max_time, min_sample=args.min_sample)
+    return make_rows(f'{shape.name} b{args.batch}', what, samples, formats, environment(setting))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shapes', nargs='+', default=['*'], help="name patterns, 'resnet50*' or '*@14'")
+    parser.add_argument('--what', nargs='+', default=WHAT, choices=WHAT)
+    parser.add_argument('--batch', type=int, default=4)
+    parser.add_argument(
+        '--min-sample', type=float, default=10., metavar='MS', help='shorter steps are repeated to this (default: 10)')
+    add_options(parser, repeats=11, max_time=5.)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shapes = [s for s in SHAPES if any(fnmatch.fnmatch(s.name, pattern) for pattern in args.shapes)]
+    if not shapes:
+        names = ', '.join(s.name for s in SHAPES)
+        raise SystemExit(f'No shape is called {" or ".join(args.shapes)}; the shapes are {names}.')
+    jobs = [(f'{s.name}, {what}', functools.partial(measure, s, what, args)) for s in shapes for what in args.what]
+    return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

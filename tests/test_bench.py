@@ -1,0 +1,364 @@
+"""The benchmark scripts: that today's way is our function, and what they make of numbers."""
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fadc_timm import FADConv2d
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import _bench  # noqa: E402
+import _rows  # noqa: E402
+import _speed_tables  # noqa: E402
+import _subjects  # noqa: E402
+import _today  # noqa: E402
+import bench_model  # noqa: E402
+import bench_op  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+MODEL = 'test_resnet_fadc'
+LAYERS = (
+    dict(),
+    dict(stride=2),
+    dict(groups=4),
+    dict(groups=4, stride=2),
+    dict(groups=16, kernel_size=7, padding=3),
+    dict(groups=16, kernel_size=7, padding=3, stride=2),
+    dict(dilation=2, padding=2, dilation_act='relu'),
+    dict(dilation=4, padding='same', dilation_act='zero', stride=1),
+    dict(dilation=3, padding=0),  # its inner padding is negative
+    dict(padding=0, stride=2),
+    dict(padding_mode='replicate', stride=2),
+    dict(spatial_group=2, lowfreq_att=True, dilation_groups=2),
+    dict(kernel_decompose='low'),
+    dict(kernel_decompose='high', bias=False),
+    dict(freq_select=False, kernel_decompose='none'),
+)
+
+
+def ids(cfg):
+    return ' '.join(f'{k}={v}' for k, v in cfg.items()) or 'default' if isinstance(cfg, dict) else None
+
+
+def make_layer(cfg):
+    layer = FADConv2d(16, 16, **{**dict(kernel_size=3, padding=1), **cfg})
+    _subjects.leave_identity(layer, seed=1, size=32)
+    return layer
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('cfg', LAYERS, ids=ids)
+def test_today_is_our_layer(cfg, batch):
+    layer = make_layer(cfg)
+    for training in (False, True):
+        layer.train(training)
+        today = _today.make_today(layer)
+        x = torch.randn(batch, 16, 17, 14, requires_grad=True)
+        y, expected = today(x), layer(x)
+        assert y.shape == expected.shape
+        upstream = torch.randn_like(y)
+        grad, expected_grad = (torch.autograd.grad(out, x, upstream)[0] for out in (y, expected))
+        for a, b in ((y, expected), (grad, expected_grad)):
+            # measured: 3e-6
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_today_shares_nothing_and_needs_ada_dr():
+    model = timm.create_model(MODEL).eval()
+    _subjects.leave_identity(model)
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x)
+    today = _today.make_today(model)
+    assert not any(isinstance(m, FADConv2d) for m in today.modules())
+    assert (today(x) - before).abs().max() < 1e-5 * before.abs().max()
+    with torch.no_grad():
+        for p in today.parameters():
+            p.zero_()
+    assert torch.equal(model(x), before)
+    with pytest.raises(ValueError, match='AdaDR'):
+        _today.make_today(FADConv2d(4, 4, 3, ada_dr=False))
+
+
+@pytest.mark.parametrize(
+    'cfg', [dict(), dict(groups=16, kernel_size=7, padding=3), dict(dilation=2, padding=2)], ids=ids)
+def test_leave_identity(cfg):
+    layer = FADConv2d(16, 16, **{**dict(kernel_size=3, padding=1), **cfg})
+    fresh = {k: v.clone() for k, v in layer.state_dict().items()}
+    _subjects.leave_identity(layer, seed=3, size=64)
+    assert layer.training
+    for name, t in layer.state_dict().items():
+        if name in ('weight', 'bias', 'ada_kern.norm.num_batches_tracked'):
+            assert torch.equal(t, fresh[name]), name
+        else:
+            assert (t != fresh[name]).all(), name
+    layer.eval()
+    x, d = torch.randn(2, 16, 32, 32), layer.dilation[0]
+    dilation, mask = layer.ada_dr(layer.freq_select(x))
+    assert 0.5 * d <= dilation.min() and dilation.max() < d + 4
+    assert dilation.std() > 0.2
+    for t in (mask, layer.freq_select.band_weights(x), *layer.ada_kern(x)):
+        if t is not None:
+            assert t.std() > 0.1 and 0.5 < t.mean() < 1.5 and t.min() > 0 and t.max() < 2
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    _subjects.leave_identity(layer.train(), seed=3, size=64)
+    assert all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
+
+
+def test_models_have_the_same_weights():
+    models = _subjects.make_models(MODEL, ('plain', 'today', 'fadc'))
+    plain, fadc = models['plain'].state_dict(), models['fadc'].state_dict()
+    assert list(models) == ['plain', 'today', 'fadc']
+    assert all(torch.equal(t, fadc[name]) for name, t in plain.items())
+    # nothing that timm starts at zero hides a branch
+    assert all((m.weight != 0).all() for m in models['plain'].modules() if isinstance(m, nn.BatchNorm2d))
+    bench_model.check_same(models, torch.randn(1, 3, 64, 64), 'cpu')
+    with torch.no_grad():
+        models['today'].get_classifier().weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match='differ by'):
+        bench_model.check_same(models, torch.randn(1, 3, 64, 64), 'cpu')
+    with pytest.raises(ValueError, match='resnet18'):
+        _subjects.make_models('resnet18', ('plain',))
+
+
+# --- measuring ---
+
+def test_interleave():
+    calls = []
+
+    def clock(step, number):
+        calls.append(step)
+        return {'plain': 1., 'slow': 1000.}[step]
+
+    samples = _bench.interleave({'plain': 'plain', 'slow': 'slow'}, clock, repeats=6, max_time=1.)
+    assert samples == {'plain': [1.] * 6, 'slow': [1000.] * _bench.MIN_REPEATS}
+    assert calls[:4] == ['plain', 'slow', 'slow', 'plain']
+
+
+def test_interleave_repeats_short_steps():
+    numbers = []
+
+    def clock(step, number):
+        numbers.append(number)
+        return 2.
+
+    _bench.interleave({'plain': lambda: None}, clock, repeats=2, max_time=1., min_sample=10.)
+    assert numbers == [1, 5, 5]
+
+
+def test_pick_format():
+    def clock(step, number=1):
+        return {'contiguous': 2., 'channels_last': 1.}[step]
+
+    assert _bench.pick_format(lambda f: f, clock, list(_subjects.FORMATS)) == ('channels_last', 'channels_last')
+    assert _bench.pick_format(lambda f: f, clock, ['contiguous']) == ('contiguous', 'contiguous')
+
+
+def test_peak_memory_of_known_tensors():
+    def step():
+        a = torch.empty(1_000_000)
+        b = torch.empty(2_000_000)
+        del a
+        c = torch.empty(3_000_000)
+        return b, c
+
+    assert _bench.peak_memory(step, held=10 ** 6, device='cpu') == pytest.approx(21, abs=0.1)
+
+
+def test_peak_memory_of_a_training_step():
+    """When linear layers on one row have been differentiated, only weights, momentum and gradients count."""
+    model = nn.Sequential(*[nn.Linear(1000, 1000, bias=False) for _ in range(4)])
+    state = _subjects.training_state(model)
+    step = _subjects.make_step(model, torch.randn(1, 1000), 'train', _subjects.Setting(), state)
+    step()
+    state.zero_grad(set_to_none=True)
+    assert _bench.peak_memory(step, held=2 * 16 * 10 ** 6, device='cpu') == pytest.approx(3 * 16, rel=0.01)
+
+
+# --- rows ---
+
+ENV = {'compile': 'no', 'dtype': 'float32', 'threads': '2', 'device': 'cpu: X, 2 cores', 'torch': '2',
+       'torchvision': '0', 'timm': '1', 'commit': 'abc', 'date': '2000-01-01'}
+
+
+def make_rows(fadc, case='m 4x224', what='inference', target=1.2, **env):
+    samples = {'plain': [10., 20., 10.], 'today': [50., 100.], 'fadc': fadc}
+    return _rows.make_rows(case, what, samples, {'plain': 'contiguous'}, {**ENV, **env}, {'fadc': target})
+
+
+def test_quartiles():
+    assert _rows.quartiles([3.]) == (3., 3., 3.)
+    assert _rows.quartiles([4., 1., 2., 3., 5.]) == (3., 2., 4.)
+
+
+def test_rows_pair_the_rounds():
+    plain, today, fadc = make_rows([11., 26., 12.])
+    assert tuple(plain) == _rows.COLUMNS
+    assert (plain['median'], plain['ratio'], plain['n']) == ('10', '1', '3')
+    assert (plain['met'], plain['format']) == ('', 'contiguous')
+    # the second round was slow for all of them
+    assert (today['ratio'], today['ratio_q75'], today['n']) == ('5', '5', '2')
+    assert (fadc['median'], fadc['ratio'], fadc['ratio_q25'], fadc['ratio_q75']) == ('12', '1.2', '1.15', '1.25')
+    assert (fadc['target'], fadc['met']) == ('1.2', 'yes')
+    assert make_rows([13., 26., 13.])[-1]['met'] == 'missed'
+
+
+def test_replacing_rows(tmp_path):
+    path = tmp_path / 'results' / 'x.csv'
+    assert _rows.read_rows(path) == []
+    first, other = make_rows([11., 22., 11.]), make_rows([11., 22., 11.], what='train')
+    _rows.replace_rows(path, first + other)
+    assert _rows.read_rows(path) == first + other
+    new = make_rows([12., 24., 12.], commit='def')
+    _rows.replace_rows(path, new[1:])
+    assert _rows.read_rows(path) == first[:1] + new[1:] + other
+    elsewhere = make_rows([12., 24., 12.], device='cuda: Y')
+    _rows.replace_rows(path, elsewhere)
+    assert _rows.read_rows(path) == first[:1] + new[1:] + other + elsewhere
+    assert os.listdir(path.parent) == ['x.csv']
+    path.write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='columns a, b'):
+        _rows.replace_rows(path, first)
+
+
+def test_compare_rows():
+    stored = make_rows([11., 22., 11.])
+    assert _rows.compare_rows(make_rows([11.4, 23., 11.5]), stored, 0.05) == (1, [])
+    assert _rows.compare_rows(make_rows([9., 18., 9.]), stored, 0.05) == (1, [])
+    compared, lost = _rows.compare_rows(make_rows([12., 24., 12.]), stored, 0.05)
+    assert compared == 1 and len(lost) == 1
+    assert lost[0].startswith('m 4x224, inference, fadc: ratio 1.2 ') and 'stored 1.1 ' in lost[0]
+    assert not _rows.compare_rows(make_rows([12., 24., 12.]), stored, 0.1).lost
+    # a wide spread that reaches down to what is stored is no loss
+    assert not _rows.compare_rows(make_rows([11., 22., 30.]), stored, 0.05).lost
+    for env in (dict(device='cpu: Y'), dict(threads='1'), dict(dtype='bfloat16'), dict(compile='yes')):
+        assert _rows.compare_rows(make_rows([99., 99., 99.], **env), stored, 0.05) == (0, [])
+
+
+def test_run_jobs(tmp_path, capsys):
+    path = tmp_path / 'x.csv'
+
+    def broken():
+        raise RuntimeError('this case cannot run')
+
+    good = make_rows([11., 22., 11.])
+    assert _bench.run_jobs([('broken', broken), ('good', lambda: good)], path, False, 0.05) == 1
+    assert _rows.read_rows(path) == good and 'FAILED broken' in capsys.readouterr().out
+    slower = make_rows([12., 24., 12.])
+    assert _bench.run_jobs([('good', lambda: good)], path, True, 0.05) == 0
+    assert _bench.run_jobs([('good', lambda: slower)], path, True, 0.05) == 1
+    assert 'LOST m 4x224, inference, fadc' in capsys.readouterr().out
+    assert _rows.read_rows(path) == good
+    # a check that compared nothing has not passed
+    assert _bench.run_jobs([('other', lambda: make_rows([1.], what='train'))], path, True, 0.05) == 1
+
+
+def test_environment():
+    row = _rows.environment(_subjects.Setting(amp='bfloat16', compile=True))
+    assert row['device'].startswith('cpu: ') and row['torch'] == torch.__version__ and row['threads'] == '1'
+    assert (row['dtype'], row['compile']) == ('bfloat16', 'yes')
+
+
+# --- the table of cases ---
+
+def cases(*argv):
+    return bench_model.select_cases(bench_model.parse_args(list(argv)))
+
+
+def test_select_cases():
+    assert cases() == list(bench_model.CASES)
+    assert cases('--device', 'cuda') == list(bench_model.CUDA_CASES)
+    assert {c.what for c in cases('--model', 'convnext_tiny_fadc', '--no-compile')} == {'inference', 'train'}
+    assert [c.target for c in cases('--batch', '4', '--size', '224', '--what', 'inference', 'train')] == [1.2, 1.35]
+    assert cases('--model', MODEL, '--size', '64') == [bench_model.Case(MODEL, 'inference', 4, 64)]
+    assert cases('--model', MODEL) == []
+    assert bench_model.parse_args([]).variants == ('plain', 'today', 'fadc')
+    assert bench_model.parse_args(['--check']).variants == ('plain', 'fadc')
+    assert bench_model.parse_args(['--variants', 'today']).variants == ('plain', 'today')
+    with pytest.raises(SystemExit):
+        bench_model.parse_args(['--variants', 'fast'])
+
+
+def test_speed_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_model, 'OUTPUT', tmp_path / 'model.csv')
+    monkeypatch.setattr(bench_op, 'OUTPUT', tmp_path / 'op.csv')
+    empty = _speed_tables.speed()
+    assert empty.count('| resnet50_fadc 4x224 |') >= 4 and 'CUDA: not measured.' in empty
+    assert _speed_tables.operator() == 'CPU: not measured.\n\nCUDA: not measured.'
+
+    _rows.replace_rows(bench_model.OUTPUT, make_rows([13., 26., 13.], 'resnet50_fadc 4x224'))
+    _rows.replace_rows(bench_model.OUTPUT, make_rows([9., 18., 9.], 'r 64x224', device='cuda: Y', dtype='float16'))
+    speed = _speed_tables.speed()
+    assert 'X, 2 cores (cpu), 2 threads, float32; torch 2, torchvision 0, timm 1; commit abc; 2000-01-01:' in speed
+    assert ('| resnet50_fadc 4x224 | inference | 10 ms | 5.00 (5.00 to 5.00) | 1.30 (1.30 to 1.30) | <= 1.2 | missed |'
+            in speed)
+    assert '| resnet50_fadc 1x512 | inference | not measured |' in speed
+    assert 'Y (cuda)' in speed and 'CUDA: not measured.' not in speed
+    _rows.replace_rows(bench_op.OUTPUT, make_rows([13., 26., 13.], 'r 8@7'))
+    assert '| r 8@7 | inference | 10 ms | 5.00 | 1.30 |' in _speed_tables.operator()
+
+
+def test_readme_has_the_markers():
+    readme = (ROOT / 'README.md').read_text()
+    for name in ('speed', 'operator'):
+        assert readme.count(f'<!-- table: {name} -->') == readme.count(f'<!-- end of table: {name} -->') == 1
+
+
+# --- the scripts ---
+
+def run(script, *args):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1',
+           'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / script), *map(str, args)], env=env, capture_output=True, text=True)
+
+
+def test_bench_model(tmp_path):
+    path = tmp_path / 'x.csv'
+    args = ('--model', MODEL, '--batch', 2, '--size', 64, '--repeats', 3, '--output', path)
+    done = run('bench_model.py', *args, '--what', 'inference', 'train', 'memory', 'per-pixel')
+    assert done.returncode == 0, done.stderr
+    rows = _rows.read_rows(path)
+    whats = [('2x64', 'inference'), ('2x64', 'train'), ('2x64', 'memory'), ('2x64 against 224', 'per-pixel')]
+    assert [(r['case'], r['what'], r['variant']) for r in rows] == [
+        (f'{MODEL} {case}', what, v) for case, what in whats for v in ('plain', 'today', 'fadc')]
+    assert all(float(r['median']) > 0 and r['format'] and r['device'].startswith('cpu: ') for r in rows)
+
+    # whatever it was, now a tenth of it is stored
+    for row in rows:
+        row['ratio_q75'] = str(float(row['ratio_q75']) / 10)
+    _rows.replace_rows(path, rows)
+    done = run('bench_model.py', *args, '--what', 'inference', '--check')
+    assert done.returncode == 1 and f'LOST {MODEL} 2x64, inference, fadc' in done.stdout, done.stderr
+    assert _rows.read_rows(path) == rows
+
+
+def test_bench_op(tmp_path):
+    path = tmp_path / 'x.csv'
+    done = run('bench_op.py', '--shapes', 'convnext_tiny 768@7', '--batch', 1, '--repeats', 3, '--min-sample', 0,
+               '--memory-format', 'contiguous', '--output', path)
+    assert done.returncode == 0, done.stderr
+    with path.open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    forward = [r['variant'] for r in rows if r['what'] == 'forward']
+    wanted = {'plain', 'op gather', 'op torchvision', 'layer today', 'layer', 'freq_select', 'low_pass fft'}
+    assert wanted <= set(forward)
+    assert forward == [r['variant'] for r in rows if r['what'] == 'forward+backward']
+    assert run('bench_op.py', '--shapes', 'nothing').returncode == 1
+
+
+def test_import_time(tmp_path):
+    path = tmp_path / 'x.csv'
+    done = run('bench_model.py', '--what', 'import', '--repeats', 1, '--output', path)
+    assert done.returncode == 0, done.stderr
+    plain, fadc = _rows.read_rows(path)
+    assert float(fadc['median']) > float(plain['median']) > 100  # milliseconds
+    assert 0 < float(fadc['ratio']) < 20 and fadc['target'] == '0.1'
