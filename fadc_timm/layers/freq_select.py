@@ -6,6 +6,7 @@ https://arxiv.org/abs/2403.05369
 from typing import Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mix_bands
@@ -71,8 +72,24 @@ class FreqSelect(nn.Module):
             (B, M, S, H, W) in [0, 2], 1 is the identity: M bands from high to low frequency, S spatial groups.
         """
         b, _, h, w = x.shape
-        maps = 2 * torch.sigmoid(self.conv(x))
+        maps = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
+        maps = 2 * torch.sigmoid(maps)
         return maps.reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor) -> Tensor:
+        """`self.conv(x)`: where its outputs are few, one product for all taps, which are then shifted into place."""
+        conv = self.conv
+        by_taps = x.device.type == 'cpu' and conv.groups == 1 and not torch.compiler.is_compiling()
+        if not by_taps or torch.onnx.is_in_onnx_export() or conv._forward_hooks or conv._forward_pre_hooks:
+            return conv(x)
+        # F.fold moves a tap to the pixels that it reaches, a convolution reads from them
+        taps = conv.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, self.in_channels)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2) if channels_last else x.flatten(2)
+        maps = F.fold(taps @ pixels, x.shape[2:], 3, padding=1)
+        assert conv.bias is not None
+        return maps + conv.bias[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""

@@ -6,11 +6,10 @@ rows of channels, so the map is best channels_last; another layout costs one cop
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._sampled_conv import sampled_conv2d
-from .case import Case, combine_parts, match_layout
+from .case import NO_GAINS, Case, match_layout
 
 
 def why_not(case: Case) -> Optional[str]:
@@ -28,19 +27,12 @@ def _depthwise_kernels(case: Case) -> Tensor:
 
 
 def forward(case: Case) -> Tensor:
-    x = case.x
     # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers
     integer = int if torch.jit.is_tracing() else (lambda n: n)
     options = ([integer(s) for s in case.stride], [integer(p) for p in case.padding], case.groups)
-    if case.is_depthwise or not case.has_gains:
-        kernels = _depthwise_kernels(case) if case.is_depthwise else case.weight[None]
-        y, _ = sampled_conv2d(x, case.dilation, case.mask, kernels, None, False, *options)
-        if case.bias is not None:
-            y = y + case.bias[:, None, None]
-        return match_layout(y, x)
-    # the gains commute with sampling, and the mean kernel sees only the total of the samples
-    mean, rest = case.split_weight()
-    high, total = sampled_conv2d(x, case.dilation, case.mask, rest[None], case.gains[2], True, *options)
-    low_in = case.gains[0]
-    low = F.conv2d(total if low_in is None else total * low_in[:, :, None, None], mean, groups=case.groups)
-    return match_layout(combine_parts(high, low, case), x)
+    split = case.has_gains and not case.is_depthwise
+    weight = _depthwise_kernels(case) if case.is_depthwise else case.weight[None]
+    gains = case.gains if split else NO_GAINS
+    save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
+    y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *options)
+    return match_layout(y, case.x)

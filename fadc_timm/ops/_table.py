@@ -68,6 +68,7 @@ def sampling_table(
         stride: List[int],
         padding: List[int],
         as_image: bool,
+        batch: int,
 ) -> Tuple[Tensor, Tensor]:
     """Where every tap reads, and with what weight.
 
@@ -79,18 +80,19 @@ def sampling_table(
         stride: Of the rows and of the columns.
         padding: Of the rows and of the columns, at dilation 1.
         as_image: The taps of a position stand as k rows and k columns in an image, else one after another.
+        batch: How many samples in a row share a table.
 
     Returns:
-        Rows of the table of pixels, ((b*H + y)*W + x)*G + g, int32 (int64 where there are too many), four corners a
-        tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4). And their weights, bilinear times mask, of
-        the same shape and in the dtype of dilation.
+        Rows of the table of pixels, ((b % batch * H + y)*W + x)*G + g, int32 (int64 where there are too many), four
+        corners a tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4). And their weights, bilinear
+        times mask, of the same shape and in the dtype of dilation.
     """
     b, groups = dilation.shape[:2]
     h, w = size
-    dtype = torch.int32 if b * h * w * groups < 2 ** 31 else torch.int64
+    dtype = torch.int32 if batch * h * w * groups < 2 ** 31 else torch.int64
     row, col = _axes(dilation, size, kernel_size, stride, padding, dtype)
-    first = torch.arange(b * groups, device=dilation.device, dtype=dtype).view(b, groups, 1, 1)
-    first = first // groups * (h * w * groups) + first % groups
+    first = torch.arange(b, device=dilation.device, dtype=dtype) % batch * (h * w * groups)
+    first = (first[:, None] + torch.arange(groups, device=dilation.device, dtype=dtype))[:, :, None, None]
     # (k, 1, 2, 1, B, G, H', W') with (1, k, 1, 2, B, G, H', W')
     index = (row.pixel * (w * groups) + first)[:, None, :, None] + (col.pixel * groups)[None, :, None]
     weight = row.weight[:, None, :, None] * col.weight[None, :, None]

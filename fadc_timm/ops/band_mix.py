@@ -99,10 +99,11 @@ class _Plan:
         (k, side), (k2, side2) = self.rows.one_sided[i], self.cols.one_sided[i]
         if side * side2 == 0:
             return kept
-        sign = torch.tensor([[-1, 1], [1, -1]], dtype=kept.dtype, device=kept.device) * (side * side2)
-        pair, pair2 = slice(2 * k - 1, 2 * k + 1), slice(2 * k2 - 1, 2 * k2 + 1)
-        kept = kept.clone()
-        kept[:, pair, pair2] += coefficients[:, pair, pair2].flip(1, 2) * sign[:, :, None]
+        kept, (cos, sin), (cos2, sin2) = kept.clone(), (2 * k - 1, 2 * k), (2 * k2 - 1, 2 * k2)
+        for i, j in ((cos, cos2), (sin, sin2)):
+            kept[:, i, j] -= side * side2 * coefficients[:, cos + sin - i, cos2 + sin2 - j]
+        for i, j in ((cos, sin2), (sin, cos2)):
+            kept[:, i, j] += side * side2 * coefficients[:, cos + sin - i, cos2 + sin2 - j]
         return kept
 
     def synthesise_columns(self, kept: List[Tensor], rows: slice) -> Tensor:
@@ -114,12 +115,12 @@ class _Plan:
 
     def weighted_synthesis(self, steps: Tensor) -> Tensor:
         """Weights (b, n, W, 1 + M) on the synthesis along rows, all filters side by side: (b*n, W, sum of J'_i)."""
-        parts = []
+        out = steps.new_empty(*steps.shape[:3], self.columns[-1].stop if self.columns else 0)
         for i, synthesis in enumerate(self.cols.synthesis):
             of = [j + 1 for j, place in enumerate(self.place) if place == i]
             step = steps[..., of[0]:of[0] + 1] if len(of) == 1 else steps[..., of].sum(-1, keepdim=True)
-            parts.append(step * synthesis)
-        return torch.cat(parts, dim=-1).flatten(0, 1)
+            torch.mul(step, synthesis, out=out[..., self.columns[i]])
+        return out.flatten(0, 1)
 
 
 def multiply_adds(shape: Sequence[int], factors: List[int]) -> int:
@@ -156,10 +157,9 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
         coefficients = plan.analyse(x[samples])
         kept = [plan.couple(coefficients, i) for i in plan.filters]
         for rows in plan.blocks():
-            part, step = x[samples, rows], steps[samples, rows]
-            direct = (part * step[..., :1]).flatten(0, 1)
-            columns = plan.synthesise_columns(kept, rows)
-            out[samples, rows] = direct.baddbmm_(plan.weighted_synthesis(step), columns).view(part.shape)
+            part, step = out[samples, rows], steps[samples, rows]
+            torch.mul(x[samples, rows], step[..., :1], out=part)
+            part.flatten(0, 1).baddbmm_(plan.weighted_synthesis(step), plan.synthesise_columns(kept, rows))
     return out.permute(0, 3, 1, 2)
 
 
@@ -197,10 +197,9 @@ def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: Lis
         for rows in plan.blocks():
             part = _product(plan.rows.analysis[:, rows].t(), total.flatten(2))
             part = part.reshape(-1, total.shape[2], plan.c)
-            g = grad[samples, rows]
-            direct = (g * steps[samples, rows, :, :1]).flatten(0, 1)
-            back = plan.cols.analysis.t().expand(direct.shape[0], -1, -1)
-            grad_x[samples, rows] = direct.baddbmm_(back, part).view(g.shape)
+            out = grad_x[samples, rows]
+            torch.mul(grad[samples, rows], steps[samples, rows, :, :1], out=out)
+            out.flatten(0, 1).baddbmm_(plan.cols.analysis.t().expand(len(part), -1, -1), part)
     return grad_x.permute(0, 3, 1, 2), grad_steps.permute(0, 3, 1, 2).contiguous()
 
 

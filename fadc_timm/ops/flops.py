@@ -32,16 +32,23 @@ def _deform_conv2d_backward(grad_shape, x_shape, weight_shape, *args, out_shape=
     return 4 * _prod(grad_shape) * _prod(weight_shape[1:])
 
 
+def _sampled_multiply_adds(y_shape, weight_shape, split) -> int:
+    """Of the kernel, and where it is split of its mean, which sees the total over the taps."""
+    return _prod(y_shape) * weight_shape[2] * (weight_shape[3] * weight_shape[4] + split)
+
+
 @register_flop_formula(torch.ops.fadc_timm.sampled_conv2d)
-def _sampled_conv2d(x_shape, dilation_shape, mask_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _prod(out_shape[0]) * _prod(weight_shape[2:])
+def _sampled_conv2d(
+        x_shape, dilation_shape, mask_shape, weight_shape, bias_shape, low_in_shape, low_out_shape, high_in_shape,
+        high_out_shape, split, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _sampled_multiply_adds(out_shape[0], weight_shape, split)
 
 
 @register_flop_formula(torch.ops.fadc_timm.sampled_conv2d_backward)
 def _sampled_conv2d_backward(
-        grad_shape, total_shape, x_shape, dilation_shape, mask_shape, weight_shape, *args, out_shape=None,
-        **kwargs) -> int:
-    return 4 * _prod(grad_shape) * _prod(weight_shape[2:])
+        grad_shape, high_shape, x_shape, dilation_shape, mask_shape, weight_shape, low_in_shape, low_out_shape,
+        high_in_shape, high_out_shape, split, *args, out_shape=None, **kwargs) -> int:
+    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
 
 
 @register_flop_formula(torch.ops.fadc_timm.mix_low_passes)
@@ -65,6 +72,6 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
 
     return {
         'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
-        'fadc_timm::sampled_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[3])[2:]),
+        'fadc_timm::sampled_conv2d': lambda i, o: _sampled_multiply_adds(shape(o[0]), shape(i[3]), i[9].toIValue()),
         'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), i[2].toIValue()),
     }
