@@ -127,6 +127,11 @@ class _Keys:
                 f'unexpected keys: {", ".join(sorted(self.left)) or "none"}.')
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """The authors' 1x1 convolution of a vector is our product; a bias stays as it is."""
+    return t.flatten(1) if t.dim() > 1 else t
+
+
 def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDict:
     """A state dict of one of the authors' layers as that of a FADConv2d. Linear in every weight, so gradients pass.
 
@@ -151,14 +156,13 @@ def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDi
                 out[f'freq_select.conv.{p}'] = torch.stack(maps, dim=1).flatten(0, 1)
     if layer.ada_kern is not None:
         parts = ['OMNI_ATT1', 'OMNI_ATT2'] if layer.ada_kern.parts == 2 else ['OMNI_ATT']
-        names = {'fc': ['weight'], 'bn': ['weight', 'bias', 'running_mean', 'running_var'],
-                 'channel_fc': ['weight', 'bias']}
-        if layer.ada_kern.out_gain is not None:
-            names['filter_fc'] = ['weight', 'bias']
-        ours = {'fc': 'fc', 'bn': 'norm', 'channel_fc': 'in_gain', 'filter_fc': 'out_gain'}
-        for theirs, tensors in names.items():
-            for t in tensors:
-                out[f'ada_kern.{ours[theirs]}.{t}'] = keys.cat([f'{part}.{theirs}.{t}' for part in parts])
+        out['ada_kern.fc.weight'] = _matrix(keys.cat([f'{part}.fc.weight' for part in parts]))
+        for t in ('weight', 'bias', 'running_mean', 'running_var'):
+            out[f'ada_kern.norm.{t}'] = keys.cat([f'{part}.bn.{t}' for part in parts])
+        heads = ['channel_fc'] if layer.ada_kern.depthwise else ['channel_fc', 'filter_fc']
+        for part, name in zip(parts, [n for n in ('low', 'high') if getattr(layer.ada_kern, n) is not None]):
+            for t in ('weight', 'bias'):
+                out[f'ada_kern.{name}.{t}'] = _matrix(keys.cat([f'{part}.{h}.{t}' for h in heads]))
         counts = [keys.left.pop(f'{part}.bn.num_batches_tracked', torch.tensor(0)) for part in parts]
         out['ada_kern.norm.num_batches_tracked'] = counts[0]
     if layer.ada_dr is not None:

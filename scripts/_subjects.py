@@ -53,14 +53,14 @@ def _leave_identity(layer: FADConv2d, x: Tensor) -> None:
     if layer.ada_kern is not None:
         kern, norm = layer.ada_kern, layer.ada_kern.norm
         kern.reset_parameters()
-        pooled = kern.fc(x.mean(dim=(2, 3), keepdim=True))
+        pooled = kern.fc(x.mean(dim=(2, 3)))
         assert norm.running_mean is not None and norm.running_var is not None
         rms = float(pooled.square().mean().sqrt()) + 1e-6
         nn.init.normal_(norm.running_mean, std=0.1 * rms)
         nn.init.uniform_(norm.running_var, 0.5 * rms ** 2, 1.5 * rms ** 2)
         nn.init.normal_(norm.weight, 1., 0.1)
         nn.init.normal_(norm.bias, std=0.1)
-        for head in (kern.in_gain, kern.out_gain):
+        for head in (kern.low, kern.high):
             if head is not None:
                 assert head.bias is not None
                 nn.init.normal_(head.weight, std=head.weight[0].numel() ** -0.5)

@@ -84,14 +84,14 @@ class TodayGains(nn.Module):
             assert t is not None
             return t.detach().chunk(parts)[part]
 
-        self.fc = _conv(chunk(module.fc.weight), None)
+        self.fc = _conv(chunk(module.fc.weight)[:, :, None, None], None)
         self.norm = nn.BatchNorm2d(self.fc.out_channels, eps=norm.eps, momentum=norm.momentum)
         self.norm.load_state_dict({
             name: t if t.dim() == 0 else chunk(t) for name, t in norm.state_dict().items()})
-        self.in_gain = _conv(chunk(module.in_gain.weight), chunk(module.in_gain.bias))
-        self.out_gain = None
-        if module.out_gain is not None:
-            self.out_gain = _conv(chunk(module.out_gain.weight), chunk(module.out_gain.bias))
+        head = [h for h in (module.low, module.high) if h is not None][part]
+        weight, bias, c = head.weight.detach()[:, :, None, None], head.bias.detach(), module.in_channels
+        self.in_gain = _conv(weight[:c], bias[:c])
+        self.out_gain = None if module.depthwise else _conv(weight[c:], bias[c:])
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         x = self.fc(F.adaptive_avg_pool2d(x, 1))

@@ -89,19 +89,14 @@ def oracle_ada_kern(m, x):
     parts = []
     for i in range(m.parts):
         rows = slice(i * width, (i + 1) * width)
-        t = pooled @ m.fc.weight[rows, :, 0, 0].T
+        t = pooled @ m.fc.weight[rows].T
         mean, var = m.norm.running_mean[rows], m.norm.running_var[rows]
         if m.training and len(x) > 1:
             mean, var = t.mean(0), t.var(0, unbiased=False)
         t = ((t - mean) / (var + m.norm.eps).sqrt() * m.norm.weight[rows] + m.norm.bias[rows]).relu()
-        part = []
-        for head, n in ((m.in_gain, m.in_channels), (m.out_gain, m.out_channels)):
-            if head is None:
-                part.append(None)
-            else:
-                rows = slice(i * n, (i + 1) * n)
-                part.append(2 * torch.sigmoid(t @ head.weight[rows, :, 0, 0].T + head.bias[rows]))
-        parts.append(tuple(part))
+        head = {'both': (m.low, m.high), 'low': (m.low,), 'high': (m.high,)}[m.kernel_decompose][i]
+        gains = 2 * torch.sigmoid(t @ head.weight.T + head.bias)
+        parts.append((gains[:, :m.in_channels], None if m.depthwise else gains[:, m.in_channels:]))
     none = ((None, None),)
     return sum({'both': parts, 'low': (*parts, *none), 'high': (*none, *parts)}[m.kernel_decompose], ())
 
@@ -206,16 +201,16 @@ def test_ada_kern_gains_at_start_and_at_the_ends():
     x = torch.randn(3, 4, 5, 5)
     assert all(torch.equal(g, torch.ones(3, n)) for g, n in zip(m(x), (4, 6, 4, 6)))
     for bias, gain in ((30., 2.), (-30., 0.)):
-        nn.init.constant_(m.in_gain.bias, bias)
-        nn.init.constant_(m.out_gain.bias, bias)
+        nn.init.constant_(m.low.bias, bias)
+        nn.init.constant_(m.high.bias, bias)
         assert all((g - gain).abs().max() < 1e-6 for g in m(x))  # 2e-13
 
 
 def test_ada_kern_width():
-    assert AdaKern(8, 8).fc.out_channels == 2 * 16  # not fewer than 16 for each part
-    assert AdaKern(512, 8).fc.out_channels == 2 * 32
-    assert AdaKern(512, 8, 'low').fc.out_channels == 32
-    assert AdaKern(512, 8, reduction=8, min_channels=100).fc.out_channels == 2 * 100
+    assert AdaKern(8, 8).fc.out_features == 2 * 16  # not fewer than 16 for each part
+    assert AdaKern(512, 8).fc.out_features == 2 * 32
+    assert AdaKern(512, 8, 'low').fc.out_features == 32
+    assert AdaKern(512, 8, reduction=8, min_channels=100).fc.out_features == 2 * 100
 
 
 # AdaDR

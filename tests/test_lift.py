@@ -71,7 +71,7 @@ def test_depthwise():
     model = awaken(timm.create_model('efficientnet_b0'))
     for name in lift(model).replaced:
         m = model.get_submodule(name)
-        assert m.groups == m.in_channels and m.ada_dr.depthwise and m.ada_kern.out_gain is None
+        assert m.groups == m.in_channels and m.ada_dr.depthwise and m.ada_kern.low.out_features == m.in_channels
 
 
 def test_one_stage():

@@ -54,19 +54,20 @@ class AdaKern(nn.Module):
         self.depthwise = depthwise
         self.parts = parts = 2 if kernel_decompose == 'both' else 1
         width = max(in_channels // reduction, min_channels)
-        # the trunks of both parts read the same vector: one convolution; their heads are its groups, low before high
-        self.fc = nn.Conv2d(in_channels, parts * width, 1, bias=False, **dd)
+        heads = in_channels if depthwise else in_channels + out_channels
+        # the trunks of both parts read the same vector: one product, low before high; so do the heads of a part
+        self.fc = nn.Linear(in_channels, parts * width, bias=False, **dd)
         self.norm = nn.BatchNorm2d(parts * width, **dd)
         self.act = nn.ReLU()
-        self.in_gain = nn.Conv2d(parts * width, parts * in_channels, 1, groups=parts, **dd)
-        self.out_gain = None if depthwise else nn.Conv2d(parts * width, parts * out_channels, 1, groups=parts, **dd)
+        self.low = None if kernel_decompose == 'high' else nn.Linear(width, heads, **dd)
+        self.high = None if kernel_decompose == 'low' else nn.Linear(width, heads, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to gains of one."""
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out', nonlinearity='relu')
         self.norm.reset_parameters()
-        for head in (self.in_gain, self.out_gain):
+        for head in (self.low, self.high):
             if head is not None:
                 for parameter in head.parameters():
                     nn.init.zeros_(parameter)
@@ -79,18 +80,18 @@ class AdaKern(nn.Module):
         Returns:
             (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), None where a gain is one by construction.
         """
-        x = self.fc(x.mean(dim=(2, 3), keepdim=True))
-        x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x))
-        first_in, last_in = self._gains(self.in_gain(x), self.in_channels)
-        first_out: Optional[Tensor] = None
-        last_out: Optional[Tensor] = None
-        if self.out_gain is not None:
-            first_out, last_out = self._gains(self.out_gain(x), self.out_channels)
-        if self.kernel_decompose == 'both':
-            return first_in, first_out, last_in, last_out
-        if self.kernel_decompose == 'low':
-            return first_in, first_out, None, None
-        return None, None, first_in, first_out
+        x = self.fc(x.mean(dim=(2, 3)))[:, :, None, None]
+        x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
+        width = x.shape[1] // self.parts
+        low_in: Optional[Tensor] = None
+        low_out: Optional[Tensor] = None
+        high_in: Optional[Tensor] = None
+        high_out: Optional[Tensor] = None
+        if self.low is not None:
+            low_in, low_out = self._gains(self.low(x[:, :width]))
+        if self.high is not None:
+            high_in, high_out = self._gains(self.high(x[:, x.shape[1] - width:]))
+        return low_in, low_out, high_in, high_out
 
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
@@ -101,10 +102,12 @@ class AdaKern(nn.Module):
             return norm(x)
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
 
-    def _gains(self, x: Tensor, channels: int) -> Tuple[Tensor, Tensor]:
-        """The gains of the first and of the last part, which are the same one where there is one."""
-        gains = 2 * torch.sigmoid(x.flatten(1))
-        return gains[:, :channels], gains[:, -channels:]
+    def _gains(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """The gains of the input and of the output channels, from both in a row."""
+        gains = 2 * torch.sigmoid(x)
+        if self.depthwise:
+            return gains, None
+        return gains[:, :self.in_channels], gains[:, self.in_channels:]
 
     def extra_repr(self) -> str:
         return f'{self.in_channels}, {self.out_channels}, kernel_decompose={self.kernel_decompose!r}'
