@@ -596,7 +596,7 @@ def test_opcheck_sampled_conv2d(name, dtype):
     operator, backward = torch.ops.fadc_timm.sampled_conv2d, torch.ops.fadc_timm.sampled_conv2d_backward
     # in half precision the graph that is made may round in another order
     tests = {} if dtype == torch.float32 else {'test_utils': ('test_schema', 'test_faketensor')}
-    weights = [inputs['weight'][None]]
+    weights = [inputs['weight']]
     if not split:
         weights.append(inputs['weight'].expand(case.x[0], *inputs['weight'].shape))
     for weight in weights:

@@ -17,9 +17,7 @@ def why_not(case: Case) -> Optional[str]:
 
 
 def _depthwise_kernels(case: Case) -> Tensor:
-    """(N, C, 1, k, k): all gains are a channel's own, so they go into a kernel for each sample, which is small."""
-    if not case.has_gains:
-        return case.weight[None]
+    """(B, C, 1, k, k): all gains are a channel's own, so they go into a kernel for each sample, which is small."""
     low_in, low_out, high_in, high_out = (
         torch.ones_like(case.x[:, :, 0, 0]) if g is None else g for g in case.gains)
     mean, rest = case.split_weight()
@@ -31,7 +29,7 @@ def forward(case: Case) -> Tensor:
     integer = int if torch.jit.is_tracing() else (lambda n: n)
     options = ([integer(s) for s in case.stride], [integer(p) for p in case.padding], case.groups)
     split = case.has_gains and not case.is_depthwise
-    weight = _depthwise_kernels(case) if case.is_depthwise else case.weight[None]
+    weight = _depthwise_kernels(case) if case.has_gains and case.is_depthwise else case.weight
     gains = case.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
     y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *options)

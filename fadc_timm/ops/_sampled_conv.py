@@ -31,7 +31,7 @@ def _scaled(x: Tensor, gain: Optional[Tensor]) -> Tensor:
 
 
 def _centres_samples(tiling: Tiling, weight: Tensor) -> bool:
-    return not tiling.as_image and weight.shape[1] > tiling.b * tiling.out_h * tiling.out_w
+    return not tiling.as_image and len(weight) > tiling.b * tiling.out_h * tiling.out_w
 
 
 def _center(taps: Tensor, total: Tensor) -> None:
@@ -40,9 +40,9 @@ def _center(taps: Tensor, total: Tensor) -> None:
 
 
 def _split(weight: Tensor, centres_samples: bool) -> Tuple[Tensor, Tensor]:
-    """The kernel (1, O, C, k, k) for the samples, and its mean (O, C, 1, 1)."""
-    mean = weight.mean((3, 4), keepdim=True)
-    return weight if centres_samples else weight - mean, mean[0]
+    """The kernel (O, C, k, k) for the samples, and its mean (O, C, 1, 1)."""
+    mean = weight.mean((2, 3), keepdim=True)
+    return weight if centres_samples else weight - mean, mean
 
 
 class _Gains:
@@ -75,7 +75,7 @@ def sampled_conv2d(
         x: Map (B, C, H, W), best channels_last; another layout costs one copy.
         dilation: (B, G, H', W').
         mask: (B, G*k*k, H', W') or None.
-        weight: (N, O, C/groups, k, k), a kernel for each sample or, N = 1, one for all.
+        weight: (O, C/groups, k, k), or (B, O, C/groups, k, k), a kernel for each sample.
         bias: (O,) or None.
         low_in, low_out, high_in, high_out: AdaKern's gains (B, C), (B, O), (B, C), (B, O), None for ones.
         split: Whether there are gains. If not, the gains are not read.
@@ -88,9 +88,9 @@ def sampled_conv2d(
         The convolution (B, O, H', W'), channels_last; and the part of it that the gain high_out is the factor of, which
         its gradient takes (B, H', W', O), or nothing.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, len(weight) > 1)
+    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x = _nhwc(x)
-    y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[1])
+    y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
     high = torch.empty_like(y) if save else x.new_empty(0)
     centres_samples, mean = split and _centres_samples(tiling, weight), weight
     if split:
@@ -105,7 +105,7 @@ def sampled_conv2d(
                 total = tile.total(table)
                 if centres_samples:
                     _center(taps, _scaled(total, own.high_in))
-            part = tile.convolve(taps, weight[samples.start if len(weight) > 1 else 0])
+            part = tile.convolve(taps, weight[samples.start] if weight.dim() == 5 else weight)
             if save:
                 tile.of(high).copy_(part)
             if own.high_out is None:
@@ -127,7 +127,7 @@ def sampled_conv2d(
 @sampled_conv2d.register_fake
 def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, groups):
     b, _, h, w = dilation.shape
-    y = x.new_empty(b, h, w, weight.shape[1])
+    y = x.new_empty(b, h, w, weight.shape[-4])
     return _nchw(y), torch.empty_like(y) if save else x.new_empty(0)
 
 
@@ -152,19 +152,19 @@ def sampled_conv2d_backward(
 
     grad (B, O, H', W') is that of the result, and high the second result, without which high_out gets no gradient.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, len(weight) > 1)
+    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x, grad = _nhwc(x), _nhwc(grad)
     width = tiling.c // tiling.dilation_groups
-    # channels_last, as the matrix product wants it
-    grad_weight = weight.new_zeros(*weight.shape[:2], *weight.shape[3:], weight.shape[2]).permute(0, 1, 4, 2, 3)
     centres_samples, mean = split and _centres_samples(tiling, weight), weight
     if split:
         weight, mean = _split(weight, centres_samples)
+    grad_weight = torch.zeros_like(weight)
     grad_mean, grad_sampling, grad_x = torch.zeros_like(mean), torch.empty_like(tiling.sampling), torch.zeros_like(x)
     grad_low_in, grad_low_out, grad_high_in = (
         x.new_zeros(0 if t is None else t.shape) for t in (low_in, low_out, high_in))
     for samples in tiling.batches():
-        own, which = _Gains(samples, low_in, low_out, high_in, high_out), samples.start if len(weight) > 1 else 0
+        own = _Gains(samples, low_in, low_out, high_in, high_out)
+        kernel, into_kernel = (t[samples.start] if t.dim() == 5 else t for t in (weight, grad_weight))
         table = tiling.table(x[samples])
         table_high = tiling.table(_scaled(x[samples], own.high_in)) if split else table
         grad_low, grad_high = tiling.table(grad_x[samples]), torch.zeros_like(table)
@@ -173,8 +173,8 @@ def sampled_conv2d_backward(
             total = tile.total(table) if split else taps
             if centres_samples:
                 _center(taps, _scaled(total, own.high_in))
-            bags = tile.convolve_backward(
-                _scaled(g, own.high_out) if split else g, taps, weight[which], grad_weight[which])
+            bags, more = tile.convolve_backward(_scaled(g, own.high_out) if split else g, taps, kernel)
+            into_kernel += more
             if centres_samples:
                 _center(bags, bags.sum((3, 4)))
             bags = bags.view(-1, width)
@@ -184,7 +184,8 @@ def sampled_conv2d_backward(
                 scaled_total = _scaled(total, own.low_in)
                 if low_out is not None:
                     grad_low_out[samples] += (tile.convolve(scaled_total, mean) * g).sum((1, 2))
-                into_total = tile.convolve_backward(_scaled(g, own.low_out), scaled_total, mean, grad_mean)
+                into_total, more = tile.convolve_backward(_scaled(g, own.low_out), scaled_total, mean)
+                grad_mean += more
                 if low_in is not None:
                     grad_low_in[samples] += (into_total * total).sum((1, 2))
                 bags, bag_of = _scaled(into_total, own.low_in).reshape(-1, width), bags_of_total(tile)
@@ -199,12 +200,12 @@ def sampled_conv2d_backward(
     empty = x.new_empty(0)
     if split:
         if not centres_samples:
-            grad_weight -= grad_weight.mean((3, 4), keepdim=True)
+            grad_mean -= grad_weight.sum((2, 3), keepdim=True)
         grad_weight += grad_mean / tiling.k ** 2
     return [
         _nchw(grad_x), grad_dilation.to(dilation.dtype).contiguous(),
         empty.clone() if mask is None or grad_mask is None else grad_mask.to(mask.dtype).contiguous(),
-        grad_weight.contiguous(), grad_low_in, grad_low_out, grad_high_in,
+        grad_weight, grad_low_in, grad_low_out, grad_high_in,
         empty.clone() if high.dim() == 1 else (grad * high).sum((1, 2))]
 
 
@@ -213,8 +214,8 @@ def _(grad, high, x, dilation, mask, weight, low_in, low_out, high_in, high_out,
     def like(t):
         return x.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    return [torch.empty_like(x, memory_format=torch.channels_last),
-            *map(like, (dilation, mask, weight, low_in, low_out, high_in, None if high.dim() == 1 else high_out))]
+    return [torch.empty_like(x, memory_format=torch.channels_last), like(dilation), like(mask),
+            torch.empty_like(weight), *map(like, (low_in, low_out, high_in, None if high.dim() == 1 else high_out))]
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -53,18 +53,17 @@ class Tile:
         rows = _as_rows(kernel)
         return _matmul(taps.view(-1, rows.shape[1]), rows).view(self.b, self.n, -1, len(rows))
 
-    def convolve_backward(self, grad: Tensor, taps: Tensor, kernel: Tensor, grad_kernel: Tensor) -> Tensor:
-        """Gradient of the taps, in their shape, from that of the product (b, n, W', O); the kernel's is added."""
+    def convolve_backward(self, grad: Tensor, taps: Tensor, kernel: Tensor) -> Tuple[Tensor, Tensor]:
+        """Gradients of the taps and of the kernel, in their shapes, from that of the product (b, n, W', O)."""
         k = kernel.shape[-1]
         if self.tiling.as_image:
             into_taps, into_kernel, _ = torch.ops.aten.convolution_backward(
                 grad.permute(0, 3, 1, 2), self._image(taps), kernel, None, [k, k], [0, 0], [1, 1], False, [0, 0],
                 self.tiling.groups, [True, True, False])
-            grad_kernel += into_kernel
-            return into_taps.permute(0, 2, 3, 1).reshape(taps.shape)
+            return into_taps.permute(0, 2, 3, 1).reshape(taps.shape), into_kernel
         grad = grad.reshape(-1, len(kernel))
-        _as_rows(grad_kernel).addmm_(grad.t(), taps.view(len(grad), -1))
-        return (grad @ _as_rows(kernel)).view(taps.shape)
+        into_kernel = _matmul(grad.t(), taps.view(len(grad), -1).t()).view(len(kernel), k, k, -1)
+        return _matmul(grad, _as_rows(kernel).t()).view(taps.shape), into_kernel.permute(0, 3, 1, 2)
 
     def _image(self, taps: Tensor) -> Tensor:
         """Taps as an image, or a total as it is, channels_last: (b, C, n*k, W'*k)."""

@@ -34,7 +34,8 @@ def _deform_conv2d_backward(grad_shape, x_shape, weight_shape, *args, out_shape=
 
 def _sampled_multiply_adds(y_shape, weight_shape, split) -> int:
     """Of the kernel, and where it is split of its mean, which sees the total over the taps."""
-    return _prod(y_shape) * weight_shape[2] * (weight_shape[3] * weight_shape[4] + split)
+    c, k, _ = weight_shape[-3:]
+    return _prod(y_shape) * c * (k * k + split)
 
 
 @register_flop_formula(torch.ops.fadc_timm.sampled_conv2d)
