@@ -152,7 +152,7 @@ def sampled_conv2d_backward(
 
     grad (B, O, H', W') is that of the result, and high the second result, without which high_out gets no gradient.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
+    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5, backward=True)
     x, grad = _nhwc(x), _nhwc(grad)
     width = tiling.c // tiling.dilation_groups
     centres_samples, mean = split and _centres_samples(tiling, weight), weight
@@ -192,6 +192,7 @@ def sampled_conv2d_backward(
                 scatter.add(grad_low, bags, bag_of)
                 dots += corner_dots(tile, table, bags, bag_of)
             tile.of(grad_sampling).copy_(dots)
+            del taps, bags, more, total, scatter, dots  # as above
         grad_high = grad_high.view(x[samples].shape)
         if split and high_in is not None:
             grad_high_in[samples] = (grad_high * x[samples]).sum((1, 2))
