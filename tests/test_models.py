@@ -11,11 +11,13 @@ import safetensors.torch
 import timm
 import torch
 from cases import error
+from conftest import needs_dynamo
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
@@ -594,6 +596,35 @@ def test_training(base):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     model(photos()[:1]).sum().backward()
+
+
+@needs_dynamo
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('base', ['resnet10t', 'test_convnext'])
+def test_compile_any_batch_and_size(base, training):
+    """One graph for all batches and sizes, forward and backward."""
+    model = timm.create_model(f'{base}_fadc', num_classes=3).train(training)
+    for m in fad_convs(model).values():
+        for part in (m.freq_select, m.ada_kern, m.ada_dr):
+            for p in part.parameters():  # off the identity
+                p.data += torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.3 * p[0].numel() ** -0.5)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    graphs = set()
+    for batch, height, width in ((2, 64, 96), (3, 96, 64), (5, 128, 160)):
+        x = torch.randn(batch, 3, height, width)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        if training:
+            model.zero_grad()
+            compiled(x).square().sum().backward()
+            actual = [p.grad for p in model.parameters()]
+            model.zero_grad()
+            model(x).square().sum().backward()
+            for a, p in zip(actual, model.parameters()):
+                assert (a - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-6
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1  # as many as after the first
 
 
 # FLOPs

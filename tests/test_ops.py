@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, flops, list_backends
+from fadc_timm.ops import _tiles, adaptive_dilated_conv2d, choose_backend, flops, list_backends
 from fadc_timm.ops.scripted import scripted_conv2d
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -607,6 +607,25 @@ def test_opcheck_sampled_conv2d(name, dtype):
         y, high = operator(x, dilation, mask, weight, bias, *rest)
         rest.pop(5)
         torch.library.opcheck(backward, (torch.randn_like(y), high, x, dilation, mask, weight, *rest), **tests)
+
+
+@pytest.mark.parametrize('tile', [1, 3000, 30_000])
+@pytest.mark.parametrize('name', [
+    'everything', 'k7_stride2', 'groups2', 'dilation_groups_across', 'depthwise', 'batch37', 'one_pixel_k7'])
+def test_tiles(name, tile, monkeypatch):
+    """A tile may be some samples, one, or some rows of one; the result is the same."""
+    monkeypatch.setattr(_tiles, '_TILE_BYTES', dict.fromkeys(_tiles._TILE_BYTES, tile))
+    case = CASE[name]
+    inputs = cases.make_inputs(case, torch.float64)
+    check(case, inputs, cases.results(case, inputs, 'gather'), cases.oracle(case, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize('o', [3, 40])
+def test_split_on_samples_and_on_the_kernel(o):
+    """AdaKern's mean is taken off whichever is smaller, 40 kernels or the samples of 2*3*4 positions."""
+    case = OpCase(f'split_{o}', (2, 4, 3, 4), o)
+    inputs = cases.make_inputs(case, torch.float64)
+    check(case, inputs, cases.results(case, inputs, 'gather'), cases.oracle(case, torch.float64), torch.float64)
 
 
 # FLOPs

@@ -80,8 +80,10 @@ class FreqSelect(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """`self.conv(x)`: where its outputs are few, one product for all taps, which are then shifted into place."""
         conv = self.conv
-        by_taps = x.device.type == 'cpu' and conv.groups == 1 and not torch.compiler.is_compiling()
-        if not by_taps or torch.onnx.is_in_onnx_export() or conv._forward_hooks or conv._forward_pre_hooks:
+        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
+        untouched = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+        if (x.device.type != 'cpu' or not exact or not untouched or conv.groups > 1 or torch.compiler.is_compiling()
+                or torch.onnx.is_in_onnx_export()):
             return conv(x)
         # F.fold moves a tap to the pixels that it reaches, a convolution reads from them
         taps = conv.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, self.in_channels)

@@ -158,7 +158,7 @@ def corner_dots(tile: Tile, table: Tensor, bags: Tensor, bag_of: Optional[Tensor
         bag_of = torch.arange(index.numel() // 4, device=index.device, dtype=index.dtype)
     unread = torch.zeros(1, device=index.device, dtype=index.dtype)  # offsets, which bag_of stands for
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        bags, table, index.reshape(-1), unread, bag_of[:, None].expand(-1, 4).reshape(-1), 0, -1).view(index.shape)
+        bags, table, index.reshape(-1), unread, bag_of.repeat_interleave(4), 0, -1).view(index.shape)
 
 
 def bags_of_total(tile: Tile) -> Tensor:

@@ -32,6 +32,7 @@ class _Axis(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
     ends = [edges(n, f) for f in factors]
     # one at least, with nothing in it where the filter is empty
