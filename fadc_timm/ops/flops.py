@@ -71,8 +71,11 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
     def shape(value: Any) -> List[int]:
         return value.type().sizes()
 
+    def integers(value: Any) -> List[int]:
+        return [v.toIValue() for v in value.node().inputs()]
+
     return {
         'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
         'fadc_timm::sampled_conv2d': lambda i, o: _sampled_multiply_adds(shape(o[0]), shape(i[3]), i[9].toIValue()),
-        'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), i[2].toIValue()),
+        'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
     }
