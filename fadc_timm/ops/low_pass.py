@@ -14,9 +14,6 @@ from .case import accumulation_dtype
 
 __all__ = ['low_pass']
 
-# Side of the largest map at which two small matrix products are faster than an FFT on a CPU.
-_MATMUL_SIDE = 32
-
 
 def _round_half_even(a: int, f: int) -> int:
     """round(a / (2*f)) as Python rounds, for a >= 0, in integer arithmetic alone: a may be symbolic."""
@@ -95,8 +92,7 @@ def without_autocast(x: Tensor) -> ContextManager[None]:
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
     if form is None:
-        # the size comes last, as an exported graph may not depend on it
-        form = 'matmul' if is_exporting() or max(x.shape[-2:]) <= _MATMUL_SIDE else 'fft'
+        form = 'matmul' if is_exporting() else 'fft'  # on a CPU the FFT is faster at every size (scripts/bench_op.py)
     if form not in _FORMS:
         raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
     with without_autocast(x):
@@ -109,7 +105,7 @@ def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[
     Args:
         x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
         factors: One f >= 1 for each filter.
-        form: 'fft', 'matmul', or None to choose by shape; while exporting None is 'matmul', which every runtime has.
+        form: 'fft', 'matmul' (in operators that every runtime has), or None: matmul while exporting, else FFT.
 
     Returns:
         A map (B, C, H, W) for each factor, float32 or float64.
