@@ -37,8 +37,8 @@ def _keep(n: int, f: int, count: int, sign: int, device: torch.device) -> Tensor
 
 def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
     h, w = x.shape[2], x.shape[3]
-    if x.shape[0] == 0:
-        return [x * 0 for _ in factors]  # the FFT of torch 2.6 refuses empty batches
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return [x * 0 for _ in factors]  # the FFT of torch 2.6 refuses empty maps
     half = w // 2 + 1
     spectrum = torch.fft.rfft2(x)
     out: List[Tensor] = []
