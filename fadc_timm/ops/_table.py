@@ -9,7 +9,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['sampling_table', 'sampling_table_backward']
+__all__ = ['SamplingTable']
 
 
 class _Axis(NamedTuple):
@@ -43,90 +43,74 @@ def _axis(
     return _Axis(index.clamp_(0, size - 1), weight, inside)
 
 
-def _axes(
-        dilation: Tensor,
-        size: Tuple[int, int],
-        kernel_size: int,
-        stride: List[int],
-        padding: List[int],
-        dtype: torch.dtype,
-) -> Tuple[_Axis, _Axis]:
-    return (_axis(dilation, 2, kernel_size, size[0], stride[0], padding[0], dtype),
-            _axis(dilation, 3, kernel_size, size[1], stride[1], padding[1], dtype))
-
-
 def _by_tap(mask: Tensor, kernel_size: int, groups: int) -> Tensor:
     """mask (B, G*k*k, H', W') as (k, k, B, G, H', W')."""
     return mask.unflatten(1, (groups, kernel_size, kernel_size)).permute(2, 3, 0, 1, 4, 5)
 
 
-def sampling_table(
-        dilation: Tensor,
-        mask: Optional[Tensor],
-        size: Tuple[int, int],
-        kernel_size: int,
-        stride: List[int],
-        padding: List[int],
-        as_image: bool,
-        batch: int,
-) -> Tuple[Tensor, Tensor]:
+class SamplingTable:
     """Where every tap reads, and with what weight.
 
-    Args:
-        dilation: (B, G, H', W'), float32 or float64.
-        mask: (B, G*k*k, H', W') in the dtype of dilation, or None.
-        size: Height and width of the map that is read.
-        kernel_size: k.
-        stride: Of the rows and of the columns.
-        padding: Of the rows and of the columns, at dilation 1.
-        as_image: The taps of a position stand as k rows and k columns in an image, else one after another.
-        batch: How many samples in a row share a table.
-
-    Returns:
-        Rows of the table of pixels, ((b % batch * H + y)*W + x)*G + g, int32 (int64 where there are too many), four
-        corners a tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4). And their weights, bilinear
-        times mask, of the same shape and in the dtype of dilation.
+    index: Rows of the table of pixels, ((b % batch * H + y)*W + x)*G + g, int32 (int64 where there are too many), four
+        corners a tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4).
+    weight: Their weights, bilinear times mask, of the same shape and in the dtype of dilation.
     """
-    b, groups = dilation.shape[:2]
-    h, w = size
-    dtype = torch.int32 if batch * h * w * groups < 2 ** 31 else torch.int64
-    row, col = _axes(dilation, size, kernel_size, stride, padding, dtype)
-    first = torch.arange(b, device=dilation.device, dtype=dtype) % batch * (h * w * groups)
-    first = (first[:, None] + torch.arange(groups, device=dilation.device, dtype=dtype))[:, :, None, None]
-    # (k, 1, 2, 1, B, G, H', W') with (1, k, 1, 2, B, G, H', W')
-    index = (row.pixel * (w * groups) + first)[:, None, :, None] + (col.pixel * groups)[None, :, None]
-    weight = row.weight[:, None, :, None] * col.weight[None, :, None]
-    if mask is not None:
-        weight *= _by_tap(mask, kernel_size, groups)[:, :, None, None]
-    order = (4, 6, 0, 7, 1, 5, 2, 3) if as_image else (4, 6, 7, 0, 1, 5, 2, 3)
-    return index.permute(order).flatten(6).contiguous(), weight.permute(order).flatten(6).contiguous()
 
+    def __init__(
+            self,
+            dilation: Tensor,
+            mask: Optional[Tensor],
+            size: Tuple[int, int],
+            kernel_size: int,
+            stride: List[int],
+            padding: List[int],
+            as_image: bool,
+            batch: int,
+    ) -> None:
+        """
+        Args:
+            dilation: (B, G, H', W'), float32 or float64.
+            mask: (B, G*k*k, H', W') in the dtype of dilation, or None.
+            size: Height and width of the map that is read.
+            kernel_size: k.
+            stride: Of the rows and of the columns.
+            padding: Of the rows and of the columns, at dilation 1.
+            as_image: The taps of a position stand as k rows and k columns in an image, else one after another.
+            batch: How many samples in a row share a table.
+        """
+        b, groups = dilation.shape[:2]
+        h, w = size
+        dtype = torch.int32 if batch * h * w * groups < 2 ** 31 else torch.int64
+        self._row = row = _axis(dilation, 2, kernel_size, h, stride[0], padding[0], dtype)
+        self._col = col = _axis(dilation, 3, kernel_size, w, stride[1], padding[1], dtype)
+        self._mask, self._as_image = mask, as_image
+        first = torch.arange(b, device=dilation.device, dtype=dtype) % batch * (h * w * groups)
+        first = (first[:, None] + torch.arange(groups, device=dilation.device, dtype=dtype))[:, :, None, None]
+        # (k, 1, 2, 1, B, G, H', W') with (1, k, 1, 2, B, G, H', W')
+        index = (row.pixel * (w * groups) + first)[:, None, :, None] + (col.pixel * groups)[None, :, None]
+        weight = row.weight[:, None, :, None] * col.weight[None, :, None]
+        if mask is not None:
+            weight *= _by_tap(mask, kernel_size, groups)[:, :, None, None]
+        order = (4, 6, 0, 7, 1, 5, 2, 3) if as_image else (4, 6, 7, 0, 1, 5, 2, 3)
+        self.index = index.permute(order).flatten(6).contiguous()
+        self.weight = weight.permute(order).flatten(6).contiguous()
 
-def sampling_table_backward(
-        grad: Tensor,
-        dilation: Tensor,
-        mask: Optional[Tensor],
-        size: Tuple[int, int],
-        kernel_size: int,
-        stride: List[int],
-        padding: List[int],
-        as_image: bool,
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradients for dilation and mask from that of the weights, which has their shape and the dtype of dilation."""
-    b, groups = dilation.shape[:2]
-    row, col = _axes(dilation, size, kernel_size, stride, padding, torch.int32)
-    order = (2, 4, 6, 7, 0, 5, 1, 3) if as_image else (3, 4, 6, 7, 0, 5, 1, 2)
-    grad = grad.unflatten(-1, (2, 2)).permute(order).contiguous()  # (k, k, 2, 2, B, G, H', W')
-    by_row = (grad * col.weight[None, :, None]).sum(3)  # (k, k, 2, B, G, H', W')
-    by_col = (grad * row.weight[:, None, :, None]).sum(2)
-    grad_mask = None
-    if mask is not None:
-        grad_mask = (by_row * row.weight[:, None]).sum(2)  # (k, k, B, G, H', W')
-        grad_mask = grad_mask.permute(2, 3, 0, 1, 4, 5).reshape(mask.shape)
-        taps = _by_tap(mask, kernel_size, groups)[:, :, None]
-        by_row *= taps
-        by_col *= taps
-    distance = torch.arange(kernel_size, device=grad.device, dtype=grad.dtype) - kernel_size // 2
-    by_row = (by_row.sum(1) * row.slope).sum(1)  # (k, B, G, H', W')
-    by_col = (by_col.sum(0) * col.slope).sum(1)
-    return torch.tensordot(distance, by_row + by_col, 1), grad_mask
+    def backward(self, grad: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """Gradients for dilation and mask from that of `weight`, which has its shape and dtype."""
+        row, col, mask = self._row, self._col, self._mask
+        kernel_size, _, _, groups = row.weight.shape[:4]
+        order = (2, 4, 6, 7, 0, 5, 1, 3) if self._as_image else (3, 4, 6, 7, 0, 5, 1, 2)
+        grad = grad.unflatten(-1, (2, 2)).permute(order).contiguous()  # (k, k, 2, 2, B, G, H', W')
+        by_row = (grad * col.weight[None, :, None]).sum(3)  # (k, k, 2, B, G, H', W')
+        by_col = (grad * row.weight[:, None, :, None]).sum(2)
+        grad_mask = None
+        if mask is not None:
+            grad_mask = (by_row * row.weight[:, None]).sum(2)  # (k, k, B, G, H', W')
+            grad_mask = grad_mask.permute(2, 3, 0, 1, 4, 5).reshape(mask.shape)
+            taps = _by_tap(mask, kernel_size, groups)[:, :, None]
+            by_row *= taps
+            by_col *= taps
+        distance = torch.arange(kernel_size, device=grad.device, dtype=grad.dtype) - kernel_size // 2
+        by_row = (by_row.sum(1) * row.slope).sum(1)  # (k, B, G, H', W')
+        by_col = (by_col.sum(0) * col.slope).sum(1)
+        return torch.tensordot(distance, by_row + by_col, 1), grad_mask

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._table import sampling_table, sampling_table_backward
+from ._table import SamplingTable
 from .case import accumulation_dtype
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
@@ -119,11 +119,10 @@ class Tiling:
         # tiles of equal height, rather than a small one at the end
         self.tile_rows = -(-self.out_h // -(-self.out_h // tile_rows))
         dtype = accumulation_dtype(x.dtype)
-        self._table_args = (
+        self._table = SamplingTable(
             dilation.to(dtype).contiguous(), None if mask is None else mask.to(dtype).contiguous(), (self.h, self.w),
-            kernel_size, stride, padding, self.as_image)
-        self.index, sampling = sampling_table(*self._table_args, self.batch)
-        self.sampling = sampling.to(x.dtype)
+            kernel_size, stride, padding, self.as_image, self.batch)
+        self.index, self.sampling = self._table.index, self._table.weight.to(x.dtype)
 
     def table(self, x: Tensor) -> Tensor:
         """x (b, H, W, C) as a table (b*H*W*G, C/G)."""
@@ -140,7 +139,7 @@ class Tiling:
 
     def backward(self, grad_sampling: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Gradients of dilation and mask, float32 or float64, from those of the table's weights."""
-        return sampling_table_backward(grad_sampling.to(self._table_args[0].dtype), *self._table_args)
+        return self._table.backward(grad_sampling.to(self._table.weight.dtype))
 
 
 class Scatter:
