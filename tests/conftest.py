@@ -1,9 +1,32 @@
+import os
+
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter where there is no GPU for them, which is settled when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 needs_dynamo = pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_exporting'),
     reason='in one graph: dynamo before torch 2.7 cannot follow the properties of a named tuple')
+
+
+# of the operator's cases, those that Triton's interpreter runs in every dtype; the sweep runs all of them
+INTERPRETED = {
+    'everything', 'plain', 'groups2', 'stride2', 'dilation_groups2', 'depthwise', 'depthwise_plain', 'k1', 'batch0'}
+
+
+def pytest_collection_modifyitems(items):
+    """Leave to the sweep what says little more of a kernel and takes its interpreter seconds for each case."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, 'callspec') else {}
+        if params.get('backend') != 'triton' or params.get('device') == 'cuda':
+            continue
+        name = params['case'].name if 'case' in params else params.get('name')
+        of_many = params.get('dtype', torch.float32) != torch.float32 and name not in INTERPRETED
+        if of_many or ('dilation' in params and name != 'everything'):
+            item.add_marker(pytest.mark.sweep)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import _tiles, adaptive_dilated_conv2d, choose_backend, flops, list_backends
+from fadc_timm.ops import (
+    _tiles,
+    adaptive_dilated_conv2d,
+    choose_backend,
+    flops,
+    list_backends,
+    registry,
+    set_backend,
+)
 from fadc_timm.ops.scripted import scripted_conv2d
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -268,7 +276,7 @@ def test_gradcheck(backend, case):
     skip_unless_runs(case, inputs, backend)
     torch.autograd.gradcheck(
         lambda *t: cases.call(case, dict(zip(inputs, t)), backend), tuple(inputs.values()),
-        fast_mode=backend == 'reference')  # all directions at once: it is slow, and autograd's work throughout
+        fast_mode=backend in ('reference', 'triton'))  # all directions at once, for the slow ones
 
 
 # layouts
@@ -380,6 +388,59 @@ def test_backend_none_is_the_chosen_one(name):
     chosen = choose_backend(cases.checked(case, inputs))
     assert chosen != 'reference' and not cases.why_not(case, inputs, chosen)
     assert cases.call(case, inputs, None).equal(cases.call(case, inputs, chosen))
+
+
+def test_set_backend(monkeypatch):
+    """Before the environment, which comes before the device; in a block until its end, and otherwise for good."""
+    seen = []
+    for name in ('gather', 'grid_sample', 'torchvision', 'reference'):
+        monkeypatch.setitem(registry.BACKENDS, name, registry.BACKENDS[name]._replace(
+            forward=lambda case, name=name: seen.append(name) or torch.zeros(1)))
+
+    def used(**kwargs):
+        adaptive_dilated_conv2d(**valid(), **kwargs)
+        return seen.pop()
+
+    assert used() == 'gather'
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'grid_sample')
+    assert used() == 'grid_sample'
+    with set_backend('torchvision'):
+        assert used() == 'torchvision' and used(backend='gather') == 'gather'
+        with set_backend(None):
+            assert used() == 'grid_sample'
+        assert used() == 'torchvision'
+    assert used() == 'grid_sample'
+    set_backend('reference')
+    assert used() == 'reference'
+    set_backend(None)
+    monkeypatch.setenv('FADC_TIMM_BACKEND', '')
+    assert used() == 'gather'
+
+
+def test_set_backend_that_is_none(monkeypatch):
+    with pytest.raises(ValueError, match="'cudnn'.*reference, gather"):
+        set_backend('cudnn')
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'cudnn')
+    with pytest.raises(ValueError, match="FADC_TIMM_BACKEND is 'cudnn'.*reference, gather"):
+        adaptive_dilated_conv2d(**valid())
+
+
+def test_set_backend_does_not_fall_back():
+    with set_backend('torchvision'), pytest.raises(NotImplementedError, match="'torchvision'.*meta"):
+        adaptive_dilated_conv2d(**on_meta())
+
+
+@needs_dynamo
+def test_set_backend_is_compiled():
+    """Another setting is another graph."""
+    torch.compiler.reset()
+    kwargs = valid()
+    compiled = torch.compile(lambda: adaptive_dilated_conv2d(**kwargs), fullgraph=True, backend='aot_eager')
+    expected = adaptive_dilated_conv2d(**kwargs, backend='gather')
+    assert torch.equal(compiled(), expected)
+    with set_backend('grid_sample'):
+        assert torch.equal(compiled(), adaptive_dilated_conv2d(**kwargs, backend='grid_sample'))
+    assert torch.equal(compiled(), expected)
 
 
 @pytest.mark.parametrize('backend', list_backends())
@@ -667,7 +728,8 @@ def test_flops(backend, case):
     expected = convolution_flops(case)
     if not set(GAINS).isdisjoint(case.use):
         taps = case.k ** 2
-        more = {'torchvision': taps, 'gather': 0 if case.groups == case.o else 1}.get(backend, 1)
+        own = 0 if case.groups == case.o else 1
+        more = {'torchvision': taps, 'gather': own, 'triton': own}.get(backend, 1)
         expected = expected * (taps + more) // taps
     forward, backward = flops_of(lambda: cases.call(case, inputs, backend))
     assert forward == expected
@@ -685,7 +747,7 @@ class Operator(torch.nn.Module):
 
 
 @pytest.mark.parametrize('case', [c for c in FLOP_CASES if set(GAINS).isdisjoint(c.use)], ids=ids)
-@pytest.mark.parametrize('backend', ['gather', 'torchvision', 'grid_sample'])
+@pytest.mark.parametrize('backend', ['gather', 'torchvision', 'grid_sample', 'triton'])
 def test_fvcore_flops(backend, case):
     """fvcore counts multiply-adds."""
     analysis = pytest.importorskip('fvcore.nn').FlopCountAnalysis(

@@ -16,20 +16,12 @@ def why_not(case: Case) -> Optional[str]:
     return None
 
 
-def _depthwise_kernels(case: Case) -> Tensor:
-    """(B, C, 1, k, k): all gains are a channel's own, so they go into a kernel for each sample, which is small."""
-    low_in, low_out, high_in, high_out = (
-        torch.ones_like(case.x[:, :, 0, 0]) if g is None else g for g in case.gains)
-    mean, rest = case.split_weight()
-    return (low_in * low_out)[:, :, None, None, None] * mean + (high_in * high_out)[:, :, None, None, None] * rest
-
-
 def forward(case: Case) -> Tensor:
     # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers
     integer = int if torch.jit.is_tracing() else (lambda n: n)
     options = ([integer(s) for s in case.stride], [integer(p) for p in case.padding], case.groups)
     split = case.has_gains and not case.is_depthwise
-    weight = _depthwise_kernels(case) if case.has_gains and case.is_depthwise else case.weight
+    weight = case.depthwise_kernels() if case.has_gains and case.is_depthwise else case.weight
     gains = case.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
     y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *options)

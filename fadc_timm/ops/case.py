@@ -47,6 +47,13 @@ class Case(NamedTuple):
         mean = self.weight.mean(dim=(2, 3), keepdim=True)
         return mean, self.weight - mean
 
+    def depthwise_kernels(self) -> Tensor:
+        """(B, C, 1, k, k): all gains of a depthwise kernel are a channel's own, so they make one for each sample."""
+        low_in, low_out, high_in, high_out = (
+            torch.ones_like(self.x[:, :, 0, 0]) if g is None else g for g in self.gains)
+        mean, rest = self.split_weight()
+        return (low_in * low_out)[:, :, None, None, None] * mean + (high_in * high_out)[:, :, None, None, None] * rest
+
 
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
     """Multiply the channels of x (B, C, H, W) by a gain (B, C), or by one."""

@@ -9,7 +9,7 @@ import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
+from . import _sampled_conv, _triton  # noqa: F401  register torch.ops.fadc_timm
 from .band_mix import multiply_adds
 
 __all__ = ['fvcore_handlers']
@@ -52,6 +52,20 @@ def _sampled_conv2d_backward(
     return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
 
 
+@register_flop_formula(torch.ops.fadc_timm.fused_conv2d)
+def _fused_conv2d(
+        x_shape, dilation_shape, mask_shape, weight_shape, bias_shape, low_in_shape, *args, out_shape=None,
+        **kwargs) -> int:
+    return 2 * _sampled_multiply_adds(out_shape, weight_shape, low_in_shape is not None)
+
+
+@register_flop_formula(torch.ops.fadc_timm.fused_conv2d_backward)
+def _fused_conv2d_backward(
+        grad_shape, x_shape, dilation_shape, mask_shape, weight_shape, low_in_shape, *args, out_shape=None,
+        **kwargs) -> int:
+    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, low_in_shape is not None)
+
+
 @register_flop_formula(torch.ops.fadc_timm.mix_low_passes)
 def _mix_low_passes(x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
     return 2 * multiply_adds(x_shape, factors)
@@ -77,5 +91,7 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
     return {
         'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
         'fadc_timm::sampled_conv2d': lambda i, o: _sampled_multiply_adds(shape(o[0]), shape(i[3]), i[9].toIValue()),
+        'fadc_timm::fused_conv2d': lambda i, o: _sampled_multiply_adds(
+            shape(o[0]), shape(i[3]), i[5].type().kind() == 'TensorType'),
         'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .case import NO_GAINS, Case, Gains
-from .registry import BACKENDS, choose_backend
+from .registry import BACKENDS, check_name, choose_backend, named_backend
 
 __all__ = ['adaptive_dilated_conv2d']
 
@@ -127,7 +127,8 @@ def adaptive_dilated_conv2d(
         padding: Padding at dilation 1, may be negative. None means k // 2: centres on the pixels of x. A layer with
             padding P and base dilation d passes P - k // 2 * (d - 1).
         groups: Convolution groups.
-        backend: A name of :func:`list_backends`, or None to choose one by device, dtype and shape.
+        backend: A name of :func:`list_backends`, or None for that of :class:`set_backend` or the environment variable
+            FADC_TIMM_BACKEND, or else to choose one by device, dtype and shape.
 
     Returns:
         Output (B, O, H', W').
@@ -135,7 +136,7 @@ def adaptive_dilated_conv2d(
     Raises:
         TypeError: An argument is not a tensor, or has another dtype than x.
         ValueError: A shape or device does not fit the other arguments, or there is no such backend.
-        NotImplementedError: The named backend cannot run this case.
+        NotImplementedError: The named backend, or the one that is set, cannot run this case.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
@@ -157,12 +158,10 @@ def adaptive_dilated_conv2d(
     case = Case(
         x, weight, dilation, mask, bias, tuple(gains), _pair('stride', stride, 1),  # type: ignore[arg-type]
         (r, r) if padding is None else _pair('padding', padding), groups)
-    if backend is None:
+    name = named_backend() if backend is None else check_name(backend)
+    if name is None:
         name = choose_backend(case)
     else:
-        if backend not in BACKENDS:
-            raise ValueError(f'There is no backend {backend!r}, the backends are {", ".join(BACKENDS)}.')
-        name = backend
         reason = BACKENDS[name].why_not(case)
         if reason:
             raise NotImplementedError(f'The backend {name!r} cannot run this case: {reason}.')
