@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fadc_timm.ops import _triton_launch as launch
+from fadc_timm.ops._triton_call import Call
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
@@ -88,7 +89,7 @@ def launches(layer: Layer, dtype: torch.dtype) -> List[Tuple[Any, Any, Any, Any,
 
     weight = empty(b, c, 1, k, k) if depthwise else empty(o, c // layer.groups, k, k)
     mask = empty(b, g * k * k, side, side).to(memory_format=torch.channels_last) if layer.mask else None
-    call = launch.Call(
+    call = Call(
         empty(b, c, layer.side, layer.side).to(memory_format=torch.channels_last),
         empty(b, g, side, side, dtype=torch.float32), mask, weight, [layer.stride] * 2, [k // 2] * 2, layer.groups)
     gains = (empty(b, c), empty(b, o), empty(b, c), empty(b, o)) if layer.gains and not depthwise else (None,) * 4

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fadc_timm.ops import (
     _tiles,
+    _torchvision,
     adaptive_dilated_conv2d,
     choose_backend,
     flops,
@@ -681,6 +682,27 @@ def test_tiles(name, tile, monkeypatch):
     check(case, inputs, cases.results(case, inputs, 'gather'), cases.oracle(case, torch.float64), torch.float64)
 
 
+@pytest.mark.parametrize('b, parts', [(1, 1), (32, 1), (33, 2), (37, 2), (64, 1), (66, 1), (67, 3)])
+def test_torchvision_rounds(b, parts):
+    """As few as possible: torchvision takes as many of at most 32 samples at a time as divide the batch."""
+    case = OpCase(f'rounds{b}', (b, 2, 3, 3), 2)
+    inputs = cases.make_inputs(case, torch.float32)
+    counts = []
+
+    def count(*args):
+        counts.append(args[0].shape[0])
+        return deform_conv2d(*args)
+
+    deform_conv2d = _torchvision.deform_conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torchvision, 'deform_conv2d', count)
+        actual = cases.results(case, inputs, 'torchvision')
+    check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
+    assert len(counts) == parts * (1 if b == 1 else 2)  # gains: both parts of the kernel, but of one sample its own
+    in_rounds = [n // max(i for i in range(1, 33) if n % i == 0) for n in counts]
+    assert sum(in_rounds) == -(-b // 32) * (1 if b == 1 else 2)
+
+
 @pytest.mark.parametrize('o', [3, 40])
 def test_split_on_samples_and_on_the_kernel(o):
     """AdaKern's mean is taken off whichever is smaller, 40 kernels or the samples of 2*3*4 positions."""
@@ -729,7 +751,7 @@ def test_flops(backend, case):
     if not set(GAINS).isdisjoint(case.use):
         taps = case.k ** 2
         own = 0 if case.groups == case.o else 1
-        more = {'torchvision': taps, 'gather': own, 'triton': own}.get(backend, 1)
+        more = {'torchvision': taps if case.x[0] > 1 else 0, 'gather': own, 'triton': own}.get(backend, 1)
         expected = expected * (taps + more) // taps
     forward, backward = flops_of(lambda: cases.call(case, inputs, backend))
     assert forward == expected

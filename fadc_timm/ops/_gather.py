@@ -21,7 +21,7 @@ def forward(case: Case) -> Tensor:
     integer = int if torch.jit.is_tracing() else (lambda n: n)
     options = ([integer(s) for s in case.stride], [integer(p) for p in case.padding], case.groups)
     split = case.has_gains and not case.is_depthwise
-    weight = case.depthwise_kernels() if case.has_gains and case.is_depthwise else case.weight
+    weight = case.sample_kernels() if case.has_gains and case.is_depthwise else case.weight
     gains = case.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
     y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *options)

@@ -1,8 +1,11 @@
 """torchvision backend: `deform_conv2d` with the compact dilation expanded to offsets.
 
 The gains stay outside of it: they commute with sampling, so that no weight is made per sample and the batch is not
-folded into groups. torchvision has no bfloat16, and offsets in half precision are off by pixels: both half dtypes are
-computed in float32.
+folded into groups; it takes two calls, one for each part of the kernel. One sample alone has one kernel, and one call.
+
+torchvision has no bfloat16, and computes positions in the dtype of the map. In float16 that puts the relative error of
+the output at 0.0014 on a map of 7x7, 0.0030 on 14x14 and 0.012 on 56x56, where with positions in float32 it is 0.0002
+(a convolution of 16 channels at dilations of 1 to 4). So both half dtypes are computed in float32.
 """
 from typing import Optional
 
@@ -61,6 +64,17 @@ def deform_conv2d(
     return y[:, :, :out_h, :out_w]
 
 
+# torchvision takes as many samples at a time as divide the batch and are no more than this.
+_PARALLEL = 32
+
+
+def _at_a_time(b: int) -> int:
+    """Samples to pass to it at a time, so that it makes no more rounds than it has to: of 37 it would make 37."""
+    rounds = max(-(-b // _PARALLEL), 1)
+    divisor = max(n for n in range(1, _PARALLEL + 1) if b % n == 0)
+    return b if b <= rounds * divisor else -(-b // rounds)
+
+
 def forward(case: Case) -> Tensor:
     dtype = accumulation_dtype(case.x.dtype)
 
@@ -71,17 +85,25 @@ def forward(case: Case) -> Tensor:
     full = case._replace(
         x=case.x.to(dtype), weight=case.weight.to(dtype), dilation=case.dilation.to(dtype), mask=cast(case.mask),
         bias=cast(case.bias), gains=(low_in, low_out, high_in, high_out))
+    b = full.x.shape[0]
 
     def conv(x: Tensor, weight: Tensor) -> Tensor:
-        return deform_conv2d(x.contiguous(), weight, full.dilation, full.mask, *full.stride, *full.padding, full.groups)
+        x, options = x.contiguous(), (*full.stride, *full.padding, full.groups)
+        n = b if torch.compiler.is_compiling() else _at_a_time(b)
+        if n == b:
+            return deform_conv2d(x, weight, full.dilation, full.mask, *options)
+        masks = [None] * b if full.mask is None else full.mask.split(n)
+        return torch.cat([
+            deform_conv2d(xs, weight, ds, ms, *options)
+            for xs, ds, ms in zip(x.split(n), full.dilation.split(n), masks)])
 
-    if full.has_gains:
+    if full.has_gains and b != 1:
         mean, rest = full.split_weight()
         y = combine_parts(
             conv(scale_channels(full.x, high_in), rest),
             conv(scale_channels(full.x, low_in), mean.expand_as(rest).contiguous()), full)
     else:
-        y = conv(full.x, full.weight)
+        y = conv(full.x, full.sample_kernels()[0] if full.has_gains else full.weight)
         if full.bias is not None:
             y = y + full.bias[:, None, None]
     return match_layout(y.to(case.x.dtype), case.x)

@@ -3,50 +3,17 @@
 For CUDA; with TRITON_INTERPRET=1 in the environment Triton interprets its kernels on a CPU, slowly, which is what the
 tests do. Triton is optional, and imported at the first call.
 """
-import functools
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from . import _triton_launch as launch
+from ._triton_call import Call
+from ._triton_support import why_not_on
 from .case import Case, match_layout
 
-__all__ = ['forward', 'fused_conv2d', 'unavailable', 'why_not']
-
-MINIMUM = (3, 2)  # of Triton: torch 2.6 brings it
-
-
-@functools.cache
-def unavailable() -> Optional[str]:
-    """Why there is no Triton to be used, or None."""
-    try:
-        import triton
-    except ImportError as e:
-        return f'Triton is not installed ({e})'
-    if tuple(int(n) for n in triton.__version__.split('.')[:2]) < MINIMUM:
-        return f'Triton {triton.__version__} is too old, it must be {MINIMUM[0]}.{MINIMUM[1]} or newer'
-    return None
-
-
-def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter. That is settled when they are first imported."""
-    from triton.runtime import JITFunction
-
-    from . import _triton_dense
-    return not isinstance(_triton_dense.forward, JITFunction)
-
-
-@torch.compiler.assume_constant_result
-def why_not_on(device_type: str) -> Optional[str]:
-    """Why Triton's kernels do not run on a device, or None."""
-    reason = unavailable()
-    if reason is not None:
-        return reason
-    if device_type in ('cuda', 'meta') or (device_type == 'cpu' and is_interpreted()):
-        return None
-    return (f'Triton does not run on {device_type}, but for a CPU if TRITON_INTERPRET=1 is in the environment before the '
-            'first use')
+__all__ = ['forward', 'fused_conv2d', 'why_not']
 
 
 def why_not(case: Case) -> Optional[str]:
@@ -87,7 +54,7 @@ def fused_conv2d(
     """
     y = _empty_output(x, dilation, weight)
     if y.numel():
-        call = launch.Call(x, dilation, mask, weight, stride, padding, groups)
+        call = Call(x, dilation, mask, weight, stride, padding, groups)
         (launch.depthwise_forward if call.depthwise else launch.dense_forward)(
             call, bias, (low_in, low_out, high_in, high_out), y)
     return y.permute(0, 3, 1, 2)
@@ -127,7 +94,7 @@ def fused_conv2d_backward(
     grads = [_empty_gradient(t, x, channels_last=t is x) for t in tensors]
     if not grad.numel() or not x.numel():
         return [g.zero_() for g in grads]
-    call = launch.Call(x, dilation, mask, weight, stride, padding, groups)
+    call = Call(x, dilation, mask, weight, stride, padding, groups)
     backward = launch.depthwise_backward if call.depthwise else launch.dense_backward
     results = backward(call, grad.permute(0, 2, 3, 1).contiguous(), (low_in, low_out, high_in, high_out),
                        need_samples, need_kernel)
@@ -173,7 +140,7 @@ fused_conv2d.register_autograd(_backward, setup_context=_setup_context)
 def forward(case: Case) -> Tensor:
     weight, gains = case.weight, case.gains
     if case.has_gains and case.is_depthwise:
-        weight, gains = case.depthwise_kernels(), (None,) * 4
+        weight, gains = case.sample_kernels(), (None,) * 4
     elif case.has_gains:
         b, c, o = *case.x.shape[:2], len(weight)
         gains = tuple(  # type: ignore[assignment]

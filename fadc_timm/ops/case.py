@@ -47,12 +47,21 @@ class Case(NamedTuple):
         mean = self.weight.mean(dim=(2, 3), keepdim=True)
         return mean, self.weight - mean
 
-    def depthwise_kernels(self) -> Tensor:
-        """(B, C, 1, k, k): all gains of a depthwise kernel are a channel's own, so they make one for each sample."""
-        low_in, low_out, high_in, high_out = (
-            torch.ones_like(self.x[:, :, 0, 0]) if g is None else g for g in self.gains)
+    def sample_kernels(self) -> Tensor:
+        """(B, O, C/groups, k, k): the gains applied to the kernel, which makes one for each sample."""
+        b, o = self.x.shape[0], self.weight.shape[0]
+
+        def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
+            if into is not None:
+                # input channels are counted within the group of the output channel
+                into = into.unflatten(1, (self.groups, 1, -1)).expand(-1, -1, o // self.groups, -1).flatten(1, 2)
+                part = part * into[:, :, :, None, None]
+            return part if out is None else part * out[:, :, None, None, None]
+
+        low_in, low_out, high_in, high_out = self.gains
         mean, rest = self.split_weight()
-        return (low_in * low_out)[:, :, None, None, None] * mean + (high_in * high_out)[:, :, None, None, None] * rest
+        kernels = of_part(mean, low_in, low_out) + of_part(rest, high_in, high_out)
+        return kernels.expand(b, *self.weight.shape)
 
 
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
