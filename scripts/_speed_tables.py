@@ -43,6 +43,7 @@ def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = ''
     found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, compiled)}
     against_eager = what.endswith('/eager')
     base, today, fadc = (found.get(v) for v in ('fadc eager' if against_eager else 'plain', 'today', 'fadc'))
+    triton = found.get('triton')
     quantity = what.removesuffix('/eager') + (', compiled' if compiled == 'yes' else '')
     quantity += ', against itself eager' if against_eager else ''
     if fadc is not None:
@@ -52,7 +53,7 @@ def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = ''
         case, quantity,
         NOT_MEASURED if base is None else f'{float(base["median"]):.3g} {base["unit"]}',
         '' if what == 'import' or against_eager else NOT_MEASURED if today is None else _ratio(today),
-        NOT_MEASURED if fadc is None else _ratio(fadc),
+        NOT_MEASURED if fadc is None else _ratio(fadc) + ('' if triton is None else f'; Triton: {_ratio(triton)}'),
         f'<= {target}{unit}' if target else '',
         '' if fadc is None else fadc['met']]
 

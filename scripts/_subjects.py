@@ -110,14 +110,14 @@ def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
 
 @torch.no_grad()
 def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]:
-    """The networks by variant: 'plain', 'today' and 'fadc', with the same weights where they have the same.
+    """The networks by variant: 'plain', 'today', 'fadc' and 'triton', with the same weights where they have the same.
 
     Branches that timm starts at zero (the last norms of residual blocks, layer scale) are started at 0.3, so that
     activations and gradients are those of a network in training.
 
     Args:
         name: An architecture `<base>_fadc`.
-        variants: Which of the three.
+        variants: Which of the four; 'triton' is the FADC network with the operator in Triton kernels.
         seed: Of all weights.
     """
     if not name.endswith('_fadc'):
@@ -137,6 +137,11 @@ def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]
         models['fadc'] = fadc
         if 'today' in variants:
             models['today'] = make_today(fadc)
+        if 'triton' in variants:
+            models['triton'] = copy.deepcopy(fadc)
+            for module in models['triton'].modules():
+                if isinstance(module, FADConv2d):
+                    module.backend = 'triton'
     return {v: models[v] for v in variants}
 
 

@@ -8,7 +8,8 @@
     python scripts/bench_model.py --check                                          # fail where a ratio was lost
 
 Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (scripts/_today.py); `fadc`,
-this package. FADC parameters are off the identity, and before a case is timed, `today` and `fadc` must agree. What:
+this package; and on CUDA `triton`, the same with its Triton kernels, which are not chosen by themselves. FADC
+parameters are off the identity, and before a case is timed, all but `plain` must agree. What:
 
 * inference: a batch, in milliseconds;
 * train: forward, loss, backward and a step of SGD;
@@ -23,6 +24,7 @@ compile; `python scripts/readme_tables.py` brings them into the README.
 import argparse
 import copy
 import functools
+import itertools
 import subprocess
 import sys
 from typing import Dict, List, NamedTuple, Optional
@@ -34,13 +36,13 @@ from _subjects import Setting, Step, make_models, make_step, place, training_sta
 from torch import Tensor, nn
 
 OUTPUT = RESULTS / 'bench_model.csv'
-VARIANTS = ('plain', 'today', 'fadc')
+VARIANTS = ('plain', 'today', 'fadc', 'triton')
 WHAT = ('inference', 'train', 'memory', 'per-pixel', 'import')
 SMALL = 224  # side that per-pixel compares with
 
 
 class Case(NamedTuple):
-    """A row of the table: largest ratio of `fadc`, and for a compiled network the largest ratio to itself eager."""
+    """A row of the table: largest ratio of this package, and of a compiled network the largest to itself eager."""
     model: str
     what: str
     batch: int = 1
@@ -57,7 +59,7 @@ class Case(NamedTuple):
         return f'{self.model} {self.batch}x{self.size}{against}'
 
 
-# Targets are for two cores and float32.
+# Targets are for two cores and float32,
 CASES = (
     Case('resnet50_fadc', 'inference', 4, 224, 1.2),
     Case('resnet50_fadc', 'inference', 1, 224, 1.3),
@@ -76,11 +78,21 @@ CASES = (
     Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile=True),
     Case('', 'import', target=0.1),
 )
-CUDA_CASES = tuple(
-    Case(model, what, batch, size)
-    for model in ('resnet50_fadc', 'convnext_tiny_fadc')
-    for what, batch, size in (
-        ('inference', 64, 224), ('inference', 16, 512), ('train', 64, 224), ('train', 16, 512), ('memory', 64, 224)))
+# and these for an H100 or H200 and half precision.
+CUDA_CASES = (
+    Case('resnet50_fadc', 'inference', 64, 224, 1.5),
+    Case('resnet50_fadc', 'inference', 16, 512, 1.5),
+    Case('resnet50_fadc', 'train', 64, 224, 1.5),
+    Case('resnet50_fadc', 'train', 16, 512, 1.5),
+    Case('resnet50_fadc', 'memory', 64, 224, 1.25),
+    Case('convnext_tiny_fadc', 'inference', 64, 224, 2.),
+    Case('convnext_tiny_fadc', 'train', 64, 224, 2.),
+)
+
+
+def targets(case: Case) -> Dict[str, float]:
+    """The largest ratio by variant."""
+    return {} if case.target is None else dict.fromkeys(('fadc', 'triton'), case.target)
 
 
 def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
@@ -91,11 +103,12 @@ def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
             outputs[variant] = copy.deepcopy(model).to(device).eval()(x.to(device))
             if not outputs[variant].isfinite().all():
                 raise RuntimeError(f'{variant}: the output is not finite, its time would mean nothing.')
-    if 'today' in outputs and 'fadc' in outputs:
-        error = float((outputs['today'] - outputs['fadc']).abs().max() / outputs['today'].abs().max())
-        limit = 1e-3 if device == 'cpu' else 2e-2  # with TF32
+    outputs.pop('plain', None)
+    limit = 1e-3 if device == 'cpu' else 2e-2  # with TF32
+    for (a, expected), (b, y) in itertools.pairwise(outputs.items()):
+        error = float((expected - y).abs().max() / expected.abs().max())
         if error > limit:
-            raise RuntimeError(f"today's way and fadc differ by {error:.1e} of the largest logit, over {limit:.0e}.")
+            raise RuntimeError(f'{a} and {b} differ by {error:.1e} of the largest logit, over {limit:.0e}.')
 
 
 def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
@@ -126,8 +139,7 @@ def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> Lis
         add('fadc eager', models['fadc'], setting._replace(compile=False))
     samples = interleave(steps, clock, args.repeats, args.max_time)
     env = environment(setting)
-    target = {} if case.target is None else {'fadc': case.target}
-    rows = make_rows(case.name, case.what, {v: samples[v] for v in models}, formats, env, target)
+    rows = make_rows(case.name, case.what, {v: samples[v] for v in models}, formats, env, targets(case))
     if eager:
         target = {} if case.eager_target is None else {'fadc': case.eager_target}
         rows += make_rows(
@@ -156,8 +168,7 @@ def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) ->
         small, big = f'{v} {SMALL}', f'{v} {case.size}'
         samples[v] = [b / a / pixels for a, b in zip(times[small], times[big])]
         formats[v] = ' and '.join(sorted({formats[small], formats[big]}))
-    target = {} if case.target is None else {'fadc': case.target}
-    return make_rows(case.name, case.what, samples, formats, environment(setting), target, unit='x')
+    return make_rows(case.name, case.what, samples, formats, environment(setting), targets(case), unit='x')
 
 
 def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
@@ -177,8 +188,7 @@ def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> Li
             peak = peak_memory(step, held, setting.device)
             if variant not in samples or peak < samples[variant][0]:
                 samples[variant], formats[variant] = [peak], memory_format
-    target = {} if case.target is None else {'fadc': case.target}
-    return make_rows(case.name, case.what, samples, formats, environment(setting), target, unit='MB')
+    return make_rows(case.name, case.what, samples, formats, environment(setting), targets(case), unit='MB')
 
 
 def measure_import(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
@@ -191,8 +201,7 @@ def measure_import(case: Case, args: argparse.Namespace, setting: Setting) -> Li
         if i:  # the first fills the disk cache
             for values, seconds in zip(samples.values(), out.split()):
                 values.append(float(seconds) * 1e3)
-    target = {} if case.target is None else {'fadc': case.target}
-    return make_rows(case.name, case.what, samples, {}, environment(setting), target,
+    return make_rows(case.name, case.what, samples, {}, environment(setting), targets(case),
                      compare=lambda value, base: (value - base) / 1e3)
 
 
@@ -203,7 +212,7 @@ MEASURE = {
 
 def measure(case: Case, args: argparse.Namespace) -> List[Row]:
     setting = Setting(args.device, args.amp, case.compile)
-    if (args.device, args.amp) != ('cpu', ''):
+    if bool(args.amp) != (args.device == 'cuda'):
         case = case._replace(target=None, eager_target=None)
     return MEASURE[case.what](case, args, setting)
 
@@ -231,10 +240,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         '--compile', action=argparse.BooleanOptionalAction, help='through inductor; default: as in the table')
     parser.add_argument(
         '--variants', type=lambda s: tuple(s.split(',')), help="comma-separated, plain is always measured (default: "
-        f"{','.join(VARIANTS)}, with --check without today's)")
+        f"{','.join(VARIANTS)}, the last on CUDA alone, with --check without today's)")
     add_options(parser, repeats=15)
     args = parser.parse_args(argv)
-    variants = args.variants or (('plain', 'fadc') if args.check else VARIANTS)
+    variants = args.variants or [
+        v for v in VARIANTS if (v != 'today' or not args.check) and (v != 'triton' or args.device == 'cuda')]
     if set(variants) - set(VARIANTS):
         parser.error(f'--variants are of {", ".join(VARIANTS)}, got {", ".join(variants)}')
     args.variants = tuple(v for v in VARIANTS if v == 'plain' or v in variants)

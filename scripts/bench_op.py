@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Time of the operator, of the layer and of its parts, on the shapes of three networks, against the plain convolution.
 
-    python scripts/bench_op.py [--shapes 'resnet50*'] [--device cuda] [--amp float16] [--check]
+    python scripts/bench_op.py [--shapes 'resnet50*'] [--size 512] [--device cuda] [--amp float16] [--check]
 
 Everything is compared with `F.conv2d` of the same shape. FADC parameters are off the identity, and the inputs of the
 operator are what such a layer makes: `op NAME` is the operator with gains and mask on each backend that can run the
 case (the oracle aside), `layer` is `FADConv2d`, `layer today` the same function as everyone runs it today
-(scripts/_today.py), `freq_select` is that module, `low_pass FORM` its filters. What: forward, or forward+backward with
-the gradients of the inputs and of the parameters. Rows go to scripts/results/bench_op.csv, as those of bench_model.py.
+(scripts/_today.py), `freq_select` is that module, `low_pass FORM` its filters; and `roofline`, of the operator forward,
+is what its products would take at the speed of a large matrix product, or its bytes at that of a copy, measured in the
+same run, whichever is longer. What: forward, or forward+backward with the gradients of the inputs and of the
+parameters. Rows go to scripts/results/bench_op.csv, as those of bench_model.py.
 """
 import argparse
 import fnmatch
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from _bench import Clock, add_options, formats_to_try, interleave, pick_format, run_jobs
 from _rows import RESULTS, Row, environment, make_rows
-from _subjects import Setting, Step, leave_identity, place
+from _subjects import AMP_DTYPES, Setting, Step, leave_identity, place
 from _today import make_today
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ WHAT = ('forward', 'forward+backward')
 
 
 class Shape(NamedTuple):
-    """A convolution of a network at 224x224: channels in and out, side of its input."""
+    """A convolution of a network: channels in and out, side of its input, in the table for images of 224x224."""
     net: str
     channels: int
     side: int
@@ -52,6 +54,10 @@ SHAPES = (
         (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1), (1024, 14, 2), (1024, 7, 1))),
     *(Shape('convnext_tiny', c, n, kernel_size=7, groups=c) for c, n in ((192, 28), (384, 14), (768, 7))),
 )
+
+SMALL = 224
+# sides of the matrices, and elements of the vector, whose product and copy are timed for the roofline
+MATRIX, VECTOR = {'cpu': 1024, 'cuda': 8192}, {'cpu': 2 ** 25, 'cuda': 2 ** 29}
 
 Function = Callable[..., Union[Tensor, List[Tensor]]]
 Called = Tuple[Function, List[Optional[Tensor]]]  # a function, and what it is called with and differentiated for
@@ -108,6 +114,31 @@ def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) ->
     return made
 
 
+@functools.cache
+def machine(setting: Setting) -> Tuple[float, float]:
+    """Multiply-adds and bytes that the device can do in a millisecond."""
+    dtype = AMP_DTYPES[setting.amp] if setting.amp else torch.float32
+    clock, n = Clock(setting.device), MATRIX[setting.device]
+    a, b = (torch.randn(n, n, device=setting.device, dtype=dtype) for _ in range(2))
+    x = torch.ones(VECTOR[setting.device], device=setting.device, dtype=dtype)
+    y = torch.empty_like(x)
+    product, copy = (min(clock(step) for _ in range(10)) for step in (lambda: a @ b, lambda: y.copy_(x)))
+    return n ** 3 / product, 2 * x.nbytes / copy
+
+
+def roofline(shape: Shape, batch: int, setting: Setting) -> float:
+    """Milliseconds of the operator forward, with gains and mask, where nothing but products or bytes counts."""
+    k, out = shape.kernel_size, (shape.side - 1) // shape.stride + 1
+    depthwise = shape.groups == shape.channels
+    weights = shape.channels ** 2 // shape.groups
+    multiply_adds = batch * out ** 2 * weights * (k ** 2 + (not depthwise))
+    size = AMP_DTYPES[setting.amp].itemsize if setting.amp else 4
+    maps = batch * (shape.channels * (shape.side ** 2 + out ** 2) + k ** 2 * out ** 2)
+    nbytes = size * (maps + weights * k ** 2) + 4 * batch * out ** 2  # the dilation is float32
+    products, copies = machine(setting)
+    return max(multiply_adds / products, nbytes / copies)
+
+
 def make_step(called: Called, what: str, setting: Setting) -> Step:
     """One call, or one call and the gradients of all tensors."""
     function, tensors = called
@@ -141,6 +172,8 @@ def measure(shape: Shape, what: str, args: argparse.Namespace) -> List[Row]:
 
         formats[variant], steps[variant] = pick_format(make, clock, list(made))
     samples = interleave(steps, clock, args.repeats, args.max_time, min_sample=args.min_sample)
+    if what == 'forward':
+        samples['roofline'] = [roofline(shape, args.batch, setting)] * len(samples['plain'])
     return make_rows(f'{shape.name} b{args.batch}', what, samples, formats, environment(setting))
 
 
@@ -149,15 +182,19 @@ def main() -> int:
     parser.add_argument('--shapes', nargs='+', default=['*'], help="name patterns, 'resnet50*' or '*@14'")
     parser.add_argument('--what', nargs='+', default=WHAT, choices=WHAT)
     parser.add_argument('--batch', type=int, default=4)
+    parser.add_argument('--size', type=int, default=SMALL, help='side of the images, a multiple of 32 (default: 224)')
     parser.add_argument(
         '--min-sample', type=float, default=10., metavar='MS', help='shorter steps are repeated to this (default: 10)')
     add_options(parser, repeats=11, max_time=5.)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    shapes = [s for s in SHAPES if any(fnmatch.fnmatch(s.name, pattern) for pattern in args.shapes)]
+    if args.size < 32 or args.size % 32:
+        parser.error(f'--size must be a multiple of 32, got {args.size}')
+    table = [s._replace(side=s.side * args.size // SMALL) for s in SHAPES]
+    shapes = [s for s in table if any(fnmatch.fnmatch(s.name, pattern) for pattern in args.shapes)]
     if not shapes:
-        names = ', '.join(s.name for s in SHAPES)
+        names = ', '.join(s.name for s in table)
         raise SystemExit(f'No shape is called {" or ".join(args.shapes)}; the shapes are {names}.')
     jobs = [(f'{s.name}, {what}', functools.partial(measure, s, what, args)) for s in shapes for what in args.what]
     return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)

@@ -282,6 +282,7 @@ def test_select_cases():
     assert cases('--model', MODEL) == []
     assert bench_model.parse_args([]).variants == ('plain', 'today', 'fadc')
     assert bench_model.parse_args(['--check']).variants == ('plain', 'fadc')
+    assert bench_model.parse_args(['--device', 'cuda']).variants == ('plain', 'today', 'fadc', 'triton')
     assert bench_model.parse_args(['--variants', 'today']).variants == ('plain', 'today')
     with pytest.raises(SystemExit):
         bench_model.parse_args(['--variants', 'fast'])
@@ -351,7 +352,7 @@ def test_bench_op(tmp_path):
     forward = [r['variant'] for r in rows if r['what'] == 'forward']
     wanted = {'plain', 'op gather', 'op torchvision', 'layer today', 'layer', 'freq_select', 'low_pass fft'}
     assert wanted <= set(forward)
-    assert forward == [r['variant'] for r in rows if r['what'] == 'forward+backward']
+    assert forward == [*(r['variant'] for r in rows if r['what'] == 'forward+backward'), 'roofline']
     assert run('bench_op.py', '--shapes', 'nothing').returncode == 1
 
 

@@ -28,6 +28,15 @@ CASE = {case.name: case for case in CASES}
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 
 
+@pytest.fixture(autouse=True)
+def skip_unless_runs(request):
+    """On a machine with a GPU kernels are not interpreted, and run there alone."""
+    if 'device' in request.fixturenames:
+        reason = _triton_support.why_not_on(request.getfixturevalue('device'))
+        if reason:
+            pytest.skip(reason)
+
+
 @pytest.fixture
 def fresh():
     """The answers to whether there is a Triton, forgotten before and after."""
@@ -64,12 +73,13 @@ def test_blocks_of_channels(case, device):
     assert max(errors(case, device).values()) <= 1
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('programs', [1, 20_000])
-def test_splits(programs, monkeypatch):
+def test_splits(programs, device, monkeypatch):
     """The kernel's gradient in one part, or a part for each piece of a sample."""
     case = OpCase('splits', (2, 4, 19, 17), 6)
     monkeypatch.setattr(_triton_launch, '_PROGRAMS', programs)
-    assert max(errors(case, 'cpu').values()) <= 1
+    assert max(errors(case, device).values()) <= 1
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -87,8 +97,9 @@ def test_deterministic(name, device):
 
 
 @pytest.mark.filterwarnings('ignore:invalid value encountered')
-def test_deterministic_gradients_of_zero_and_of_infinity():
-    inputs = cases.make_inputs(CASE['plain'], torch.float32)
+@pytest.mark.parametrize('device', DEVICES)
+def test_deterministic_gradients_of_zero_and_of_infinity(device):
+    inputs = cases.make_inputs(CASE['plain'], torch.float32, device=device)
     torch.use_deterministic_algorithms(True)
     try:
         y = cases.call(CASE['plain'], inputs, 'triton')
@@ -132,8 +143,9 @@ def test_positions_beyond_int32():
     OpCase('check_groups', (1, 4, 3, 2), 2, groups=2, dilation_groups=2, stride=(2, 1), use=('mask',)),
     OpCase('check_depthwise', (1, 2, 2, 3), 2, groups=2, use=('mask', 'bias')),
 ], ids=lambda case: case.name)
-def test_opcheck(case):
-    inputs = cases.make_inputs(case, torch.float32)
+@pytest.mark.parametrize('device', DEVICES)
+def test_opcheck(device, case):
+    inputs = cases.make_inputs(case, torch.float32, device=device)
     gains = [inputs.get(gain) for gain in GAINS]
     options = [*case.stride], [case.k // 2] * 2, case.groups
     args = (inputs['x'], inputs['dilation'], inputs.get('mask'), inputs['weight'], inputs.get('bias'), *gains)
@@ -142,6 +154,35 @@ def test_opcheck(case):
     y = torch.ops.fadc_timm.fused_conv2d(x, dilation, mask, weight, None, *gains, *options)
     torch.library.opcheck(torch.ops.fadc_timm.fused_conv2d_backward, (
         torch.randn_like(y), x, dilation, mask, weight, *gains, True, True, *options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', ['everything', 'depthwise'])
+def test_cuda_graph(name):
+    """Forward and backward can be captured: nothing waits for the device, and nothing is chosen by values."""
+    case = CASE[name]
+    inputs = cases.make_inputs(case, torch.float32, device='cuda')
+    expected = cases.results(case, inputs, 'triton')
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            cases.results(case, inputs, 'triton')
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cases.results(case, inputs, 'triton')
+    graph.replay()
+    torch.cuda.synchronize()
+    for n, t in captured.items():
+        assert cases.error(t, expected[n].cpu().double()) <= cases.tolerance(n, torch.float32), n
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', ['everything', 'depthwise'])
+def test_tuned(name, monkeypatch):
+    """The autotuner's choice computes the same; gradients that are added to are not added to twice."""
+    monkeypatch.setenv('FADC_TIMM_AUTOTUNE', '1')
+    assert max(errors(CASE[name], 'cuda').values()) <= 1
 
 
 def test_no_copy_of_a_channels_last_map():

@@ -69,7 +69,7 @@ def _blocks_of(call: Call, bundles: Bundles) -> Dict[str, int]:
     block_o = _block(bundles.out_width, 16, 256 if half else 64)
     block_c = _block(bundles.slice_width, 16, 32 if half else 16)
     return {'BLOCK_P': _BLOCK_P['dense'], 'BLOCK_C': block_c, 'BLOCK_O': block_o,
-            'num_warps': 8 if block_o > 64 else 4, 'num_stages': 2}
+            'num_warps': 8 if block_o > 64 or not half else 4, 'num_stages': 2}
 
 
 def dense_forward(call: Call, bias: Optional[Tensor], gains: Gains, y: Tensor) -> None:
@@ -193,7 +193,7 @@ def depthwise_backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of x, dilation, mask and weight from grad (B, H', W', C); they are made together."""
     from . import _triton_depthwise
-    config = {'BLOCK_P': _BLOCK_P['depthwise_backward'], 'BLOCK_C': _block(call.dilation_width, 16, 32), 'num_warps': 4,
+    config = {'BLOCK_P': _BLOCK_P['depthwise_backward'], 'BLOCK_C': _block(call.dilation_width, 16, 32), 'num_warps': 8,
               'num_stages': 1}
     kernel, channels, (units, parts, chunks) = _depthwise(call, config['BLOCK_P'])
     scatter = Scatter(call, lambda: bound(grad, kernel[..., None], call.mask))
