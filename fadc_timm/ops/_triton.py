@@ -55,9 +55,13 @@ def fused_conv2d(
     y = _empty_output(x, dilation, weight)
     if y.numel():
         call = Call(x, dilation, mask, weight, stride, padding, groups)
-        (launch.depthwise_forward if call.depthwise else launch.dense_forward)(
-            call, bias, (low_in, low_out, high_in, high_out), y)
+        bias, *gains = map(_contiguous, (bias, low_in, low_out, high_in, high_out))
+        (launch.depthwise_forward if call.depthwise else launch.dense_forward)(call, bias, gains, y)
     return y.permute(0, 3, 1, 2)
+
+
+def _contiguous(t: Optional[Tensor]) -> Optional[Tensor]:
+    return None if t is None else t.contiguous()
 
 
 def _empty_output(x: Tensor, dilation: Tensor, weight: Tensor) -> Tensor:
@@ -96,8 +100,8 @@ def fused_conv2d_backward(
         return [g.zero_() for g in grads]
     call = Call(x, dilation, mask, weight, stride, padding, groups)
     backward = launch.depthwise_backward if call.depthwise else launch.dense_backward
-    results = backward(call, grad.permute(0, 2, 3, 1).contiguous(), (low_in, low_out, high_in, high_out),
-                       need_samples, need_kernel)
+    gains = [*map(_contiguous, (low_in, low_out, high_in, high_out))]
+    results = backward(call, grad.permute(0, 2, 3, 1).contiguous(), gains, need_samples, need_kernel)
     for into, result in zip(grads, results):
         if result is None:
             into.zero_()
