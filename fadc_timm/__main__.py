@@ -48,24 +48,19 @@ def _check_model_name(name: str) -> None:
 
 def _load_checkpoint(name: str, path: str) -> nn.Module:
     """A model with the weights in a file, FADC or plain, and as many classes as the file has."""
+    from .hub.convert import convert, read_checkpoint
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
     try:
-        state = timm.models.load_state_dict(path)
-    except Exception as e:  # whatever the unpickler or safetensors raise for a file that is neither
+        checkpoint = read_checkpoint(Path(path))
+    except (OSError, RuntimeError) as e:
         raise CommandError(f"cannot read checkpoint '{path}': {_first_line(e)}") from e
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CommandError(f"checkpoint '{path}' holds no state dict: wanted names and tensors")
-    classifier = state.get(f"{getattr(get_pretrained_cfg(name), 'classifier', '')}.weight")
-    model = timm.create_model(name, num_classes=0 if classifier is None else classifier.shape[0])
-    adapt = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     try:
-        model.load_state_dict(adapt(state, model) if adapt else state, strict=True)
+        return convert(checkpoint, name).model
     except Exception as e:  # a filter function meets whatever the file holds
         problem = ' '.join(str(e).split())
         problem = problem if len(problem) <= 300 else problem[:297] + '...'
         raise CommandError(f"checkpoint '{path}' does not fit '{name}': {problem}") from e
-    return model
 
 
 def _build_model(args: argparse.Namespace) -> Tuple[nn.Module, str]:
