@@ -16,7 +16,7 @@ __all__ = ['Built', 'Refused', 'build', 'sample_logits', 'verify', 'why_not']
 # Relative error (2-norm) of logits on the fixed input. Of the published model against those in its configuration:
 # between this project's backends 1.3e-7 (default model). Of lifted weights against the base: 1e-3 is what the README
 # promises.
-SAME, LOSSLESS = 1e-4, 1e-3
+SAME, LOSSLESS = 2e-5, 1e-3
 STORED = 16
 
 _WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')

@@ -60,12 +60,13 @@ def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool 
     if api.file_exists(repository, CARD) and not update_card:
         files = [path for path in files if path.name != CARD]
     names = [path.name for path in files]
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        allow_patterns=names,
-        commit_message='Add model',
-        parent_commit=api.model_info(repository).sha)
+    parent = api.model_info(repository).sha
+    try:
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=names, commit_message='Add model',
+            parent_commit=parent)
+    except RuntimeError as e:  # the client's, about a file; what happened to it is the cause
+        raise Refused(f'{repository}: {e} {e.__cause__ or ""}'.rstrip()) from e
     info = api.model_info(repository, revision=commit.oid, files_metadata=True)
     remote = {s.rfilename: s for s in info.siblings or ()}
     for path in files:
