@@ -22,10 +22,6 @@ from fadc_timm.hub import HubConfig, Refused
 from fadc_timm.models.download import file_sha256
 
 
-def _row(values: List[float]) -> str:
-    return '[' + ', '.join(f'{value:.5f}' for value in values) + ']'
-
-
 def prepare(config: HubConfig, folder: Path) -> None:
     """Build and verify a folder, and print what is in it."""
     reason = hub.why_not(config)
@@ -36,7 +32,7 @@ def prepare(config: HubConfig, folder: Path) -> None:
         print(f'  base: {built.base.repository} at {built.base.revision}, sha256 {built.base.sha256}')
         print(f"  logits against the base's: {built.error:.1e}, relative")
     if reason:
-        raise Refused(f'{reason}. They are:\nexpected_logits: {_row(hub.sample_logits(built.logits).tolist())}')
+        raise Refused(f'{reason}. They are:\nexpected_logits: {hub.format_logits(hub.sample_logits(built.logits))}')
     hub.write_folder(
         built.model, folder, model_args=config.model_args, card=hub.build_card(config, built),
         check=lambda new: hub.verify(new, built, config))

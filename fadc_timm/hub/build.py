@@ -1,4 +1,5 @@
 """From a configuration to a folder that is ready to be published."""
+import math
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
@@ -11,7 +12,7 @@ from ..models.download import file_sha256
 from .config import REDISTRIBUTABLE, Base, HubConfig
 from .folder import WEIGHTS, fixed_logits, reload
 
-__all__ = ['Built', 'Refused', 'build', 'sample_logits', 'verify', 'why_not']
+__all__ = ['Built', 'Refused', 'build', 'format_logits', 'sample_logits', 'verify', 'why_not']
 
 # Relative error (2-norm) of logits on the fixed input. Of the published model against those in its configuration:
 # between this project's backends 1.3e-7 (default model). Of lifted weights against the base: 1e-3 is what the README
@@ -55,6 +56,12 @@ def sample_logits(logits: Tensor) -> Tensor:
     """At most 16 of the logits, evenly spread over the classes, as configurations keep them."""
     n = len(logits)
     return logits if n <= STORED else logits[torch.arange(STORED) * n // STORED]
+
+
+def format_logits(logits: Tensor) -> str:
+    """Logits for a configuration: rounding to what is written down changes less than 1e-6 of the largest."""
+    decimals = max(1, 6 - math.floor(math.log10(max(logits.abs().max().item(), 1e-30))))
+    return f'[{", ".join(f"{v:.{decimals}f}" for v in logits.tolist())}]'
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -122,6 +129,6 @@ def verify(folder: Union[str, Path], built: Built, config: HubConfig) -> None:
         raise Refused(f'expected_logits: {len(expected)} of them, the model has {len(actual)}')
     error = relative_error(actual, expected)
     if not error < SAME:
-        values = ', '.join(f'{v:.5f}' for v in actual.tolist())
-        raise Refused(f'expected_logits: {error:.1e} off, relative, wanted less than {SAME}; came out: [{values}]')
+        raise Refused(
+            f'expected_logits: {error:.1e} off, relative, wanted less than {SAME}; came out: {format_logits(actual)}')
 
