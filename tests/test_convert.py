@@ -130,7 +130,7 @@ def test_tags_and_classes(convert, tmp_path):
     status, out = convert(tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
     config = folder_of(tmp_path / 'out')[1]
     assert not {'license', 'tag', 'label_names', 'description'} & {*config, *config['pretrained_cfg']}
-    assert config['num_classes'] == 6 and 'num_classes' not in config['model_args']
+    assert config['num_classes'] == 6 and 'num_classes' not in config.get('model_args', {})
     assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5]
     convert(tmp_path / 'x.pth', '--model', 'test_resnet_fadc.bluemarble_climate', '--out', tmp_path / 'out')
     config = folder_of(tmp_path / 'out')[1]

@@ -3,6 +3,7 @@ import json
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -106,7 +107,7 @@ def test_published_model(hub, client, tmp_path):
 
 
 def test_broken_download_is_resumed(hub, client, tmp_path):
-    """From the last whole chunk of the client, which is 10 MiB."""
+    """From the last whole chunk of the client, which is 10 MiB; clients before 1.0 leave that to the next call."""
     content = add_base(hub, 'resnet10t')
     mib = 1 << 20
     cuts = [11 * mib, 15 * mib]
@@ -125,7 +126,9 @@ def test_broken_download_is_resumed(hub, client, tmp_path):
         return True
 
     hub.faults['cdn'] = cut
-    assert client.call(load, with_tag('resnet10t', '_fadc'), cache_dir=str(tmp_path))['error'] is None
+    for _ in range(1 if int(huggingface_hub.__version__.split('.')[0]) >= 1 else 3):
+        loaded = client.call(load, with_tag('resnet10t', '_fadc'), cache_dir=str(tmp_path))
+    assert loaded['error'] is None
     assert [r['range'] for r in downloads(hub)] == [None, f'bytes={10 * mib}-', f'bytes={10 * mib}-']
     blob, = (p for p in blobs(tmp_path) if not p.is_symlink())
     assert blob.name == oid_of('x.bin', content) and blob.read_bytes() == content
@@ -169,7 +172,7 @@ def test_truncated_file_is_refused(hub, client, tmp_path):
     content = add_base(hub)
     hub.faults['cdn'] = lambda handler, whole: handler.send_file(whole[:-100], {}) or True
     failed = client.call(load, NAME, cache_dir=str(tmp_path))
-    assert failed['type'] == 'DownloadError' and blobs(tmp_path) == []
+    assert failed['type'] == 'DownloadError' and [p for p in blobs(tmp_path) if p.suffix != '.incomplete'] == []
     assert f'should be of size {len(content)} but has size {len(content) - 100}' in failed['error']
     assert failed['error'].startswith(f'Cannot load the weights of {NAME} from the Hub repository {BASE}: ')
 

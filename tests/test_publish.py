@@ -243,7 +243,7 @@ def test_dry_run(hub, push, tmp_path):
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'test_resnet_fadc' and config['num_classes'] == 6
     assert config['label_names'][0] == 'ocean'
-    assert 'num_classes' not in {**config['model_args'], **config['pretrained_cfg']}
+    assert 'num_classes' not in {**config.get('model_args', {}), **config['pretrained_cfg']}
     assert not {'file', 'url', 'hf_hub_id', 'source'} & set(config['pretrained_cfg'])
     assert not any(str(ROOT) in p.read_text(errors='replace') for p in folder.iterdir())
     with safe_open(folder / 'model.safetensors', 'pt') as f:

@@ -86,7 +86,10 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     names = (*_EMA, *_RAW) if use_ema else _RAW
     entry = next((name for name in names if isinstance(content.get(name), Mapping)), '')
     tensors = content[entry] if entry else content
-    state_dict = {k: v for k, v in clean_state_dict(dict(tensors)).items() if isinstance(v, Tensor)}
+    state_dict = dict(tensors)
+    while (cleaned := clean_state_dict(state_dict)).keys() != state_dict.keys():  # one wrapper a time in older timm
+        state_dict = cleaned
+    state_dict = {k: v for k, v in state_dict.items() if isinstance(v, Tensor)}
     if not state_dict:
         raise RuntimeError(f'{path} holds no tensors{f" under {entry}" if entry else ""}.')
     others = [k for k, v in tensors.items() if not isinstance(v, Tensor)]

@@ -21,6 +21,9 @@ WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
 CARD = 'README.md'
 
+# Entries of timm's configurations that say where weights are, which here is beside them.
+_SOURCES = ('file', 'hf_hub_filename', 'hf_hub_id', 'source', 'state_dict', 'url')
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -124,9 +127,12 @@ def write_folder(
     temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
     new = temporary / 'new'
     try:
-        cfg = dict(pretrained_cfg or {})
         own_cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
-        labels = cfg.pop('label_names', own_cfg.get('label_names'))
+        cfg = {**own_cfg, **(pretrained_cfg or {})}
+        in_chans = (model_args or {}).get('in_chans', cfg['input_size'][0])
+        cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # or timm adapts the first convolution once more
+        labels = cfg.pop('label_names', None)
+        cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}
         named = labels and len(labels) == model.num_classes
         config = dict(pretrained_cfg=cfg, **(dict(label_names=list(labels)) if named else {}))
         save_for_hf(model, str(new), model_config=config, model_args=model_args or {}, safe_serialization=True)
@@ -136,7 +142,8 @@ def write_folder(
         content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         # timm repeats these beside the entries that count; transformers' wrapper then passes num_classes twice
         content.get('model_args', {}).pop('num_classes', None)
-        for name in ('label_names', 'num_classes', *(k for k, v in cfg.items() if v is None)):
+        absent = {k for k, v in (pretrained_cfg or {}).items() if v is None}
+        for name in ('label_names', 'num_classes', *absent):
             content['pretrained_cfg'].pop(name, None)
         (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         if card is not None:
