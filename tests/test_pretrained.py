@@ -3,7 +3,6 @@ import json
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -107,7 +106,7 @@ def test_published_model(hub, client, tmp_path):
 
 
 def test_broken_download_is_resumed(hub, client, tmp_path):
-    """From the last whole chunk of the client, which is 10 MiB; clients before 1.0 leave that to the next call."""
+    """From the last whole chunk of the client, which is 10 MiB; older clients leave that to the next call."""
     content = add_base(hub, 'resnet10t')
     mib = 1 << 20
     cuts = [11 * mib, 15 * mib]
@@ -126,8 +125,10 @@ def test_broken_download_is_resumed(hub, client, tmp_path):
         return True
 
     hub.faults['cdn'] = cut
-    for _ in range(1 if int(huggingface_hub.__version__.split('.')[0]) >= 1 else 3):
+    for _ in range(3):
         loaded = client.call(load, with_tag('resnet10t', '_fadc'), cache_dir=str(tmp_path))
+        if loaded['error'] is None:
+            break
     assert loaded['error'] is None
     assert [r['range'] for r in downloads(hub)] == [None, f'bytes={10 * mib}-', f'bytes={10 * mib}-']
     blob, = (p for p in blobs(tmp_path) if not p.is_symlink())

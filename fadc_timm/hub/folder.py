@@ -130,7 +130,7 @@ def write_folder(
         own_cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
         cfg = {**own_cfg, **(pretrained_cfg or {})}
         in_chans = (model_args or {}).get('in_chans', cfg['input_size'][0])
-        cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # or timm adapts the first convolution once more
+        cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # newer timm does it itself
         labels = cfg.pop('label_names', None)
         cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}
         named = labels and len(labels) == model.num_classes
