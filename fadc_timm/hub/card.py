@@ -108,7 +108,7 @@ def _figure(metrics: List[Metric], of: str) -> str:
 
 def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[float]) -> str:
     arch = config.model.partition('.')[0]
-    names = sorted({m.name for m in config.metrics}, reverse=True)
+    names = sorted({m.name for m in config.metrics})
     theirs = 'base' if config.base else 'plain'
     rows = [['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]]
     for name, c, of in ((arch.removesuffix('_fadc'), base_cost, theirs), (arch, cost, 'model')):
@@ -188,8 +188,8 @@ def build_card(config: HubConfig, built: Built) -> str:
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
         f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {kernel} convolutions of its '
-        f'stages 2 to 4: each of these layers chooses its dilation at every position. {config.made[0].upper()}'
-        f'{config.made[1:]}.',
+        'stages 2 to 4: layers that predict their dilation at every position. How it was made: '
+        f'{config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         usage.rstrip(),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
