@@ -24,7 +24,7 @@ class Client:
         return self.pool.submit(function, *args, **kwargs)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.start(function, *args, **kwargs).result(timeout=120)
+        return self.start(function, *args, **kwargs).result(timeout=300)
 
 
 @contextmanager

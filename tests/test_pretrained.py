@@ -189,7 +189,7 @@ def test_two_processes_at_once(hub, client, tmp_path):
     hub.faults['cdn'] = slowly
     x, at = photos().numpy(), time.time() + 1
     started = [client.start(load, NAME, x, str(tmp_path), at=at) for _ in range(2)]
-    a, b = (f.result(timeout=120) for f in started)
+    a, b = (f.result(timeout=300) for f in started)
     assert a['error'] is None and b['error'] is None
     assert (a['y'] == b['y']).all()
     assert len(hub.requests('HEAD', 'resolve/main/model.safetensors')) == 2 and len(downloads(hub)) in (1, 2)

@@ -331,7 +331,7 @@ def test_push_that_is_killed(hub, push, step, tmp_path):
         return True
 
     hub.faults[step] = kill
-    out = run.communicate(timeout=120)[0]
+    out = run.communicate(timeout=300)[0]
     assert run.returncode == -9, out
     assert hub.repos[OURS].files == {'config.json': b'old'} and TOKEN not in out
     hub.faults.clear()

@@ -63,6 +63,8 @@ def fixed_logits(model: nn.Module, size: Tuple[int, ...]) -> Tensor:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two folders in one step, where the system can: Linux, on most file systems."""
+    if os.name != 'posix':
+        return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), 'renameat2', None)
     if renameat2 is None:
         return False

@@ -53,7 +53,7 @@ def _reason(error: BaseException) -> str:
         return f'{status}, there is no such repository'
     if status == 404:
         return '404, the repository has no such file'
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE and isinstance(error, (FileNotFoundError, ConnectionError)):
         return 'offline mode (HF_HUB_OFFLINE), and the file is not in the cache'
     if status is None and isinstance(error, FileNotFoundError):
         return f'the Hub ({constants.ENDPOINT}) cannot be reached, and the file is not in the cache'
