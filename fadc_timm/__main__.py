@@ -6,7 +6,6 @@ import fnmatch
 import os
 import sys
 import types
-from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
@@ -15,6 +14,8 @@ import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
+
+from .models.cost import model_cost
 
 _DEFAULT_MODEL = 'test_resnet_fadc'
 _DEFAULT_LONG_SIDE = 576  # fine enough for a map of 18 cells at stride 32, a second or two on a CPU
@@ -47,24 +48,19 @@ def _check_model_name(name: str) -> None:
 
 def _load_checkpoint(name: str, path: str) -> nn.Module:
     """A model with the weights in a file, FADC or plain, and as many classes as the file has."""
+    from .hub.convert import convert, read_checkpoint
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
     try:
-        state = timm.models.load_state_dict(path)
-    except Exception as e:  # whatever the unpickler or safetensors raise for a file that is neither
+        checkpoint = read_checkpoint(Path(path))
+    except (OSError, RuntimeError) as e:
         raise CommandError(f"cannot read checkpoint '{path}': {_first_line(e)}") from e
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CommandError(f"checkpoint '{path}' holds no state dict: wanted names and tensors")
-    classifier = state.get(f"{getattr(get_pretrained_cfg(name), 'classifier', '')}.weight")
-    model = timm.create_model(name, num_classes=0 if classifier is None else classifier.shape[0])
-    adapt = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     try:
-        model.load_state_dict(adapt(state, model) if adapt else state, strict=True)
+        return convert(checkpoint, name).model
     except Exception as e:  # a filter function meets whatever the file holds
         problem = ' '.join(str(e).split())
         problem = problem if len(problem) <= 300 else problem[:297] + '...'
         raise CommandError(f"checkpoint '{path}' does not fit '{name}': {problem}") from e
-    return model
 
 
 def _build_model(args: argparse.Namespace) -> Tuple[nn.Module, str]:
@@ -140,25 +136,6 @@ def _visualize(args: argparse.Namespace) -> int:
     return 0
 
 
-@cache
-def model_cost(arch: str, num_classes: int, input_size: Tuple[int, ...]) -> Tuple[float, float]:
-    """Cost of a model, counted on the meta device: nothing is computed or allocated.
-
-    Args:
-        arch: Name of an architecture of timm's ResNets or ConvNeXts, FADC or plain.
-        num_classes: Number of classes.
-        input_size: (C, H, W).
-
-    Returns:
-        Parameters in millions, and GMACs for one image.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-    model = timm.create_model(arch, num_classes=num_classes, device='meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size, device='meta'))
-    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
-
-
 def _list(args: argparse.Namespace) -> int:
     archs = timm.list_models('*_fadc')
     names = timm.list_models('*_fadc', include_tags=True) if args.tags else archs
@@ -175,7 +152,7 @@ def _list(args: argparse.Namespace) -> int:
     print(f"{'name':{n}}  {'base':{b}}  {'params (M)':>10}  {'GMACs':>8}  {'input':>7}  weights", flush=True)
     for name in names:
         arch, cfg = name.partition('.')[0], get_pretrained_cfg(name) or PretrainedCfg()
-        params, gmacs = model_cost(arch, cfg.num_classes, tuple(cfg.input_size))
+        params, gmacs, _ = model_cost(arch, cfg.num_classes, tuple(cfg.input_size))
         weights = 'in the package' if cfg.file else cfg.hf_hub_id or '-'
         base, size = arch[:-len('_fadc')], 'x'.join(map(str, cfg.input_size[1:]))
         print(f'{name:{n}}  {base:{b}}  {params:10.2f}  {gmacs:8.2f}  {size:>7}  {weights}', flush=True)

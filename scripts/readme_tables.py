@@ -15,7 +15,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.__main__ import model_cost
+from fadc_timm.models.cost import model_cost
 
 README = Path(__file__).parent.parent / 'README.md'
 
@@ -33,8 +33,8 @@ def zoo() -> str:
         cfg = get_pretrained_cfg(name, allow_unregistered=False)
         assert cfg is not None
         size = tuple(cfg.input_size)
-        params, gmacs = model_cost(name, cfg.num_classes, size)
-        base_params, base_gmacs = model_cost(base, cfg.num_classes, size)
+        params, gmacs, _ = model_cost(name, cfg.num_classes, size)
+        base_params, base_gmacs, _ = model_cost(base, cfg.num_classes, size)
         tags = sum(bool(c.has_weights) for c in get_arch_pretrained_cfgs(name).values())
         rows.append([
             f'`{name}`', f'`{base}`', f'{params:.2f}', f'{base_params:.2f}', f'{gmacs:.2f}', f'{base_gmacs:.2f}',

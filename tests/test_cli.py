@@ -286,8 +286,8 @@ def test_visualize_errors_are_one_line(args, message, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize('state, message', [
     (lambda: timm.create_model('test_convnext', num_classes=3).state_dict(), r"does not fit 'test_resnet_fadc'"),
-    (lambda: {'state_dict': {'a': 1}}, 'holds no state dict'),
-    (lambda: {}, 'holds no state dict'),
+    (lambda: {'state_dict': {'a': 1}}, 'holds no tensors'),
+    (lambda: {}, 'holds no tensors'),
 ])
 def test_checkpoint_that_does_not_fit(state, message, tmp_path, capsys):
     torch.save(state(), tmp_path / 'c.pth')

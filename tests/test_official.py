@@ -1,8 +1,6 @@
 """The authors' layers and checkpoints against vectors of their own code, see official_vectors/README.md."""
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import fadc_timm  # noqa: F401  registers the models
 from fadc_timm.official import convert_checkpoint, convert_layer, load_layer
 from fadc_timm.ops import BACKENDS
 
-ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / 'official_vectors'
 LAYERS = sorted(p.stem for p in VECTORS.glob('*.safetensors') if p.stem != 'mini_backbone')
 
@@ -181,40 +178,3 @@ def test_backbone_of_another_shape_is_refused():
         convert_checkpoint({**state, 'backbone.norm.weight': torch.zeros(1)}, model)
     with pytest.raises(RuntimeError, match='no keys under "backbone."'):
         convert_checkpoint({'conv1.weight': torch.zeros(1)}, model)
-
-
-def convert(*args):
-    command = [sys.executable, str(ROOT / 'scripts' / 'convert_official.py'), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-class Payload:
-    def __reduce__(self):
-        return (print, ('code from a pickle ran',))
-
-
-def test_script(tmp_path):
-    kwargs, state, tensors = mini_backbone()
-    checkpoint, out = tmp_path / 'official.pth', tmp_path / 'converted'
-    torch.save(dict(state_dict=state, meta=dict(epoch=1)), checkpoint)
-    options = ['--model-kwargs', *(f'{k}={v!r}' for k, v in kwargs.items())]
-    for _ in range(2):  # a second run replaces the folder
-        run = convert(checkpoint, '--out', out, *options)
-        assert run.returncode == 0, run.stderr
-        assert sorted(p.name for p in tmp_path.iterdir()) == ['converted', 'official.pth']
-        model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
-        with torch.no_grad():
-            features = model.forward_intermediates(tensors['io.x'], intermediates_only=True)[1:]
-        assert_features(features, tensors)
-
-    before = (out / 'model.safetensors').read_bytes()
-    torch.save(dict(state_dict=state, meta=Payload()), checkpoint)
-    run = convert(checkpoint, '--out', out, *options)
-    assert run.returncode == 2 and 'Weights only load failed' in run.stderr
-    assert 'code from a pickle ran' not in run.stdout
-    assert (out / 'model.safetensors').read_bytes() == before
-
-    run = convert(tmp_path / 'nothing.pth', '--out', out)
-    assert run.returncode == 2 and 'There is no checkpoint' in run.stderr
-    run = convert(checkpoint, '--out', VECTORS)
-    assert run.returncode == 2 and 'is no folder of a model' in run.stderr and (VECTORS / 'README.md').exists()

@@ -9,11 +9,19 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
+from .download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
@@ -98,17 +106,27 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
         base: Name of timm's architecture.
         pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
         **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of FADConv2d.
+
+    Raises:
+        DownloadError: The weights are on the Hub, and could not be downloaded or are damaged.
     """
     if kwargs.get('pretrained_cfg') == 'fcmae':
         # as timm does for its ConvNeXt V2: these weights end before the head
         kwargs.setdefault('pretrained_strict', False)
-    return build_model_with_cfg(
+    name = f'{base}_fadc'
+    build = partial(
+        build_model_with_cfg,
         partial(_build_lifted, family, base),
-        f'{base}_fadc',
+        name,
         pretrained,
         pretrained_filter_fn=family.checkpoint_filter_fn,
         feature_cfg=dict(family.feature_cfg),
         **kwargs)
+    if not pretrained:
+        return build()
+    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    with checked_download(cfg, kwargs.get('cache_dir')):
+        return build()
 
 
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:

@@ -1,0 +1,197 @@
+"""The model card: README.md of a published model, with the sections of timm's cards."""
+from typing import Any, Dict, List, Optional
+
+from huggingface_hub import ModelCardData
+from timm.models import get_pretrained_cfg
+
+from ..models.cost import Cost, model_cost
+from .build import Built
+from .config import HubConfig, Metric
+
+__all__ = ['build_card']
+
+_FADC = '''@inproceedings{chen2024frequency,
+  title     = {Frequency-Adaptive Dilated Convolution for Semantic Segmentation},
+  author    = {Chen, Linwei and Gu, Lin and Zheng, Dezhi and Fu, Ying},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}'''
+_TIMM = '''@misc{rw2019timm,
+  author       = {Ross Wightman},
+  title        = {PyTorch Image Models},
+  year         = {2019},
+  publisher    = {GitHub},
+  doi          = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}'''
+_RESNET = '''@inproceedings{he2016deep,
+  title     = {Deep Residual Learning for Image Recognition},
+  author    = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
+  booktitle = {Proceedings of the IEEE Conference on Computer Vision and Pattern Recognition},
+  year      = {2016}
+}'''
+_CONVNEXT = '''@inproceedings{liu2022convnet,
+  title     = {A ConvNet for the 2020s},
+  author    = {Liu, Zhuang and Mao, Hanzi and Wu, Chao-Yuan and Feichtenhofer, Christoph and Darrell, Trevor and
+               Xie, Saining},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2022}
+}'''
+
+_USAGE = '''## Model Usage
+
+The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.
+
+### Image Classification
+```python
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+
+import fadc_timm
+
+image = Image.open(Path(fadc_timm.__file__).parent / 'data' / 'coffee.jpg').convert('RGB')  # or any other
+
+model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)  # (1, {num_classes})
+top_probabilities, top_classes = probabilities.topk(5)
+```
+
+### Feature Map Extraction
+```python
+backbone = timm.create_model('hf-hub:{repository}', pretrained=True, features_only=True).eval()
+
+with torch.inference_mode():
+    features = backbone(transform(image).unsqueeze(0))
+for feature in features:
+    print(tuple(feature.shape))
+{shapes}
+```
+
+### Image Embeddings
+```python
+model = timm.create_model('hf-hub:{repository}', pretrained=True, num_classes=0).eval()
+
+with torch.inference_mode():
+    embedding = model(transform(image).unsqueeze(0))  # (1, {num_features})
+    # or, before pooling
+    unpooled = model.forward_features(transform(image).unsqueeze(0))  # (1, {num_features}, H, W)
+```
+'''
+
+
+def _front_matter(config: HubConfig) -> str:
+    data = ModelCardData(
+        license=config.licence,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'transformers', 'fadc', 'dilated-convolution'],
+        datasets=list(config.datasets),
+        base_model=config.base.repository if config.base else None)
+    return f'---\n{data.to_yaml()}\n---'
+
+
+def _table(rows: List[List[str]]) -> str:
+    header, *rest = rows
+    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rest]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _figure(metrics: List[Metric], of: str) -> str:
+    return ', '.join(f'{m.value:.2f} ({m.image_size} px)' for m in metrics if m.of == of)
+
+
+def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[float]) -> str:
+    arch = config.model.partition('.')[0]
+    names = sorted({m.name for m in config.metrics})
+    theirs = 'base' if config.base else 'plain'
+    rows = [['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]]
+    for name, c, of in ((arch.removesuffix('_fadc'), base_cost, theirs), (arch, cost, 'model')):
+        rows.append([f'`{name}`', f'{c.params:.2f}', f'{c.gmacs:.2f}', f'{c.activations:.2f}', *(
+            _figure([m for m in config.metrics if m.name == n], of) or 'not measured' for n in names)])
+    text = _table(rows)
+    if error is not None:
+        text += (
+            '\n\nThe FADC layers are at their identity, where they compute what the convolutions did that they stand '
+            f"for: on a fixed input the logits are the base's with a relative error of {error:.1e}. The figures of the "
+            'base are as published, and were not measured again with FADC. The layers are there to be trained.')
+    elif config.metrics:
+        text += f'\n\n`{arch.removesuffix("_fadc")}` is the plain network, trained in the same way.'
+    sources = sorted({f'{m.dataset}: {m.source}' for m in config.metrics})
+    return text + '\n\nSources of the figures:\n' + '\n'.join(f'- {s}' for s in sources) if sources else text
+
+
+def _details(config: HubConfig, built: Built, cost: Cost, cfg: Dict[str, Any]) -> str:
+    size = cfg['input_size'][-2:]
+    lines = [
+        '- **Model Type:** Image classification / feature backbone',
+        '- **Model Stats:**',
+        f'  - Params (M): {cost.params:.2f}',
+        f'  - GMACs: {cost.gmacs:.2f}',
+        f'  - Activations (M): {cost.activations:.2f}',
+        f'  - Image size: {size[0]} x {size[1]}',
+        '- **Papers:**',
+        '  - Frequency-Adaptive Dilated Convolution for Semantic Segmentation: https://arxiv.org/abs/2403.05369',
+    ]
+    papers = cfg.get('paper_ids') or ()
+    papers = [papers] if isinstance(papers, str) else papers
+    lines += [f'  - of the base: https://arxiv.org/abs/{p.partition(":")[2]}' for p in papers]
+    lines += ['- **Dataset:** ' + ', '.join(config.datasets)]
+    if cfg.get('origin_url'):
+        lines += [f'- **Original:** {cfg["origin_url"]}']
+    lines += [f'- **How it was made:** {config.made}']
+    if built.base:
+        lines += [
+            f'  - Base weights: https://huggingface.co/{built.base.repository}, revision `{built.base.revision}`',
+            f'  - SHA-256 of their file: `{built.base.sha256}`']
+    if config.model_args:
+        lines += [f'- **Arguments:** `{config.model_args}`']
+    labels = cfg.get('label_names')
+    if labels:
+        lines += ['- **Classes:** ' + ', '.join(labels)]
+    return '\n'.join(lines)
+
+
+def build_card(config: HubConfig, built: Built) -> str:
+    """The card of a model, as the text of README.md.
+
+    Args:
+        config: What is published, with our repository in it.
+        built: The model; parameters, GMACs and activations are counted at its input size, feature maps likewise.
+    """
+    arch = config.model.partition('.')[0]
+    base = arch.removesuffix('_fadc')
+    registered = get_pretrained_cfg(config.model)
+    assert registered is not None
+    cfg = registered.to_dict()
+    size = tuple(cfg['input_size'])
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model_args.items()}
+    cost = model_cost(arch, cfg['num_classes'], size, **args)
+    base_cost = model_cost(base, cfg['num_classes'], size)
+    convnext = base.startswith(('convnext', 'test_convnext'))
+    kernel = '7x7 depthwise' if convnext else '3x3'
+    info: Any = built.model.feature_info
+    infos = info if isinstance(info, list) else info.get_dicts()
+    shapes = '\n'.join(
+        f'# (1, {f["num_chs"]}, {-(-size[1] // f["reduction"])}, {-(-size[2] // f["reduction"])})' for f in infos)
+    usage = _USAGE
+    for name, value in dict(
+            repository=config.repository, num_classes=cfg['num_classes'], shapes=shapes,
+            num_features=built.model.num_features).items():
+        usage = usage.replace('{' + name + '}', str(value))
+    citations = [_FADC, _CONVNEXT if convnext else _RESNET, _TIMM]
+    return '\n\n'.join([
+        f'{_front_matter(config)}\n# Model card for {config.model}',
+        f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {kernel} convolutions of its '
+        'stages 2 to 4: layers that predict their dilation at every position. How it was made: '
+        f'{config.made}.',
+        f'## Model Details\n{_details(config, built, cost, cfg)}',
+        usage.rstrip(),
+        f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
+        '## Citation\n' + '\n'.join(f'```bibtex\n{c}\n```' for c in citations),
+    ]) + '\n'

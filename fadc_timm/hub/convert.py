@@ -1,0 +1,193 @@
+"""Local checkpoints, of a base, an FADC model or the authors' code, to FADC models, with an account of every key."""
+import argparse
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from ..models.derive import fadc_keys
+from ..official import convert_checkpoint
+
+__all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'read_checkpoint']
+
+StateDict = Dict[str, Tensor]
+
+# The dilation's activation in the authors' two releases.
+RELEASES = {'december2024': 'abs', 'april2024': 'relu'}
+
+# Where training scripts keep the weights, the averaged ones first.
+_EMA, _RAW = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds.
+
+    state_dict: Tensors by their names, without the prefixes of wrappers.
+    entry: Key of the file that they were under; empty where they are all there is.
+    left: The file's other keys.
+    """
+    state_dict: StateDict
+    entry: str
+    left: List[str]
+
+    @property
+    def official(self) -> bool:
+        """Whether it is one of the authors: mmsegmentation puts a backbone under this prefix, timm nothing."""
+        return any(key.startswith('backbone.') for key in self.state_dict)
+
+
+class Converted(NamedTuple):
+    """A model and where each of its tensors comes from.
+
+    model: With the weights, in eval mode.
+    model_args: What it was built with, but for the number of classes.
+    taken: For each key of the model that the checkpoint has something for, the keys there.
+    added: Keys of the model with its own initial values: FADC as the identity.
+    left: Keys of the checkpoint that nothing was taken from.
+    """
+    model: nn.Module
+    model_args: Dict[str, Any]
+    taken: Dict[str, List[str]]
+    added: List[str]
+    left: List[str]
+
+
+def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
+    """Read a .safetensors file, or a pickle without running code that it may contain.
+
+    Args:
+        path: The file.
+        use_ema: Take averaged weights where there are some.
+
+    Raises:
+        OSError: It cannot be read.
+        RuntimeError: It is damaged, would run code, or holds no tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {path}.')
+    try:
+        if path.suffix == '.safetensors':
+            content: Any = load_file(path)
+        else:
+            # timm's train script keeps its arguments as a Namespace
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as e:
+        raise RuntimeError(f'{path} cannot be read as weights: {e}') from e
+    if not isinstance(content, Mapping):
+        raise RuntimeError(f'{path} holds a {type(content).__name__}, wanted names and tensors.')
+    names = (*_EMA, *_RAW) if use_ema else _RAW
+    entry = next((name for name in names if isinstance(content.get(name), Mapping)), '')
+    tensors = content[entry] if entry else content
+    state_dict = dict(tensors)
+    while (cleaned := clean_state_dict(state_dict)).keys() != state_dict.keys():  # one wrapper a time in older timm
+        state_dict = cleaned
+    state_dict = {k: v for k, v in state_dict.items() if isinstance(v, Tensor)}
+    if not state_dict:
+        raise RuntimeError(f'{path} holds no tensors{f" under {entry}" if entry else ""}.')
+    others = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
+    rest = [f'{k}.*' if isinstance(v, Mapping) else k for k, v in content.items() if k != entry]
+    return Checkpoint(state_dict, entry, rest if entry else others)
+
+
+def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
+    """Names of the leaves that a tensor was computed from, along autograd's graph."""
+    if id(tensor) in names:
+        return {names[id(tensor)]}
+    found: Set[str] = set()
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, 'variable', None)
+        if leaf is not None:
+            found.add(names[id(leaf)])
+        nodes += [n for n, _ in node.next_functions]
+    return found
+
+
+def _adapt(state_dict: StateDict, model: nn.Module, official: bool) -> Tuple[StateDict, Dict[str, Set[str]]]:
+    """The model's state dict from a checkpoint, and for each key the keys that it was made of.
+
+    Conversions rename, reshape, join and scale, all of which autograd follows.
+    """
+    leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in state_dict.items()}
+    names = {id(v): k for k, v in leaves.items()}
+    adapt = convert_checkpoint if official else sys.modules[type(model).__module__].checkpoint_filter_fn
+    with torch.enable_grad():
+        out = adapt(dict(leaves), model)
+        origins = {k: _origins(v, names) for k, v in out.items()}
+    return {k: v.detach() for k, v in out.items()}, origins
+
+
+def _create(name: str, num_classes: Optional[int], model_args: Dict[str, Any]) -> nn.Module:
+    kwargs = dict(model_args) if num_classes is None else dict(num_classes=num_classes, **model_args)
+    model = timm.create_model(name, **kwargs)
+    if not hasattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn') or not fadc_keys(model):
+        raise ValueError(f'{name} is no FADC model of this package; they are listed by: fadc-timm list')
+    return model
+
+
+def _classifier(model: nn.Module) -> str:
+    """Name of the classifier's weight."""
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
+    return f'{cfg["classifier"]}.weight'
+
+
+def convert(
+        checkpoint: Checkpoint,
+        name: str,
+        model_args: Optional[Dict[str, Any]] = None,
+        release: str = 'december2024',
+) -> Converted:
+    """Lift a checkpoint into an FADC model with as many classes as it has.
+
+    Args:
+        checkpoint: Of timm's base or FADC model, or of the authors' code.
+        name: The FADC model, `<arch>_fadc` or `<arch>_fadc.<tag>`.
+        model_args: Arguments of `timm.create_model`.
+        release: Of the authors' code, for their checkpoints.
+
+    Raises:
+        RuntimeError: Keys are missing or left over, or shapes differ; the message names them.
+        ValueError: `name` is no FADC model.
+    """
+    official = checkpoint.official
+    args = dict(model_args or {})
+    if official:
+        args = dict(padding_mode='replicate', dilation_act=RELEASES[release], **args)
+    num_classes = args.pop('num_classes', 0 if official else None)
+    model = _create(name, num_classes, args)
+    state_dict, origins = _adapt(checkpoint.state_dict, model, official)
+    weight = state_dict.get(_classifier(model))
+    classes = 0 if weight is None else weight.shape[0]
+    if num_classes is None and classes != getattr(model, 'num_classes', None):
+        model = _create(name, classes, args)
+    own = model.state_dict()
+    model.load_state_dict({k: state_dict.get(k, v) for k, v in own.items()}, strict=True)
+    taken = {k: sorted(origins[k]) for k in own if origins.get(k)}
+    used = {source for sources in taken.values() for source in sources}
+    return Converted(
+        model.eval(), args, taken, [k for k in own if k not in taken],
+        [k for k in checkpoint.state_dict if k not in used])
+
+
+def pretrained_cfg(name: str, official: bool) -> Dict[str, Any]:
+    """What a folder says of converted weights. Only who names a tag says that the weights are that tag's."""
+    out: Dict[str, Any] = {}
+    if official:
+        # the authors' backbones see images normalised as timm's default does
+        out.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), tag=None, license=None)
+        out.update(paper_ids='arXiv:2403.05369', origin_url='https://github.com/Linwei-Chen/FADC', description=None)
+    elif '.' not in name:
+        out.update(dict.fromkeys(('tag', 'license', 'paper_ids', 'origin_url', 'description', 'notes', 'label_names')))
+    return out

@@ -1,0 +1,165 @@
+"""The folder of a model: written as a whole or not at all, and loaded again before anyone relies on it."""
+import ctypes
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple, Union
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+__all__ = ['fixed_input', 'fixed_logits', 'is_model_folder', 'reload', 'write_folder']
+
+WEIGHTS = 'model.safetensors'
+CONFIG = 'config.json'
+CARD = 'README.md'
+
+# Entries of timm's configurations that say where weights are, which here is beside them.
+_SOURCES = ('file', 'hf_hub_filename', 'hf_hub_id', 'source', 'state_dict', 'url')
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def fixed_input(size: Tuple[int, ...]) -> Tensor:
+    """The image on which logits are compared: waves of several frequencies, from a formula.
+
+    Args:
+        size: (C, H, W).
+
+    Returns:
+        (1, C, H, W) in float32, values in -2..2 as after normalisation.
+    """
+    c, h, w = size
+    turn = 2 * math.pi
+    channel = torch.arange(1, c + 1, dtype=torch.float64).view(c, 1, 1)
+    y = torch.arange(h, dtype=torch.float64).view(1, h, 1) / h
+    x = torch.arange(w, dtype=torch.float64).view(1, 1, w) / w
+    waves = (turn * (channel * y + x)).sin() + 0.5 * (turn * (7 * x - channel * y)).cos() + \
+        0.5 * (turn * (23 * x + 17 * y)).sin()
+    return waves.float().unsqueeze(0)
+
+
+@torch.no_grad()
+def fixed_logits(model: nn.Module, size: Tuple[int, ...]) -> Tensor:
+    """Logits of a model for :func:`fixed_input`.
+
+    Args:
+        model: A classifier; it is put into eval mode.
+        size: (C, H, W).
+
+    Returns:
+        (num_classes,)
+    """
+    return model.eval()(fixed_input(size))[0]
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, where the system can: Linux, on most file systems."""
+    if os.name != 'posix':
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), 'renameat2', None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _put(new: Path, out: Path, aside: Path) -> None:
+    """Put a new folder in the place of an old one."""
+    if not out.exists():
+        new.rename(out)
+    elif not _exchange(new, out):
+        out.rename(aside)
+        try:
+            new.rename(out)
+        except OSError:
+            aside.rename(out)
+            raise
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder is one that :func:`write_folder` may replace: that of a model, or an empty one."""
+    return path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))
+
+
+def write_folder(
+        model: nn.Module,
+        out: Union[str, Path],
+        *,
+        pretrained_cfg: Optional[Dict[str, Any]] = None,
+        model_args: Optional[Dict[str, Any]] = None,
+        card: Optional[str] = None,
+        check: Optional[Callable[[Path], None]] = None,
+) -> Path:
+    """Write config.json and model.safetensors, for `local-dir:`, `hf-hub:` and transformers' TimmWrapper.
+
+    All is written beside the place, under a temporary name, and then put there: in one step on Linux, in two renames
+    where the system cannot exchange folders. Who is killed before leaves the old folder as it was.
+
+    Args:
+        model: A model of timm.
+        out: The folder; one of a model that is there already is replaced.
+        pretrained_cfg: Entries that differ from the model's own; None leaves one out.
+        model_args: Arguments of `timm.create_model` that it was built with, but for `num_classes`.
+        card: Text of README.md.
+        check: Called with the new folder before it is put in its place; what it raises leaves the old one there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `out` is there and is no folder of a model.
+    """
+    out = Path(out)
+    if out.exists() and not is_model_folder(out):
+        raise FileExistsError(f'{out} exists and is no folder of a model.')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    new = temporary / 'new'
+    try:
+        own_cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
+        cfg = {**own_cfg, **(pretrained_cfg or {})}
+        in_chans = (model_args or {}).get('in_chans', cfg['input_size'][0])
+        cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # newer timm does it itself
+        labels = cfg.pop('label_names', None)
+        cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}
+        named = labels and len(labels) == model.num_classes
+        config = dict(pretrained_cfg=cfg, **(dict(label_names=list(labels)) if named else {}))
+        save_for_hf(model, str(new), model_config=config, model_args=model_args or {}, safe_serialization=True)
+        # over timm's file, which lacks the format that other loaders look for
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, new / WEIGHTS, metadata=dict(format='pt'))
+        content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        # timm repeats these beside the entries that count; transformers' wrapper then passes num_classes twice
+        content.get('model_args', {}).pop('num_classes', None)
+        absent = {k for k, v in (pretrained_cfg or {}).items() if v is None}
+        for name in ('label_names', 'num_classes', *absent):
+            content['pretrained_cfg'].pop(name, None)
+        (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        if card is not None:
+            (new / CARD).write_text(card, encoding='utf-8')
+        for path in new.iterdir():
+            path.chmod(0o644)  # safetensors makes it readable for its owner only
+        if check is not None:
+            check(new)
+        _put(new, out, temporary / 'old')
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def reload(folder: Union[str, Path]) -> nn.Module:
+    """The model in a folder, as a user gets it."""
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

@@ -1,0 +1,78 @@
+"""Publishing a folder on the Hub, in one commit."""
+from pathlib import Path
+from typing import List, NamedTuple, Union
+
+from huggingface_hub import HfApi
+
+from ..models.download import file_sha256
+from .build import Refused
+from .folder import CARD, CONFIG, WEIGHTS
+
+__all__ = ['Pushed', 'push_folder', 'uploads']
+
+
+class Pushed(NamedTuple):
+    """What happened.
+
+    commit: Its id; that of the commit before where nothing had changed.
+    url: Of the commit.
+    uploaded: Names of the files that were sent.
+    other: Names of the files that the repository has besides.
+    """
+    commit: str
+    url: str
+    uploaded: List[str]
+    other: List[str]
+
+
+def uploads(folder: Union[str, Path]) -> List[Path]:
+    """The files of a folder that are published.
+
+    Raises:
+        Refused: The folder has other files, or lacks one of these.
+    """
+    wanted = {CARD, CONFIG, WEIGHTS}
+    there = {p.name for p in Path(folder).iterdir()}
+    if there != wanted:
+        raise Refused(f'{folder}: wanted {", ".join(sorted(wanted))}, got {", ".join(sorted(there)) or "nothing"}')
+    return [Path(folder, name) for name in sorted(wanted)]
+
+
+def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool = False) -> Pushed:
+    """Publish a folder: create the repository if it is not there, and add all files in one commit.
+
+    Weights are uploaded first and become visible by that commit alone, so what is interrupted publishes nothing. The
+    commit names the one before, so it fails if somebody else's came between. The token is the client's (`hf auth
+    login` or HF_TOKEN).
+
+    Args:
+        folder: With config.json, model.safetensors and README.md.
+        repository: `owner/name`.
+        update_card: Replace a README.md that is already there.
+
+    Raises:
+        Refused: The folder is not complete, or the repository afterwards has something else than was sent.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused, or could not be reached.
+    """
+    files = uploads(folder)
+    api = HfApi(library_name='fadc_timm')
+    api.create_repo(repository, exist_ok=True)
+    if api.file_exists(repository, CARD) and not update_card:
+        files = [path for path in files if path.name != CARD]
+    names = [path.name for path in files]
+    parent = api.model_info(repository).sha
+    try:
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=names, commit_message='Add model',
+            parent_commit=parent)
+    except RuntimeError as e:  # the client's, about a file; what happened to it is the cause
+        raise Refused(f'{repository}: {e} {e.__cause__ or ""}'.rstrip()) from e
+    info = api.model_info(repository, revision=commit.oid, files_metadata=True)
+    remote = {s.rfilename: s for s in info.siblings or ()}
+    for path in files:
+        sibling = remote.get(path.name)
+        lfs = sibling.lfs if sibling else None
+        if sibling is None or sibling.size != path.stat().st_size or (lfs and lfs.sha256 != file_sha256(path)):
+            raise Refused(f'{repository}: after the commit {commit.oid} its {path.name} is not the one that was sent')
+    other = sorted(set(remote) - {CARD, CONFIG, WEIGHTS, '.gitattributes'})
+    return Pushed(commit.oid, commit.commit_url, names, other)

@@ -1,0 +1,63 @@
+"""What a model costs, counted on the meta device: nothing is computed or allocated."""
+from functools import cache
+from typing import Any, NamedTuple, Tuple
+
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops import flops  # noqa: F401  registers the formulas
+
+__all__ = ['Cost', 'model_cost']
+
+
+class Cost(NamedTuple):
+    """Cost of a model for one image.
+
+    params: Parameters in millions.
+    gmacs: Multiply-adds of convolutions and matrix products, in 1e9.
+    activations: Elements that convolutions and linear layers put out, in millions, as in timm's model cards.
+    """
+    params: float
+    gmacs: float
+    activations: float
+
+
+class _Activations(TorchDispatchMode):
+    """Counts the elements that convolutions and matrix products put out; FADC's operator is one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        aten = torch.ops.aten
+        self.counted = {
+            aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+            torch.ops.torchvision.deform_conv2d.default, torch.ops.fadc_timm.sampled_conv2d.default}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.counted:
+            self.total += (out[0] if isinstance(out, (tuple, list)) else out).numel()
+        return out
+
+
+@cache
+def model_cost(arch: str, num_classes: int, input_size: Tuple[int, ...], **kwargs: Any) -> Cost:
+    """Count the cost of a model.
+
+    Args:
+        arch: Name of an architecture of timm's ResNets or ConvNeXts, FADC or plain.
+        num_classes: Number of classes.
+        input_size: (C, H, W).
+        **kwargs: More arguments of `timm.create_model`, hashable ones.
+    """
+    model = timm.create_model(arch, num_classes=num_classes, device='meta', **kwargs).eval()
+    x = torch.empty(1, *input_size, device='meta')
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        with _Activations() as activations:
+            model(x)
+    params = sum(p.numel() for p in model.parameters())
+    return Cost(params / 1e6, counter.get_total_flops() / 2e9, activations.total / 1e6)
