@@ -15,6 +15,9 @@ needs_dynamo = pytest.mark.skipif(
 # of the operator's cases, those that Triton's interpreter runs in every dtype; the sweep runs all of them
 INTERPRETED = {
     'everything', 'plain', 'groups2', 'stride2', 'dilation_groups2', 'depthwise', 'depthwise_plain', 'k1', 'batch0'}
+INTERPRETED_SLOWLY = {
+    'one_pixel_k7', 'batch33', 'batch37', 'batch37_depthwise', 'dilation_groups_all', 'k7_stride2',
+    'depthwise7_no_adakern'}
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +28,8 @@ def pytest_collection_modifyitems(items):
             continue
         name = params['case'].name if 'case' in params else params.get('name')
         of_many = params.get('dtype', torch.float32) != torch.float32 and name not in INTERPRETED
-        if of_many or ('dilation' in params and name != 'everything'):
+        if of_many or name in INTERPRETED_SLOWLY or ('dilation' in params and name != 'everything') \
+                or item.name.startswith('test_threads'):
             item.add_marker(pytest.mark.sweep)
 
 

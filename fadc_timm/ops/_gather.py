@@ -17,12 +17,9 @@ def why_not(case: Case) -> Optional[str]:
 
 
 def forward(case: Case) -> Tensor:
-    # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers
-    integer = int if torch.jit.is_tracing() else (lambda n: n)
-    options = ([integer(s) for s in case.stride], [integer(p) for p in case.padding], case.groups)
     split = case.has_gains and not case.is_depthwise
     weight = case.sample_kernels() if case.has_gains and case.is_depthwise else case.weight
     gains = case.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
-    y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *options)
+    y, _ = sampled_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, split, save, *case.geometry())
     return match_layout(y, case.x)

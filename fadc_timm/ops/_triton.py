@@ -149,6 +149,5 @@ def forward(case: Case) -> Tensor:
         b, c, o = *case.x.shape[:2], len(weight)
         gains = tuple(  # type: ignore[assignment]
             case.x.new_ones(b, n) if g is None else g for n, g in zip((c, o, c, o), gains))
-    y = fused_conv2d(
-        case.x, case.dilation, case.mask, weight, case.bias, *gains, [*case.stride], [*case.padding], case.groups)
+    y = fused_conv2d(case.x, case.dilation, case.mask, weight, case.bias, *gains, *case.geometry())
     return match_layout(y, case.x)

@@ -1,5 +1,5 @@
 """One checked call of the operator, as every backend receives it."""
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ class Case(NamedTuple):
     def is_depthwise(self) -> bool:
         """One input and one output channel a group (without a channel multiplier)."""
         return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
+
+    def geometry(self) -> Tuple[List[int], List[int], int]:
+        """Stride, padding and groups as arguments of an operator of torch."""
+        # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers
+        integer = int if torch.jit.is_tracing() else (lambda n: n)
+        return [integer(s) for s in self.stride], [integer(p) for p in self.padding], self.groups
 
     def split_weight(self) -> Tuple[Tensor, Tensor]:
         """AdaKern's parts: the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
