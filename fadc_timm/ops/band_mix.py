@@ -10,6 +10,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ._frequencies import frequencies
 from .case import accumulation_dtype, match_layout
 from .low_pass import edges, is_exporting, low_pass, without_autocast
 
@@ -20,7 +21,7 @@ _TILE_BYTES = 2 * 2 ** 20
 
 
 class _Axis(NamedTuple):
-    """The filters along one axis of n points, in real frequencies: 1, cos 1, sin 1, cos 2, sin 2, ...
+    """The filters along one axis of n points, in real frequencies.
 
     analysis: (J, n), onto the frequencies of the widest filter.
     synthesis: (n, J_f) for each filter, which keeps the first J_f.
@@ -34,19 +35,8 @@ class _Axis(NamedTuple):
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
-    ends = [edges(n, f) for f in factors]
-    # one at least, with nothing in it where the filter is empty
-    counts = [2 * max(-low, high - 1, 0) + 1 for low, high in ends]
-    j = torch.arange(max(counts), device=device)
-    frequency = (j + 1) // 2
-    angle = (torch.arange(n, device=device)[:, None] * frequency % n).double() * (2 * torch.pi / n)
-    basis = torch.where((j % 2 == 0) & (j > 0), torch.sin(angle), torch.cos(angle))
-    synthesis, one_sided = [], []
-    for (low, high), count in zip(ends, counts):
-        k = frequency[:count]
-        kept = ((k >= low) & (k < high)).double() + ((-k >= low) & (-k < high) & (k > 0)).double()
-        synthesis.append((basis[:, :count] * (kept / n)).to(dtype))
-        one_sided.append((max(-low, high - 1), low + high - 1) if high > low else (0, 0))
+    basis, kept, one_sided = frequencies(n, factors, device)
+    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype) for k in kept]
     return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
 
 
