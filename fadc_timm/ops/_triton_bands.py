@@ -9,7 +9,9 @@ For CUDA; with TRITON_INTERPRET=1 in the environment Triton interprets its kerne
 tests do. Triton is optional, and imported at the first call.
 """
 import functools
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import math
+import os
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from ._frequencies import frequencies
 from .case import accumulation_dtype
 
-__all__ = ['mix_bands_fused', 'why_not']
+__all__ = ['forward', 'mix_bands_fused', 'mix_bands_fused_backward', 'why_not']
 
 MINIMUM = (3, 2)  # of Triton: torch 2.6 brings it
 
@@ -45,17 +47,33 @@ def is_interpreted() -> bool:
     return not isinstance(_triton_bands_kernels.forward, JITFunction)
 
 
-def why_not(x: Tensor) -> Optional[str]:
+@torch.compiler.assume_constant_result
+def why_not(device_type: str, dtype: torch.dtype) -> Optional[str]:
     """Why the kernels cannot run on a map, or None."""
     reason = _unavailable()
     if reason is not None:
         return reason
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f'the kernels take float16, bfloat16, float32 and float64, not {str(x.dtype).removeprefix("torch.")}'
-    if x.device.type in ('cuda', 'meta') or (x.device.type == 'cpu' and is_interpreted()):
+    if dtype not in _DTYPES:
+        return f'the kernels take {", ".join(_name(d) for d in _DTYPES)}, not {_name(dtype)}'
+    if device_type in ('cuda', 'meta') or (device_type == 'cpu' and is_interpreted()):
         return None
-    return (f'Triton does not run on {x.device.type}, but for a CPU where TRITON_INTERPRET=1 is in the environment '
-            'before the first use')
+    return (f'Triton does not run on {device_type}, but for a CPU where TRITON_INTERPRET=1 is in the environment before '
+            'the first use')
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
+
+
+def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
+    """Of `mix_bands`, or NotImplementedError with the reason."""
+    reason = why_not(x.device.type, x.dtype)
+    if reason is not None:
+        raise NotImplementedError(f"form='triton' cannot mix these bands: {reason}.")
+    return mix_bands_fused(x, weights, factors)
 
 
 class _Axis(NamedTuple):
@@ -128,47 +146,91 @@ def _block(n: int, low: int, high: int) -> int:
     return min(max(1 << (n - 1).bit_length(), low), high)
 
 
-def default_config(h: int, w: int, channels: int, frequencies_h: int) -> Dict[str, int]:
-    """Block sizes by shape: chunks of 16 rows and of 16 thousand elements."""
+def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: bool) -> Dict[str, int]:
+    """Block sizes by shape, without a tuning run: the largest with which the compiled kernels spill no registers.
+
+    On all of the shapes of `scripts/inspect_bands.py`, which measures that; whether they are the fastest is not measured.
+    """
     columns = _block(w, 16, 64)
-    return {'R': 16, 'WB': columns, 'IB': _block(frequencies_h, 16, 64), 'JB': 16,
-            'CB': _block(channels, 1, 1024 // columns), 'num_warps': 8, 'num_stages': 2}
+    elements = 8192 if is_half and columns > 16 else 4096
+    block = _block(channels, 1, elements // (16 * columns))
+    return {'R': 16, 'WB': columns, 'IB': _block(frequencies_h, 16, 64), 'JB': 16, 'CB': block,
+            'num_warps': min(max(16 * columns * block // 256, 4), 16 if is_half else 8), 'num_stages': 1}
+
+
+def candidates(default: Dict[str, int]) -> List[Dict[str, int]]:
+    """The default first, and what tuning tries beside it: half and twice the channels, warps and stages."""
+    found = [default]
+    for block in (default['CB'], default['CB'] // 2, default['CB'] * 2):
+        for warps in (4, 8, 16):
+            for stages in (1, 2):
+                config = {**default, 'CB': block, 'num_warps': warps, 'num_stages': stages}
+                if block and config not in found:
+                    found.append(config)
+    return found
+
+
+# by kernel, shapes, dtypes and device
+_tuned: Dict[Tuple[Any, ...], Dict[str, int]] = {}
+
+
+def _choose_config(
+        key: Tuple[Any, ...],
+        default: Dict[str, int],
+        run: Callable[[Dict[str, int]], Any],
+        measure: Callable[[Callable[[], Any]], float],
+) -> Dict[str, int]:
+    """The fastest of the candidates, found once for a key. Those that ask for more than the device has are left out."""
+    from triton.runtime.errors import OutOfResources
+    if key not in _tuned:
+        times = []
+        for config in candidates(default):
+            try:
+                times.append((measure(functools.partial(run, config)), config))
+            except OutOfResources:
+                continue
+        _tuned[key] = min(times, key=lambda t: t[0])[1]
+    return _tuned[key]
 
 
 class _Call:
     """What both passes share: the filters of a call, its grid, and the arguments that both kernels take."""
 
     def __init__(self, x: Tensor, weights: Tensor, factors: List[int]) -> None:
-        self.x, self.weights = x, weights
+        self.x, self.weights, self.factors = x, weights, tuple(factors)
         self.b, self.c, self.h, self.w = x.shape
         self.count, self.groups = weights.shape[1:3]
         self.channels = self.c // self.groups
         dtype, precision = _precision(x)
-        capturing = x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+        self.capturing = x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
         # what is made during a capture is only there once the graph runs
-        make = _make_filters if capturing else _cached_filters
-        self.filters = make(self.h, self.w, tuple(factors), dtype, precision, x.device)
+        make = _make_filters if self.capturing else _cached_filters
+        self.filters = make(self.h, self.w, self.factors, dtype, precision, x.device)
         self.frequencies = (self.filters.rows.basis.shape[1], self.filters.cols.basis.shape[1])
         self.wide = accumulation_dtype(x.dtype)
-        self.config = default_config(self.h, self.w, self.channels, self.frequencies[0])
-        self.one_pass = max(self.h, self.w) <= _ONE_PASS
         import triton.language as tl
         types = {torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
         self.constants = {'FILTERS': len(factors), 'COUNT': self.count, 'DT': types[dtype], 'ACC': types[self.wide],
                           'PRECISION': precision}
 
-    @property
-    def blocks(self) -> int:
-        """Of channels, in a group."""
-        return -(-self.channels // self.config['CB'])
+    def config(self, run: Callable[[Dict[str, int]], Any]) -> Dict[str, int]:
+        """Block sizes for a kernel: the default, or with FADC_TIMM_AUTOTUNE=1 in the environment the fastest."""
+        x = self.x
+        default = default_config(self.h, self.w, self.channels, self.frequencies[0], x.element_size() == 2)
+        if os.environ.get('FADC_TIMM_AUTOTUNE') != '1' or x.device.type != 'cuda' or self.capturing:
+            return default
+        from triton.testing import do_bench
+        key = (run.__name__, self.h, self.w, self.channels, self.groups, self.count, self.factors, x.dtype,
+               self.weights.dtype, self.constants['PRECISION'], torch.cuda.get_device_name(x.device))
+        return _choose_config(key, default, run, do_bench)
 
-    @property
-    def programs(self) -> int:
-        return self.b * self.groups * self.blocks
+    def programs(self, config: Dict[str, int]) -> Tuple[int, int, int]:
+        """Samples, groups, and blocks of a group's channels."""
+        return self.b, self.groups, -(-self.channels // config['CB'])
 
-    def scratch(self, size: int) -> Tensor:
+    def scratch(self, size: int, config: Dict[str, int]) -> Tensor:
         """Room for so many coefficients of each program's channels."""
-        return self.x.new_empty(self.programs, size, self.config['CB'], dtype=self.wide)
+        return self.x.new_empty(math.prod(self.programs(config)), size, config['CB'], dtype=self.wide)
 
     def filter_arguments(self) -> Tuple[Tensor, ...]:
         rows, cols, table, _ = self.filters
@@ -177,17 +239,28 @@ class _Call:
     def sizes(self) -> Tuple[int, ...]:
         return self.h, self.w, self.channels, self.groups, *self.frequencies
 
-    def launch(self, kernel: Any, *args: Any) -> None:
-        config = self.config
+    def output(self) -> Tensor:
+        """For what a kernel leaves of the map's kind. The interpreter cuts bfloat16 where it should round, torch rounds."""
+        wide = self.x.dtype == torch.bfloat16 and is_interpreted()
+        return _empty_like(self.x, self.wide if wide else self.x.dtype)
+
+    def launch(self, kernel: Any, config: Dict[str, int], *args: Any) -> None:
         across_coefficients = -(-self.frequencies[0] // config['IB']) * -(-self.frequencies[1] // config['JB'])
         chunks = -(-self.h // config['R']) * -(-self.w // config['WB'])
-        for number, blocks in ((0, 1),) if self.one_pass else ((1, across_coefficients), (2, chunks)):
-            kernel[self.programs, blocks](*args, **self.constants, **config, PASS=number)
+        one_pass = max(self.h, self.w) <= _ONE_PASS
+        for number, blocks in ((0, 1),) if one_pass else ((1, across_coefficients), (2, chunks)):
+            kernel[math.prod(self.programs(config)), blocks](*args, **self.constants, **config, PASS=number)
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(x.shape, dtype=dtype, device=x.device,
+                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @torch.library.custom_op('fadc_timm::mix_bands_fused', mutates_args=())
 def mix_bands_fused(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
-    """:func:`mix_bands` in Triton.
+    """`mix_bands` in Triton.
 
     Args:
         x: Map (B, C, H, W), any strides, best channels_last.
@@ -198,24 +271,23 @@ def mix_bands_fused(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
         (B, C, H, W), channels_last where x is that, else contiguous.
     """
     from . import _triton_bands_kernels as kernels
-    y = _empty_like(x)
-    if y.numel():
-        call = _Call(x, weights, factors)
-        call.launch(kernels.forward, x, weights, y, *call.filter_arguments(),
-                    call.scratch(call.frequencies[0] * call.frequencies[1]), *call.sizes(), *x.stride(),
-                    *weights.stride(), *y.stride())
-    return y
+    if not x.numel():
+        return _empty_like(x, x.dtype)
+    call = _Call(x, weights, factors)
+    y = call.output()
 
+    def forward(config: Dict[str, int]) -> None:
+        call.launch(kernels.forward, config, x, weights, y, *call.filter_arguments(),
+                    call.scratch(math.prod(call.frequencies), config), *call.sizes(), *x.stride(), *weights.stride(),
+                    *y.stride())
 
-def _empty_like(x: Tensor) -> Tensor:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device,
-                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    forward(call.config(forward))
+    return y.to(x.dtype)
 
 
 @mix_bands_fused.register_fake
 def _(x, weights, factors):
-    return _empty_like(x)
+    return _empty_like(x, x.dtype)
 
 
 @torch.library.custom_op('fadc_timm::mix_bands_fused_backward', mutates_args=())
@@ -223,20 +295,26 @@ def mix_bands_fused_backward(
         grad: Tensor, x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_bands_fused` for x and weights. The low-passes are self-adjoint."""
     from . import _triton_bands_kernels as kernels
-    grad_x = _empty_like(x)
     if not x.numel():
-        return grad_x, weights.new_zeros(weights.shape)
+        return _empty_like(x, x.dtype), weights.new_zeros(weights.shape)
     call = _Call(x, weights, factors)
-    shares = x.new_empty(call.b, call.groups, call.blocks, call.count, call.h, call.w, dtype=call.wide)
-    call.launch(kernels.backward, grad, x, weights, grad_x, shares, *call.filter_arguments(),
-                call.scratch(call.filters.size), call.filters.size, *call.sizes(), *grad.stride(), *x.stride(),
-                *weights.stride(), *grad_x.stride())
-    return grad_x, shares.sum(2).transpose(1, 2).to(weights.dtype, memory_format=torch.contiguous_format, copy=True)
+    grad_x = call.output()
+
+    def backward(config: Dict[str, int]) -> Tensor:
+        shares = x.new_empty(*call.programs(config), call.count, call.h, call.w, dtype=call.wide)
+        call.launch(kernels.backward, config, grad, x, weights, grad_x, shares, *call.filter_arguments(),
+                    call.scratch(call.filters.size, config), call.filters.size, *call.sizes(), *grad.stride(),
+                    *x.stride(), *weights.stride(), *grad_x.stride())
+        return shares
+
+    grad_weights = weights.new_empty(weights.shape)
+    grad_weights.copy_(backward(call.config(backward)).sum(2).transpose(1, 2))
+    return grad_x.to(x.dtype), grad_weights
 
 
 @mix_bands_fused_backward.register_fake
 def _(grad, x, weights, factors):
-    return _empty_like(x), weights.new_empty(weights.shape)
+    return _empty_like(x, x.dtype), weights.new_empty(weights.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -42,35 +42,37 @@ def _swap(t, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _spread(t, WB: tl.constexpr, R: tl.constexpr, CB: tl.constexpr):
+    """(WB, R, 1) to (WB, R*CB)."""
+    return tl.reshape(tl.broadcast_to(t, (WB, R, CB)), (WB, R * CB))
+
+
+@triton.jit
 def _basis(basis, i, j, points, frequencies):
     return tl.load(basis + i * frequencies + j, mask=(i < points) & (j < frequencies), other=0.)
 
 
 @triton.jit
-def _step(weights, inside, stride, I: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """What low-pass I is multiplied by, the 0th being the map: (WB, R, 1), exactly 0 where two bands weigh the same.
+def _step(weights, inside, stride, f, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """What low-pass f is multiplied by, the 0th being the map: (WB, R, 1), exactly 0 where two bands weigh the same.
 
     There are COUNT weights; after the last of them comes one band at most, which weighs 1.
     """
-    if I < COUNT:
-        step = tl.load(weights + I * stride, mask=inside, other=0.).to(ACC)
-    else:
-        step = inside.to(ACC)
-    if I > 0:
-        step -= tl.load(weights + (I - 1) * stride, mask=inside, other=0.).to(ACC)
-    return step
+    at = weights + tl.cast(f, tl.int64) * stride
+    step = tl.load(at, mask=inside & (f < COUNT), other=1.).to(ACC)
+    return step - tl.load(at - stride, mask=inside & (f > 0), other=0.).to(ACC)
 
 
 @triton.jit
 def _frequencies(
         t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw, basis, count,
-        I: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, CB: tl.constexpr,
+        f, WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, CB: tl.constexpr,
         DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """t (JB, R*CB) plus a chunk's share of the frequencies j of the columns' axis; the chunk under step I if that > 0."""
+    """t (JB, R*CB) plus a chunk's share of the frequencies j of the columns' axis; the chunk under step f if WEIGHED."""
     inside = (h < height) & (w < width)
     chunk = tl.load(x + offset(h, w, stride_h, stride_w), mask=inside & live, other=0.)
-    if I > 0:
-        step = _step(weights + offset(h, w, stride_mh, stride_mw), inside, stride_m, I, COUNT, ACC)
+    if WEIGHED:
+        step = _step(weights + offset(h, w, stride_mh, stride_mw), inside, stride_m, f, COUNT, ACC)
         chunk = _operand(chunk.to(ACC) * step, DT, PRECISION)
     columns = _basis(basis, (w0 + tl.arange(0, WB))[None, :], j[:, None], width, count)
     return tl.dot(columns, tl.reshape(chunk.to(DT), (WB, R * CB)), t, input_precision=PRECISION, out_dtype=ACC)
@@ -79,10 +81,10 @@ def _frequencies(
 @triton.jit
 def _analyse(
         x, weights, live, coefficients, rows, cols, ld, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
-        basis_h, basis_w, count_h, count_w,
-        I: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr,
+        basis_h, basis_w, count_h, count_w, f,
+        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr,
         CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr):
-    """The first (rows, cols) coefficients of x, or of x under step I if that > 0, to a matrix with ld columns."""
+    """The first (rows, cols) coefficients of x, or of x under step f if WEIGHED, to a matrix with ld columns."""
     across = tl.cdiv(cols, JB)
     for block in range(tl.program_id(1), tl.cdiv(rows, IB) * across, tl.num_programs(1)):
         i = block // across * IB + tl.arange(0, IB)
@@ -95,13 +97,13 @@ def _analyse(
                 w = tl.arange(0, WB)[:, None, None]
                 t = _frequencies(
                     t, x, weights, h, w, 0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
-                    basis_w, count_w, I, COUNT, R, WB, CB, DT, ACC, PRECISION)
+                    basis_w, count_w, f, WEIGHED, COUNT, R, WB, CB, DT, ACC, PRECISION)
             else:
                 for w0 in range(0, width, WB):
                     w = (w0 + tl.arange(0, WB))[:, None, None]
                     t = _frequencies(
                         t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh,
-                        stride_mw, basis_w, count_w, I, COUNT, R, WB, CB, DT, ACC, PRECISION)
+                        stride_mw, basis_w, count_w, f, WEIGHED, COUNT, R, WB, CB, DT, ACC, PRECISION)
             # means, not sums: these stay in the range of float16
             t = _operand(_swap(t / width, JB, R, CB), DT, PRECISION)
             down = _basis(basis_h, (h0 + tl.arange(0, R))[None, :], i[:, None], height, count_h)
@@ -112,13 +114,13 @@ def _analyse(
 
 
 @triton.jit
-def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, I: tl.constexpr, CB: tl.constexpr):
-    """What filter I leaves of coefficients (IB, JB, CB); the adjoint is the same.
+def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, f, CB: tl.constexpr):
+    """What filter f leaves of coefficients (IB, JB, CB); the adjoint is the same.
 
     Where both axes have a frequency of which the filter keeps only one sign, cos cos and sin sin come together there, and
     cos sin and sin cos. Cosines are at even places, sines at odd ones.
     """
-    at_h, at_w = filter_h + 2 * I * count_h + i, filter_w + 2 * I * count_w + j
+    at_h, at_w = filter_h + 2 * f * count_h + i, filter_w + 2 * f * count_w + j
     keep_h = tl.load(at_h, mask=i < count_h, other=0.)
     keep_w = tl.load(at_w, mask=j < count_w, other=0.)
     side_h = tl.load(at_h + count_h, mask=i < count_h, other=0.)
@@ -131,38 +133,39 @@ def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, I:
 
 @triton.jit
 def _synthesise(
-        coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width,
-        FIRST: tl.constexpr, LAST: tl.constexpr, TOTAL: tl.constexpr,
-        R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
+        coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width, f,
+        FILTERS: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
         DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The sum of low-passes FIRST to LAST on a chunk (WB, R, CB).
+    """Low-pass f on a chunk (WB, R*CB).
 
-    Their coefficients are those of a map, or in a TOTAL each filter has its own, in the places that the table gives.
+    If there are FILTERS > 0, their sum instead, each of coefficients of its own in the places that the table gives.
     """
     low = tl.zeros((WB, R * CB), ACC)
-    rows, cols = tl.load(table + FIRST * _TABLE + _ROWS), tl.load(table + FIRST * _TABLE + _COLS)
-    if TOTAL:
+    if FILTERS > 0:
         rows, cols = count_h, count_w
+    else:
+        rows, cols = tl.load(table + f * _TABLE + _ROWS), tl.load(table + f * _TABLE + _COLS)
     for j0 in range(0, cols, JB):
         j = j0 + tl.arange(0, JB)
         z = tl.zeros((R, JB * CB), ACC)
         for i0 in range(0, rows, IB):
             i = i0 + tl.arange(0, IB)
-            k = tl.zeros((IB, JB, CB), ACC)
-            for f in tl.static_range(FIRST, LAST):
-                source, ld = coefficients, count_w
-                if TOTAL:
-                    source += tl.load(table + f * _TABLE + _START).to(tl.int64) * CB
-                    ld = tl.load(table + f * _TABLE + _COLS)
-                k += _pass(source, ld, filter_h, filter_w, i[:, None, None], j[None, :, None], live, count_h, count_w,
-                           f, CB)
+            if FILTERS > 0:
+                k = tl.zeros((IB, JB, CB), ACC)
+                for own in range(FILTERS):
+                    start = tl.load(table + own * _TABLE + _START).to(tl.int64) * CB
+                    k += _pass(coefficients + start, tl.load(table + own * _TABLE + _COLS), filter_h, filter_w,
+                               i[:, None, None], j[None, :, None], live, count_h, count_w, own, CB)
+            else:
+                k = _pass(coefficients, count_w, filter_h, filter_w, i[:, None, None], j[None, :, None], live, count_h,
+                          count_w, f, CB)
             down = _basis(basis_h, (h0 + tl.arange(0, R))[:, None], i[None, :], height, count_h)
             z = tl.dot(down, tl.reshape(_operand(k, DT, PRECISION), (IB, JB * CB)), z, input_precision=PRECISION,
                        out_dtype=ACC)
         columns = _basis(basis_w, (w0 + tl.arange(0, WB))[:, None], j[None, :], width, count_w)
         low = tl.dot(columns, _operand(_swap(z, R, JB, CB), DT, PRECISION), low, input_precision=PRECISION,
                      out_dtype=ACC)
-    return tl.reshape(low, (WB, R, CB))
+    return low
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def forward(
     coefficients += tl.program_id(0).to(tl.int64) * count_h * count_w * CB
     if PASS != 2:
         _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m, weights_h,
-                 weights_w, basis_h, basis_w, count_h, count_w, 0, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+                 weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
     if PASS == 0:
         tl.debug_barrier()
     if PASS != 1:
@@ -196,13 +199,15 @@ def forward(
             h, w = (h0 + tl.arange(0, R))[None, :, None], (w0 + tl.arange(0, WB))[:, None, None]
             inside = (h < height) & (w < width)
             weigh = weights + offset(h, w, weights_h, weights_w)
-            y = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
-            y *= _step(weigh, inside, stride_m, 0, COUNT, ACC)
-            for f in tl.static_range(FILTERS):
+            y = tl.zeros((WB, R * CB), ACC)
+            for f in range(FILTERS):
                 low = _synthesise(
-                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width,
-                    f, f + 1, False, R, WB, IB, JB, CB, DT, ACC, PRECISION)
-                y += low * _step(weigh, inside, stride_m, f + 1, COUNT, ACC)
+                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
+                    width, f, 0, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+                y += low * _spread(_step(weigh, inside, stride_m, f + 1, COUNT, ACC), WB, R, CB)
+            y = tl.reshape(y, (WB, R, CB))
+            chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
+            y += chunk_x * _step(weigh, inside, stride_m, 0, COUNT, ACC)
             tl.store(out + offset(h, w, out_h, out_w), y.to(out.dtype.element_ty), mask=inside & live)
 
 
@@ -231,13 +236,13 @@ def backward(
     shares += tl.program_id(0) * (COUNT * plane)
     if PASS != 2:
         _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m, weights_h,
-                 weights_w, basis_h, basis_w, count_h, count_w, 0, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
-        for f in tl.static_range(FILTERS):
+                 weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+        for f in range(FILTERS):
             row = table + f * _TABLE
             cols = tl.load(row + _COLS)
             _analyse(grad, weights, live, coefficients + tl.load(row + _START).to(tl.int64) * CB, tl.load(row + _ROWS), cols, cols,
                      height, width, grad_h, grad_w, stride_m, weights_h, weights_w, basis_h, basis_w, count_h, count_w,
-                     f + 1, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+                     f + 1, True, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
     if PASS == 0:
         tl.debug_barrier()
     if PASS != 1:
@@ -249,19 +254,21 @@ def backward(
             weigh = weights + offset(h, w, weights_h, weights_w)
             share = shares + offset(h, w, width, 1)
             g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
-            low = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
-            above = tl.sum(g * low, axis=2, keep_dims=True)
-            for f in tl.static_range(FILTERS):
+            chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
+            above = tl.sum(g * chunk_x, axis=2, keep_dims=True)
+            for f in range(FILTERS):
                 low = _synthesise(
-                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width,
-                    f, f + 1, False, R, WB, IB, JB, CB, DT, ACC, PRECISION)
-                below = tl.sum(g * low, axis=2, keep_dims=True)
+                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
+                    width, f, 0, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+                g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
+                below = tl.sum(g * tl.reshape(low, (WB, R, CB)), axis=2, keep_dims=True)
                 tl.store(share + f * plane, above - below, mask=inside)
                 above = below
             if COUNT > FILTERS:
                 tl.store(share + FILTERS * plane, above, mask=inside)
             low = _synthesise(
                 coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width,
-                0, FILTERS, True, R, WB, IB, JB, CB, DT, ACC, PRECISION)
-            y = g * _step(weigh, inside, stride_m, 0, COUNT, ACC) + low
+                0, FILTERS, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+            g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
+            y = g * _step(weigh, inside, stride_m, 0, COUNT, ACC) + tl.reshape(low, (WB, R, CB))
             tl.store(grad_x + offset(h, w, out_h, out_w), y.to(grad_x.dtype.element_ty), mask=inside & live)
