@@ -57,8 +57,8 @@ def why_not(device_type: str, dtype: torch.dtype) -> Optional[str]:
         return f'the kernels take {", ".join(_name(d) for d in _DTYPES)}, not {_name(dtype)}'
     if device_type in ('cuda', 'meta') or (device_type == 'cpu' and is_interpreted()):
         return None
-    return (f'Triton does not run on {device_type}, but for a CPU where TRITON_INTERPRET=1 is in the environment before '
-            'the first use')
+    return (f'Triton does not run on {device_type}, but for a CPU where TRITON_INTERPRET=1 is in the environment '
+            'before the first use')
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -133,12 +133,11 @@ def _make_filters(
 _cached_filters = functools.lru_cache(maxsize=256)(_make_filters)
 
 
-def _precision(x: Tensor) -> Tuple[torch.dtype, str]:
-    """Of the factors of the products."""
-    if x.dtype == torch.bfloat16:
+def precision(dtype: torch.dtype, allow_tf32: bool) -> Tuple[torch.dtype, str]:
+    """Of the factors of the products on a map."""
+    if dtype == torch.bfloat16:
         return torch.float32, 'tf32'
-    allowed = x.device.type == 'cuda' and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return x.dtype, 'tf32' if allowed else 'ieee'
+    return dtype, 'tf32' if dtype == torch.float32 and allow_tf32 else 'ieee'
 
 
 def _block(n: int, low: int, high: int) -> int:
@@ -149,10 +148,10 @@ def _block(n: int, low: int, high: int) -> int:
 def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: bool) -> Dict[str, int]:
     """Block sizes by shape, without a tuning run: the largest with which the compiled kernels spill no registers.
 
-    On all of the shapes of `scripts/inspect_bands.py`, which measures that; whether they are the fastest is not measured.
+    On all of the shapes of `scripts/inspect_bands.py`, which measures that. What is fastest is not measured.
     """
     columns = _block(w, 16, 64)
-    elements = 8192 if is_half and columns > 16 else 4096
+    elements = 8192 if columns == 32 or (is_half and columns > 16) else 4096
     block = _block(channels, 1, elements // (16 * columns))
     return {'R': 16, 'WB': columns, 'IB': _block(frequencies_h, 16, 64), 'JB': 16, 'CB': block,
             'num_warps': min(max(16 * columns * block // 256, 4), 16 if is_half else 8), 'num_stages': 1}
@@ -201,17 +200,17 @@ class _Call:
         self.b, self.c, self.h, self.w = x.shape
         self.count, self.groups = weights.shape[1:3]
         self.channels = self.c // self.groups
-        dtype, precision = _precision(x)
+        dtype, how = precision(x.dtype, x.device.type == 'cuda' and torch.backends.cuda.matmul.allow_tf32)
         self.capturing = x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
         # what is made during a capture is only there once the graph runs
         make = _make_filters if self.capturing else _cached_filters
-        self.filters = make(self.h, self.w, self.factors, dtype, precision, x.device)
+        self.filters = make(self.h, self.w, self.factors, dtype, how, x.device)
         self.frequencies = (self.filters.rows.basis.shape[1], self.filters.cols.basis.shape[1])
         self.wide = accumulation_dtype(x.dtype)
         import triton.language as tl
         types = {torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
         self.constants = {'FILTERS': len(factors), 'COUNT': self.count, 'DT': types[dtype], 'ACC': types[self.wide],
-                          'PRECISION': precision}
+                          'PRECISION': how}
 
     def config(self, run: Callable[[Dict[str, int]], Any]) -> Dict[str, int]:
         """Block sizes for a kernel: the default, or with FADC_TIMM_AUTOTUNE=1 in the environment the fastest."""
@@ -240,7 +239,7 @@ class _Call:
         return self.h, self.w, self.channels, self.groups, *self.frequencies
 
     def output(self) -> Tensor:
-        """For what a kernel leaves of the map's kind. The interpreter cuts bfloat16 where it should round, torch rounds."""
+        """For a map that a kernel makes. Triton's interpreter cuts bfloat16 off where it should round: torch does."""
         wide = self.x.dtype == torch.bfloat16 and is_interpreted()
         return _empty_like(self.x, self.wide if wide else self.x.dtype)
 

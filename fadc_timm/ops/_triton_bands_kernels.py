@@ -9,8 +9,8 @@ by addresses alone. What a program holds is bounded by the block sizes, whatever
 PASS says what of this a launch does: all of it in one program (0, for small maps, whose second reading finds them in
 the cache), or the analysis (1) or the rest (2), each with a program for every block, on the grid's second axis.
 
-Shapes: chunks are (WB, R, CB), columns, rows and channels; coefficients (IB, JB, CB), frequencies of the rows' and of the
-columns' axis. Needs Triton: imported when the band mix first uses it.
+Chunks are (WB, R, CB), columns, rows and channels; coefficients (IB, JB, CB), frequencies of the rows' and of the
+columns' axis, in the synthesis (JB, JB, CB). Needs Triton: imported when the band mix first uses it.
 """
 import triton
 import triton.language as tl
@@ -43,7 +43,7 @@ def _swap(t, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _spread(t, WB: tl.constexpr, R: tl.constexpr, CB: tl.constexpr):
-    """(WB, R, 1) to (WB, R*CB)."""
+    """(WB, R, 1) or (1, 1, CB) to (WB, R*CB)."""
     return tl.reshape(tl.broadcast_to(t, (WB, R, CB)), (WB, R * CB))
 
 
@@ -65,10 +65,11 @@ def _step(weights, inside, stride, f, COUNT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _frequencies(
-        t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw, basis, count,
-        f, WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, CB: tl.constexpr,
+        t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
+        basis, count, f,
+        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, CB: tl.constexpr,
         DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """t (JB, R*CB) plus a chunk's share of the frequencies j of the columns' axis; the chunk under step f if WEIGHED."""
+    """t (JB, R*CB) plus a chunk's share of the frequencies j of the columns' axis, under step f if WEIGHED."""
     inside = (h < height) & (w < width)
     chunk = tl.load(x + offset(h, w, stride_h, stride_w), mask=inside & live, other=0.)
     if WEIGHED:
@@ -80,10 +81,11 @@ def _frequencies(
 
 @triton.jit
 def _analyse(
-        x, weights, live, coefficients, rows, cols, ld, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
-        basis_h, basis_w, count_h, count_w, f,
-        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr,
-        CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr):
+        x, weights, live, coefficients, rows, cols, ld, height, width, stride_h, stride_w, stride_m, stride_mh,
+        stride_mw, basis_h, basis_w, count_h, count_w, f,
+        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr,
+        JB: tl.constexpr, CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+        PASS: tl.constexpr):
     """The first (rows, cols) coefficients of x, or of x under step f if WEIGHED, to a matrix with ld columns."""
     across = tl.cdiv(cols, JB)
     for block in range(tl.program_id(1), tl.cdiv(rows, IB) * across, tl.num_programs(1)):
@@ -115,10 +117,10 @@ def _analyse(
 
 @triton.jit
 def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, f, CB: tl.constexpr):
-    """What filter f leaves of coefficients (IB, JB, CB); the adjoint is the same.
+    """What filter f leaves of coefficients (IB, JB, CB) but the mean; the adjoint is the same.
 
-    Where both axes have a frequency of which the filter keeps only one sign, cos cos and sin sin come together there, and
-    cos sin and sin cos. Cosines are at even places, sines at odd ones.
+    Where both axes have a frequency of which the filter keeps only one sign, cos cos and sin sin come together there,
+    and cos sin and sin cos. Cosines are at even places, sines at odd ones.
     """
     at_h, at_w = filter_h + 2 * f * count_h + i, filter_w + 2 * f * count_w + j
     keep_h = tl.load(at_h, mask=i < count_h, other=0.)
@@ -126,32 +128,46 @@ def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, f,
     side_h = tl.load(at_h + count_h, mask=i < count_h, other=0.)
     side_w = tl.load(at_w + count_w, mask=j < count_w, other=0.)
     c = tl.arange(0, CB)[None, None, :]
-    value = tl.load(coefficients + offset(i, j, ld * CB, CB) + c, mask=(keep_h * keep_w != 0) & live, other=0.)
+    inside = (keep_h * keep_w != 0) & (i + j > 0) & live
+    value = tl.load(coefficients + offset(i, j, ld * CB, CB) + c, mask=inside, other=0.)
     other = tl.load(coefficients + offset(i ^ 1, j ^ 1, ld * CB, CB) + c, mask=(side_h * side_w != 0) & live, other=0.)
     return value * (keep_h * keep_w) - other * (side_h * side_w)
 
 
 @triton.jit
+def _mean(coefficients, filter_h, filter_w, live, count_h, count_w, f, CB: tl.constexpr):
+    """What filter f leaves of the mean (1, 1, CB)."""
+    keep = tl.load(filter_h + 2 * f * count_h) * tl.load(filter_w + 2 * f * count_w)
+    return tl.load(coefficients + tl.arange(0, CB)[None, None, :], mask=live, other=0.) * keep
+
+
+@triton.jit
 def _synthesise(
         coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width, f,
-        FILTERS: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
+        FILTERS: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
         DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Low-pass f on a chunk (WB, R*CB).
 
     If there are FILTERS > 0, their sum instead, each of coefficients of its own in the places that the table gives.
     """
-    low = tl.zeros((WB, R * CB), ACC)
+    # the mean, as a rule the largest coefficient, is not rounded to be a factor of products
     if FILTERS > 0:
         rows, cols = count_h, count_w
+        mean = tl.zeros((1, 1, CB), ACC)
+        for own in range(FILTERS):
+            start = tl.load(table + own * _TABLE + _START).to(tl.int64) * CB
+            mean += _mean(coefficients + start, filter_h, filter_w, live, count_h, count_w, own, CB)
     else:
+        mean = _mean(coefficients, filter_h, filter_w, live, count_h, count_w, f, CB)
         rows, cols = tl.load(table + f * _TABLE + _ROWS), tl.load(table + f * _TABLE + _COLS)
+    low = _spread(mean, WB, R, CB)
     for j0 in range(0, cols, JB):
         j = j0 + tl.arange(0, JB)
         z = tl.zeros((R, JB * CB), ACC)
-        for i0 in range(0, rows, IB):
-            i = i0 + tl.arange(0, IB)
+        for i0 in range(0, rows, JB):
+            i = i0 + tl.arange(0, JB)
             if FILTERS > 0:
-                k = tl.zeros((IB, JB, CB), ACC)
+                k = tl.zeros((JB, JB, CB), ACC)
                 for own in range(FILTERS):
                     start = tl.load(table + own * _TABLE + _START).to(tl.int64) * CB
                     k += _pass(coefficients + start, tl.load(table + own * _TABLE + _COLS), filter_h, filter_w,
@@ -160,7 +176,7 @@ def _synthesise(
                 k = _pass(coefficients, count_w, filter_h, filter_w, i[:, None, None], j[None, :, None], live, count_h,
                           count_w, f, CB)
             down = _basis(basis_h, (h0 + tl.arange(0, R))[:, None], i[None, :], height, count_h)
-            z = tl.dot(down, tl.reshape(_operand(k, DT, PRECISION), (IB, JB * CB)), z, input_precision=PRECISION,
+            z = tl.dot(down, tl.reshape(_operand(k, DT, PRECISION), (JB, JB * CB)), z, input_precision=PRECISION,
                        out_dtype=ACC)
         columns = _basis(basis_w, (w0 + tl.arange(0, WB))[:, None], j[None, :], width, count_w)
         low = tl.dot(columns, _operand(_swap(z, R, JB, CB), DT, PRECISION), low, input_precision=PRECISION,
@@ -188,8 +204,9 @@ def forward(
     stride_m = tl.full((), 1, tl.int64) * weights_m
     coefficients += tl.program_id(0).to(tl.int64) * count_h * count_w * CB
     if PASS != 2:
-        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m, weights_h,
-                 weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m,
+                 weights_h, weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC,
+                 PRECISION, PASS)
     if PASS == 0:
         tl.debug_barrier()
     if PASS != 1:
@@ -203,7 +220,7 @@ def forward(
             for f in range(FILTERS):
                 low = _synthesise(
                     coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
-                    width, f, 0, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+                    width, f, 0, R, WB, JB, CB, DT, ACC, PRECISION)
                 y += low * _spread(_step(weigh, inside, stride_m, f + 1, COUNT, ACC), WB, R, CB)
             y = tl.reshape(y, (WB, R, CB))
             chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
@@ -220,7 +237,7 @@ def backward(
         FILTERS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr,
         JB: tl.constexpr, CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         PASS: tl.constexpr):
-    """As `forward`. shares (programs, COUNT, H, W): these channels' part of the weights' gradient. size: coefficients."""
+    """As `forward`. shares (programs, COUNT, H, W): of the weights' gradient. size: of a program's coefficients."""
     blocks = tl.cdiv(channels, CB)
     sample, group = tl.program_id(0) // blocks // groups, tl.program_id(0) // blocks % groups
     channel = tl.program_id(0) % blocks * CB + tl.arange(0, CB)[None, None, :]
@@ -235,14 +252,16 @@ def backward(
     plane = tl.full((), 1, tl.int64) * height * width
     shares += tl.program_id(0) * (COUNT * plane)
     if PASS != 2:
-        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m, weights_h,
-                 weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m,
+                 weights_h, weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC,
+                 PRECISION, PASS)
         for f in range(FILTERS):
             row = table + f * _TABLE
-            cols = tl.load(row + _COLS)
-            _analyse(grad, weights, live, coefficients + tl.load(row + _START).to(tl.int64) * CB, tl.load(row + _ROWS), cols, cols,
-                     height, width, grad_h, grad_w, stride_m, weights_h, weights_w, basis_h, basis_w, count_h, count_w,
-                     f + 1, True, COUNT, R, WB, IB, JB, CB, DT, ACC, PRECISION, PASS)
+            rows, cols = tl.load(row + _ROWS), tl.load(row + _COLS)
+            own = coefficients + tl.load(row + _START).to(tl.int64) * CB
+            _analyse(grad, weights, live, own, rows, cols, cols, height, width, grad_h, grad_w, stride_m, weights_h,
+                     weights_w, basis_h, basis_w, count_h, count_w, f + 1, True, COUNT, R, WB, IB, JB, CB, DT, ACC,
+                     PRECISION, PASS)
     if PASS == 0:
         tl.debug_barrier()
     if PASS != 1:
@@ -259,7 +278,7 @@ def backward(
             for f in range(FILTERS):
                 low = _synthesise(
                     coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
-                    width, f, 0, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+                    width, f, 0, R, WB, JB, CB, DT, ACC, PRECISION)
                 g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
                 below = tl.sum(g * tl.reshape(low, (WB, R, CB)), axis=2, keep_dims=True)
                 tl.store(share + f * plane, above - below, mask=inside)
@@ -267,8 +286,8 @@ def backward(
             if COUNT > FILTERS:
                 tl.store(share + FILTERS * plane, above, mask=inside)
             low = _synthesise(
-                coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width,
-                0, FILTERS, R, WB, IB, JB, CB, DT, ACC, PRECISION)
+                coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
+                width, 0, FILTERS, R, WB, JB, CB, DT, ACC, PRECISION)
             g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
             y = g * _step(weigh, inside, stride_m, 0, COUNT, ACC) + tl.reshape(low, (WB, R, CB))
             tl.store(grad_x + offset(h, w, out_h, out_w), y.to(grad_x.dtype.element_ty), mask=inside & live)
