@@ -1,77 +1,109 @@
-"""Compile FreqSelect's Triton kernels for an H100 and read registers, spills, shared memory and matrix instructions.
+"""Compile FreqSelect's Triton kernels for a GPU that need not be there, and read what the compiler made of them.
 
-Needs Triton but no GPU: `python scripts/inspect_bands.py` writes scripts/results/kernels_bands.csv, and fails if a
-kernel spills registers or asks for more shared memory than a block of threads can have.
+    python scripts/inspect_bands.py [--arch 90] [--only FILTER | --variants]
+
+As inspect_kernels.py does for the operator's: the kernels as they are launched for the maps of some stages, to
+scripts/results/kernels_bands.csv. With --variants other calls are compiled, which shows that they can be. Fails if a
+kernel spills registers or does not fit on a multiprocessor.
 """
 import argparse
 import csv
-import re
-import subprocess
+import os
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Iterator, List, NamedTuple, Tuple
 
-from _bands_specimens import Specimen, specimens
+import torch
+import triton
+from inspect_kernels import ROOT, inspect
 
-RESULTS = Path(__file__).parent / 'results' / 'kernels_bands.csv'
-SHARED = 227 * 1024  # bytes that a block of threads can have on compute capability 9.0
+from fadc_timm.ops import _triton_bands
 
-
-def _compile(specimen: Specimen) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    names = specimen.kernel.arg_names
-    source = ASTSource(
-        specimen.kernel, signature=specimen.signature,
-        constexprs={(names.index(name),): value for name, value in specimen.constexprs.items()},
-        attrs={(names.index(name),): [['tt.divisibility', 16]] for name in specimen.divisible})
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=specimen.options)
+HALF, ALL = (torch.float16, torch.bfloat16), (torch.float16, torch.bfloat16, torch.float32)
 
 
-def inspect(specimen: Specimen) -> Dict[str, Any]:
-    """A row: resources by thread and block, and how many instructions of a kind there are in the program text."""
-    import triton.backends.nvidia
-    compiled = _compile(specimen)
-    tools = Path(triton.backends.nvidia.__file__).parent / 'bin'
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
-        f.write(compiled.asm['cubin'])
-        f.flush()
-        used = subprocess.run(
-            [tools / 'cuobjdump', '--dump-resource-usage', f.name], capture_output=True, text=True, check=True).stdout
-        text = subprocess.run([tools / 'nvdisasm', '-c', f.name], capture_output=True, text=True, check=True).stdout
+class Map(NamedTuple):
+    """A map and how it is split and weighed."""
+    name: str
+    b: int
+    c: int
+    h: int
+    w: int
+    dtypes: Tuple[torch.dtype, ...] = ALL
+    weights: int = 3
+    groups: int = 1
+    factors: Tuple[int, ...] = (2, 4, 8)
+    memory_format: torch.memory_format = torch.channels_last
 
-    def resource(name: str) -> int:
-        found = re.search(rf'{name}:(\d+)', used)
-        assert found is not None, used
-        return int(found.group(1))
 
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, text))
+MAPS = (
+    Map('resnet50 stage 2, strided', 64, 128, 56, 56),
+    Map('resnet50 stage 2', 64, 128, 28, 28),
+    Map('resnet50 stage 3', 64, 256, 14, 14),
+    Map('resnet50 stage 4', 64, 512, 7, 7),
+    Map('resnet50 stage 2 at 512', 16, 128, 64, 64, HALF),
+    Map('resnet50 stage 3 at 512', 16, 256, 32, 32, HALF),
+    Map('convnext_tiny stage 2', 64, 192, 28, 28),
+    Map('in two passes', 2, 128, 128, 256),
+)
+VARIANTS = (
+    Map('float64', 2, 16, 7, 7, (torch.float64,)),
+    Map('one pixel, one channel', 1, 1, 1, 1),
+    Map('contiguous, 4 weights', 2, 20, 14, 9, HALF, 4, memory_format=torch.contiguous_format),
+    Map('groups, 4 weights', 2, 24, 33, 12, HALF, 4, 8),
+    Map('one filter', 2, 16, 28, 28, HALF, 1, 1, (2,)),
+    Map('more than 2**31 elements', 70_000, 128, 28, 28, HALF),
+)
 
-    return {
-        **specimen.label, 'registers': resource('REG'), 'stack_bytes': resource('STACK'),
-        'shared_bytes': compiled.metadata.shared, 'wgmma': count(r'\bHGMMA'), 'mma': count(r'\bHMMA'),
-        'fma': count(r'\bFFMA'), 'loads_128': count(r'\bLDG\.E\.128'), 'loads': count(r'\bLDG'),
-        'spill_loads': count(r'\bLDL'), 'spill_stores': count(r'\bSTL')}
+
+def launches(m: Map, dtype: torch.dtype) -> List[Tuple[Any, ...]]:
+    """What is launched forward and backward: kernel, grid, arguments, constants, configuration."""
+    x = torch.empty(m.b, m.c, m.h, m.w, dtype=dtype, device='meta').to(memory_format=m.memory_format)
+    # as FreqSelect has them, of a convolution
+    weights = torch.empty(m.b, m.groups * m.weights, m.h, m.w, dtype=dtype, device='meta').to(
+        memory_format=m.memory_format).unflatten(1, (m.groups, m.weights)).transpose(1, 2)
+    found: List[Tuple[Any, ...]] = []
+    original, _triton_bands.run = _triton_bands.run, lambda *args: found.append(args)
+    try:
+        y = _triton_bands.mix_bands_fused._init_fn(x, weights, list(m.factors))
+        _triton_bands.mix_bands_fused_backward._init_fn(y, x, weights, list(m.factors))
+    finally:
+        _triton_bands.run = original
+    return found
+
+
+def rows_of(m: Map, arch: int) -> Iterator[dict]:
+    for dtype in m.dtypes:
+        for kernel, _, arguments, constants, config in launches(m, dtype):
+            row = inspect(kernel, arguments, constants, config, arch)
+            row['blocks'] = ' '.join(f'{name}{config[name]}' for name in ('WB', 'R', 'IB', 'JB', 'CB'))
+            yield {'map': m.name, 'channels': m.c, 'height': m.h, 'width': m.w, 'kernel': kernel.fn.__name__,
+                   'pass': constants['PASS'], 'dtype': str(dtype).removeprefix('torch.'), 'arch': arch,
+                   'triton': triton.__version__, **row}
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--arch', type=int, default=90, help='compute capability, 90 for H100 and H200')
+    parser.add_argument('--only', default='', help='maps whose name contains this')
+    parser.add_argument('--variants', action='store_true', help='compile other calls instead, and write nothing')
+    args = parser.parse_args()
     rows = []
-    for specimen in specimens():
-        rows.append(inspect(specimen))
-        print(*rows[-1].values(), flush=True)
-    with RESULTS.with_suffix('.tmp').open('w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    RESULTS.with_suffix('.tmp').rename(RESULTS)
-    failed = [r for r in rows if r['spill_loads'] or r['spill_stores'] or r['shared_bytes'] > SHARED]
+    for m in VARIANTS if args.variants else MAPS:
+        for row in rows_of(m, args.arch) if args.only in m.name else ():
+            print(*row.values(), sep=', ', flush=True)
+            rows.append(row)
+    if not args.only and not args.variants:
+        path = ROOT / 'scripts' / 'results' / 'kernels_bands.csv'
+        partial = path.with_suffix('.tmp')
+        with partial.open('w', newline='') as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, path)
+    failed = [row for row in rows if row['stack_bytes'] or not row['programs_a_multiprocessor']]
     for row in failed:
-        print('spills or too much shared memory:', *row.values(), file=sys.stderr)
-    return 1 if failed else 0
+        print('SPILLS OR DOES NOT FIT', *row.values(), sep=', ')
+    return int(bool(failed))
 
 
 if __name__ == '__main__':

@@ -17,48 +17,13 @@ import torch
 from torch import Tensor
 
 from ._frequencies import frequencies
+from ._triton_support import is_interpreted, why_not_on
 from .case import accumulation_dtype
 
 __all__ = ['forward', 'mix_bands_fused', 'mix_bands_fused_backward', 'why_not']
 
-MINIMUM = (3, 2)  # of Triton: torch 2.6 brings it
-
 # Sides of a map whose programs do all in one launch.
 _ONE_PASS = 64
-
-
-@functools.cache
-def _unavailable() -> Optional[str]:
-    """Why there is no Triton to be used, or None."""
-    try:
-        import triton
-    except ImportError as e:
-        return f'Triton is not installed ({e})'
-    if tuple(int(n) for n in triton.__version__.split('.')[:2]) < MINIMUM:
-        return f'Triton {triton.__version__} is too old, it must be {MINIMUM[0]}.{MINIMUM[1]} or newer'
-    return None
-
-
-def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter. That is settled when they are first imported."""
-    from triton.runtime import JITFunction
-
-    from . import _triton_bands_kernels
-    return not isinstance(_triton_bands_kernels.forward, JITFunction)
-
-
-@torch.compiler.assume_constant_result
-def why_not(device_type: str, dtype: torch.dtype) -> Optional[str]:
-    """Why the kernels cannot run on a map, or None."""
-    reason = _unavailable()
-    if reason is not None:
-        return reason
-    if dtype not in _DTYPES:
-        return f'the kernels take {", ".join(_name(d) for d in _DTYPES)}, not {_name(dtype)}'
-    if device_type in ('cuda', 'meta') or (device_type == 'cpu' and is_interpreted()):
-        return None
-    return (f'Triton does not run on {device_type}, but for a CPU where TRITON_INTERPRET=1 is in the environment '
-            'before the first use')
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,9 +33,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
+def why_not(x: Tensor) -> Optional[str]:
+    """Why the kernels cannot run on a map, or None."""
+    if x.dtype not in _DTYPES:
+        return f'the kernels take {", ".join(_name(d) for d in _DTYPES)}, not {_name(x.dtype)}'
+    return why_not_on(x.device.type)
+
+
 def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     """Of `mix_bands`, or NotImplementedError with the reason."""
-    reason = why_not(x.device.type, x.dtype)
+    reason = why_not(x)
     if reason is not None:
         raise NotImplementedError(f"form='triton' cannot mix these bands: {reason}.")
     return mix_bands_fused(x, weights, factors)
@@ -140,7 +112,7 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> Tuple[torch.dtype, str]:
     return dtype, 'tf32' if dtype == torch.float32 and allow_tf32 else 'ieee'
 
 
-def _block(n: int, low: int, high: int) -> int:
+def block(n: int, low: int, high: int) -> int:
     """The power of two for n, within bounds."""
     return min(max(1 << (n - 1).bit_length(), low), high)
 
@@ -150,21 +122,21 @@ def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: b
 
     On all of the shapes of `scripts/inspect_bands.py`, which measures that. What is fastest is not measured.
     """
-    columns = _block(w, 16, 64)
+    columns = block(w, 16, 64)
     elements = 8192 if columns == 32 or (is_half and columns > 16) else 4096
-    block = _block(channels, 1, elements // (16 * columns))
-    return {'R': 16, 'WB': columns, 'IB': _block(frequencies_h, 16, 64), 'JB': 16, 'CB': block,
-            'num_warps': min(max(16 * columns * block // 256, 4), 16 if is_half else 8), 'num_stages': 1}
+    channel_block = block(channels, 1, elements // (16 * columns))
+    return {'R': 16, 'WB': columns, 'IB': block(frequencies_h, 16, 64), 'JB': 16, 'CB': channel_block,
+            'num_warps': min(max(16 * columns * channel_block // 256, 4), 16 if is_half else 8), 'num_stages': 1}
 
 
 def candidates(default: Dict[str, int]) -> List[Dict[str, int]]:
     """The default first, and what tuning tries beside it: half and twice the channels, warps and stages."""
     found = [default]
-    for block in (default['CB'], default['CB'] // 2, default['CB'] * 2):
+    for channel_block in (default['CB'], default['CB'] // 2, default['CB'] * 2):
         for warps in (4, 8, 16):
             for stages in (1, 2):
-                config = {**default, 'CB': block, 'num_warps': warps, 'num_stages': stages}
-                if block and config not in found:
+                config = {**default, 'CB': channel_block, 'num_warps': warps, 'num_stages': stages}
+                if channel_block and config not in found:
                     found.append(config)
     return found
 
@@ -190,6 +162,10 @@ def _choose_config(
                 continue
         _tuned[key] = min(times, key=lambda t: t[0])[1]
     return _tuned[key]
+
+
+def run(kernel: Any, grid: Any, args: Sequence[Any], constants: Dict[str, Any], config: Dict[str, int]) -> None:
+    kernel[grid](*args, **constants, **config)
 
 
 class _Call:
@@ -248,7 +224,7 @@ class _Call:
         chunks = -(-self.h // config['R']) * -(-self.w // config['WB'])
         one_pass = max(self.h, self.w) <= _ONE_PASS
         for number, blocks in ((0, 1),) if one_pass else ((1, across_coefficients), (2, chunks)):
-            kernel[math.prod(self.programs(config)), blocks](*args, **self.constants, **config, PASS=number)
+            run(kernel, (math.prod(self.programs(config)), blocks), args, {**self.constants, 'PASS': number}, config)
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

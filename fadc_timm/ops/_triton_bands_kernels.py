@@ -271,7 +271,7 @@ def backward(
             h, w = (h0 + tl.arange(0, R))[None, :, None], (w0 + tl.arange(0, WB))[:, None, None]
             inside = (h < height) & (w < width)
             weigh = weights + offset(h, w, weights_h, weights_w)
-            share = shares + offset(h, w, width, 1)
+            share = shares + h0.to(tl.int64) * width + (h - h0) * width + w
             g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
             chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
             above = tl.sum(g * chunk_x, axis=2, keep_dims=True)
