@@ -125,8 +125,10 @@ def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: b
     columns = block(w, 16, 64)
     elements = 8192 if columns == 32 or (is_half and columns > 16) else 4096
     channel_block = block(channels, 1, elements // (16 * columns))
+    # with as many threads as there are registers for; more frequencies than a block's are one more loop to hold
+    most = 8 if not is_half or (columns == 32 and frequencies_h > 16) else 16
     return {'R': 16, 'WB': columns, 'IB': block(frequencies_h, 16, 64), 'JB': 16, 'CB': channel_block,
-            'num_warps': min(max(16 * columns * channel_block // 256, 4), 16 if is_half else 8), 'num_stages': 1}
+            'num_warps': min(max(16 * columns * channel_block // 256, 4), most), 'num_stages': 1}
 
 
 def candidates(default: Dict[str, int]) -> List[Dict[str, int]]:
