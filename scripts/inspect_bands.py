@@ -3,8 +3,8 @@
     python scripts/inspect_bands.py [--arch 90] [--only FILTER | --variants]
 
 As inspect_kernels.py does for the operator's: the kernels as they are launched for the maps of some stages, to
-scripts/results/kernels_bands.csv. With --variants other calls are compiled, which shows that they can be. Fails if a
-kernel spills registers or does not fit on a multiprocessor.
+scripts/results/kernels_bands.csv. Fails if one spills registers or does not fit on a multiprocessor. With --variants
+other calls of the same kernels are compiled, which shows that they can be.
 """
 import argparse
 import csv
@@ -92,7 +92,9 @@ def main() -> int:
         for row in rows_of(m, args.arch) if args.only in m.name else ():
             print(*row.values(), sep=', ', flush=True)
             rows.append(row)
-    if not args.only and not args.variants:
+    if args.variants:
+        return 0
+    if not args.only:
         path = ROOT / 'scripts' / 'results' / 'kernels_bands.csv'
         partial = path.with_suffix('.tmp')
         with partial.open('w', newline='') as f:

@@ -155,10 +155,12 @@ def test_layout(layout, device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_two_passes_are_the_same(device, monkeypatch):
+@pytest.mark.parametrize('most', [65535, 1], ids=['program_a_block', 'programs_of_blocks'])
+def test_two_passes_are_the_same(most, device, monkeypatch):
     x, weights = Case(28, 14, 4).inputs(torch.float64, device)
     expected = results(mix_bands, x, weights, [2, 4, 8], 'triton')
     monkeypatch.setattr(_triton_bands, '_ONE_PASS', 0)
+    monkeypatch.setattr(_triton_bands, '_MOST_BLOCKS', most)
     check(results(mix_bands, x, weights, [2, 4, 8], 'triton'), expected, 1e-15)
 
 

@@ -25,6 +25,9 @@ __all__ = ['forward', 'mix_bands_fused', 'mix_bands_fused_backward', 'why_not']
 # Sides of a map whose programs do all in one launch.
 _ONE_PASS = 64
 
+# Of a grid's second axis on CUDA; a program takes more than one block where there are more.
+_MOST_BLOCKS = 65535
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -226,7 +229,8 @@ class _Call:
         chunks = -(-self.h // config['R']) * -(-self.w // config['WB'])
         one_pass = max(self.h, self.w) <= _ONE_PASS
         for number, blocks in ((0, 1),) if one_pass else ((1, across_coefficients), (2, chunks)):
-            run(kernel, (math.prod(self.programs(config)), blocks), args, {**self.constants, 'PASS': number}, config)
+            grid = (math.prod(self.programs(config)), min(blocks, _MOST_BLOCKS))
+            run(kernel, grid, args, {**self.constants, 'PASS': number}, config)
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
