@@ -28,7 +28,7 @@ from fadc_timm.ops._triton_call import Call
 ROOT = Path(__file__).resolve().parent.parent
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.float64: '*fp64',
-            torch.int64: '*i64'}
+            torch.int32: '*i32', torch.int64: '*i64'}
 HALF, SINGLE = (torch.float16,), (torch.float16, torch.float32)
 
 

@@ -10,6 +10,8 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from . import _triton_bands
+from ._frequencies import frequencies
 from .case import accumulation_dtype, match_layout
 from .low_pass import edges, is_exporting, low_pass, without_autocast
 
@@ -20,7 +22,7 @@ _TILE_BYTES = 2 * 2 ** 20
 
 
 class _Axis(NamedTuple):
-    """The filters along one axis of n points, in real frequencies: 1, cos 1, sin 1, cos 2, sin 2, ...
+    """The filters along one axis of n points, in real frequencies.
 
     analysis: (J, n), onto the frequencies of the widest filter.
     synthesis: (n, J_f) for each filter, which keeps the first J_f.
@@ -34,19 +36,8 @@ class _Axis(NamedTuple):
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
-    ends = [edges(n, f) for f in factors]
-    # one at least, with nothing in it where the filter is empty
-    counts = [2 * max(-low, high - 1, 0) + 1 for low, high in ends]
-    j = torch.arange(max(counts), device=device)
-    frequency = (j + 1) // 2
-    angle = (torch.arange(n, device=device)[:, None] * frequency % n).double() * (2 * torch.pi / n)
-    basis = torch.where((j % 2 == 0) & (j > 0), torch.sin(angle), torch.cos(angle))
-    synthesis, one_sided = [], []
-    for (low, high), count in zip(ends, counts):
-        k = frequency[:count]
-        kept = ((k >= low) & (k < high)).double() + ((-k >= low) & (-k < high) & (k > 0)).double()
-        synthesis.append((basis[:, :count] * (kept / n)).to(dtype))
-        one_sided.append((max(-low, high - 1), low + high - 1) if high > low else (0, 0))
+    basis, kept, one_sided = frequencies(n, factors, device)
+    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype) for k in kept]
     return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
 
 
@@ -243,17 +234,37 @@ def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
     return y.reshape(b, c, h, w)
 
 
-@torch.jit.unused
-def _eager(x: Tensor, steps: Tensor, factors: List[int], form: Optional[str]) -> Tensor:
-    if form is None:
-        form = 'written_out' if is_exporting() else 'fused'
-    if form not in _FORMS:
-        raise ValueError(f'There is no form {form!r} of the band mix, the forms are {", ".join(_FORMS)}.')
-    with without_autocast(x):
-        return _FORMS[form](x, steps, factors)
-
-
 _FORMS = {'fused': _fused, 'written_out': _written_out}
+FORMS = [*_FORMS, 'triton']
+
+
+def choose_form(x: Tensor) -> str:
+    """The form that `form=None` takes. Triton is not among them until it has been measured to be faster on CUDA."""
+    return 'written_out' if is_exporting() else 'fused'
+
+
+def _exact(x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
+    """x in the dtype to compute in, and what each of x and its low-passes is multiplied by (B, 1 + M, S, H, W)."""
+    exact = x.to(accumulation_dtype(x.dtype)) if not torch.jit.is_scripting() else (
+        x.float() if x.dtype != torch.float64 else x)
+    weights = weights.to(exact.dtype)
+    if weights.shape[1] == len(factors):
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
+    # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
+    return exact, torch.cat([weights[:, :1], weights[:, 1:] - weights[:, :-1]], dim=1)
+
+
+@torch.jit.unused
+def _eager(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str]) -> Tensor:
+    if form is None:
+        form = choose_form(x)
+    if form not in FORMS:
+        raise ValueError(f'There is no form {form!r} of the band mix, the forms are {", ".join(FORMS)}.')
+    if form == 'triton':
+        return _triton_bands.forward(x, weights, factors)
+    exact, steps = _exact(x, weights, factors)
+    with without_autocast(x):
+        return _FORMS[form](exact, steps, factors)
 
 
 def mix_bands(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str] = None) -> Tensor:
@@ -266,22 +277,17 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str
         weights: (B, M, S, H, W): M bands from high to low frequency, S groups of channels. There is one band more than
             factors; without weights for the last, the lowest, it passes unweighted.
         factors: Where the spectrum is split, f >= 1, from high to low.
-        form: 'fused', 'written_out' (in operators that every runtime has), or None: written out while exporting, else
-            fused.
+        form: 'fused', 'written_out' (in operators that every runtime has), 'triton' (for CUDA; the matrix products of
+            half dtypes accumulate in float32, see `_triton_bands.py`), or None: :func:`choose_form`.
 
     Returns:
         (B, C, H, W) in the dtype and memory format of x.
 
     Raises:
         ValueError: There is no such form.
+        NotImplementedError: 'triton' cannot run: Triton is missing or too old, or the device or dtype is not for it.
     """
-    exact = x.to(accumulation_dtype(x.dtype)) if not torch.jit.is_scripting() else (
-        x.float() if x.dtype != torch.float64 else x)
-    weights = weights.to(exact.dtype)
-    if weights.shape[1] == len(factors):
-        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
-    # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
-    steps = torch.cat([weights[:, :1], weights[:, 1:] - weights[:, :-1]], dim=1)
     if torch.jit.is_scripting():
+        exact, steps = _exact(x, weights, factors)
         return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
-    return match_layout(_eager(exact, steps, factors, form).to(x.dtype), x)
+    return match_layout(_eager(x, weights, factors, form).to(x.dtype), x)

@@ -66,12 +66,12 @@ def _fused_conv2d_backward(
     return 4 * _sampled_multiply_adds(grad_shape, weight_shape, low_in_shape is not None)
 
 
-@register_flop_formula(torch.ops.fadc_timm.mix_low_passes)
+@register_flop_formula([torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_bands_fused])
 def _mix_low_passes(x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
     return 2 * multiply_adds(x_shape, factors)
 
 
-@register_flop_formula(torch.ops.fadc_timm.mix_low_passes_backward)
+@register_flop_formula([torch.ops.fadc_timm.mix_low_passes_backward, torch.ops.fadc_timm.mix_bands_fused_backward])
 def _mix_low_passes_backward(
         grad_shape, x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
     return 4 * multiply_adds(x_shape, factors)
@@ -94,4 +94,5 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
         'fadc_timm::fused_conv2d': lambda i, o: _sampled_multiply_adds(
             shape(o[0]), shape(i[3]), i[5].type().kind() == 'TensorType'),
         'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
+        'fadc_timm::mix_bands_fused': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
     }

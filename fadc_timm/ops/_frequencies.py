@@ -1,0 +1,38 @@
+"""The real frequencies of one axis, 1, cos 1, sin 1, cos 2, sin 2, ..., and which of them ideal low-passes keep."""
+from typing import List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .low_pass import edges
+
+__all__ = ['Frequencies', 'frequencies']
+
+
+class Frequencies(NamedTuple):
+    """The filters along one axis of n points.
+
+    basis: (n, J) of the widest filter, float64; its transpose times its multiple by kept/n is the filter.
+    kept: (J_f,) for each filter, which keeps the first J_f, each so many times: of a pair +k and -k both, one, or none.
+    one_sided: For each filter the frequency k of which it keeps only one of +k and -k, and the sign of that; or 0.
+    """
+    basis: Tensor
+    kept: List[Tensor]
+    one_sided: List[Tuple[int, int]]
+
+
+def frequencies(n: int, factors: Sequence[int], device: torch.device) -> Frequencies:
+    """Of the filters at 1/f of Nyquist on an axis of n points."""
+    ends = [edges(n, f) for f in factors]
+    # one at least, with nothing in it where the filter is empty
+    counts = [2 * max(-low, high - 1, 0) + 1 for low, high in ends]
+    j = torch.arange(max(counts, default=1), device=device)
+    frequency = (j + 1) // 2
+    angle = (torch.arange(n, device=device)[:, None] * frequency % n).double() * (2 * torch.pi / n)
+    basis = torch.where((j % 2 == 0) & (j > 0), torch.sin(angle), torch.cos(angle))
+    kept, one_sided = [], []
+    for (low, high), count in zip(ends, counts):
+        k = frequency[:count]
+        kept.append(((k >= low) & (k < high)).double() + ((-k >= low) & (-k < high) & (k > 0)).double())
+        one_sided.append((max(-low, high - 1), low + high - 1) if high > low else (0, 0))
+    return Frequencies(basis, kept, one_sided)
