@@ -10,6 +10,7 @@ from _today import make_today
 from torch import Tensor, nn
 
 from fadc_timm import FADConv2d
+from fadc_timm.ops import set_backend
 
 __all__ = ['AMP_DTYPES', 'FORMATS', 'Setting', 'leave_identity', 'make_models', 'make_step', 'place', 'training_state']
 
@@ -108,6 +109,18 @@ def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
                 handle.remove()
 
 
+class _InTriton(nn.Module):
+    """A network whose FADC layers run in Triton's kernels. Backward passes are those of the forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with set_backend('triton'):
+            return self.model(x)
+
+
 @torch.no_grad()
 def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]:
     """The networks by variant: 'plain', 'today', 'fadc' and 'triton', with the same weights where they have the same.
@@ -117,7 +130,7 @@ def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]
 
     Args:
         name: An architecture `<base>_fadc`.
-        variants: Which of the four; 'triton' is the FADC network with the operator in Triton kernels.
+        variants: Which of the four; 'triton' is the FADC network with Triton's kernels.
         seed: Of all weights.
     """
     if not name.endswith('_fadc'):
@@ -138,10 +151,7 @@ def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]
         if 'today' in variants:
             models['today'] = make_today(fadc)
         if 'triton' in variants:
-            models['triton'] = copy.deepcopy(fadc)
-            for module in models['triton'].modules():
-                if isinstance(module, FADConv2d):
-                    module.backend = 'triton'
+            models['triton'] = _InTriton(copy.deepcopy(fadc))
     return {v: models[v] for v in variants}
 
 

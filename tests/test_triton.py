@@ -2,6 +2,7 @@
 
 Its results are tested with those of the other backends, in test_ops.py.
 """
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import timm
 import torch
 from cases import CASES, GAINS, OpCase
 
@@ -17,7 +19,7 @@ pytest.importorskip('triton')
 import triton
 import triton.language as tl
 
-from fadc_timm.ops import _triton_launch, _triton_support, adaptive_dilated_conv2d
+from fadc_timm.ops import _triton_launch, _triton_support, adaptive_dilated_conv2d, set_backend
 from fadc_timm.ops._triton_call import Call
 from fadc_timm.ops._triton_sampling import offset
 
@@ -154,6 +156,31 @@ def test_opcheck(device, case):
     y = torch.ops.fadc_timm.fused_conv2d(x, dilation, mask, weight, None, *gains, *options)
     torch.library.opcheck(torch.ops.fadc_timm.fused_conv2d_backward, (
         torch.randn_like(y), x, dilation, mask, weight, *gains, True, True, *options))
+
+
+# relative, of the logits and of all gradients; on a GPU the convolutions around differ too, with the random weights
+NETWORK = {'cpu': 1e-5, 'cuda': 1e-3}
+
+
+@pytest.mark.parametrize('name, device', [
+    ('test_resnet_fadc', 'cpu'),
+    pytest.param('test_convnext_fadc', 'cpu', marks=pytest.mark.sweep),
+    *(pytest.param(name, 'cuda', marks=pytest.mark.gpu) for name in ('test_resnet_fadc', 'test_convnext_fadc'))])
+def test_network(name, device):
+    """Operator and FreqSelect of a whole network, in a training step, against the CPU's default."""
+    model = timm.create_model(name, num_classes=10)
+    x = torch.randn(2, 3, 32, 32)
+
+    def step(model, x):
+        y = model.train()(x)
+        grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+        return y, torch.cat([g.flatten() for g in grads])
+
+    expected = step(copy.deepcopy(model), x)
+    with set_backend('triton'), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual = step(model.to(device), x.to(device))
+    for a, b in zip(actual, expected):
+        assert cases.error(a.detach(), b.detach().double()) < NETWORK[device]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from . import _triton_bands
 from ._frequencies import frequencies
 from .case import accumulation_dtype, match_layout
 from .low_pass import edges, is_exporting, low_pass, without_autocast
+from .registry import named_backend
 
 __all__ = ['mix_bands']
 
@@ -239,7 +240,9 @@ FORMS = [*_FORMS, 'triton']
 
 
 def choose_form(x: Tensor) -> str:
-    """The form that `form=None` takes. Triton is not among them until it has been measured to be faster on CUDA."""
+    """The form that `form=None` takes: Triton's where that backend is set, as on CUDA it has not been measured yet."""
+    if named_backend() == 'triton':
+        return 'triton'
     return 'written_out' if is_exporting() else 'fused'
 
 

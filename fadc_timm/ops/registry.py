@@ -8,7 +8,8 @@ from . import _gather, _grid_sample, _torchvision, _triton, reference
 from .case import Case
 from .low_pass import is_exporting
 
-__all__ = ['BACKENDS', 'Backend', 'check_name', 'choose_backend', 'list_backends', 'set_backend']
+__all__ = [
+    'BACKENDS', 'Backend', 'check_name', 'choose_backend', 'list_backends', 'named_backend', 'set_backend']
 
 _VARIABLE = 'FADC_TIMM_BACKEND'
 
@@ -53,7 +54,7 @@ class set_backend:
 
     It comes before the choice by device, and before that of the environment variable FADC_TIMM_BACKEND, which is read
     at every call. As with every named backend, a case that it cannot run raises, and does not fall back. The setting is
-    the process's, for all of its threads.
+    the process's, for all of its threads. 'triton' goes for FreqSelect's band mix too.
     """
 
     def __init__(self, name: Optional[str]) -> None:
