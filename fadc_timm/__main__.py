@@ -16,13 +16,14 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
+from .models.checkpoint import why_unreadable
+
 _DEFAULT_MODEL = 'test_resnet_fadc'
 _DEFAULT_LONG_SIDE = 576  # fine enough for a map of 18 cells at stride 32, a second or two on a CPU
 
 
 class CommandError(Exception):
     """What was given cannot be done; the message is one line that says what is wanted."""
-
 
 
 def _first_line(error: BaseException) -> str:
@@ -49,6 +50,9 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
     """A model with the weights in a file, FADC or plain, and as many classes as the file has."""
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
+    reason = why_unreadable(path)
+    if reason:
+        raise CommandError(f"cannot read checkpoint '{path}': it is {reason}")
     try:
         state = timm.models.load_state_dict(path)
     except Exception as e:  # whatever the unpickler or safetensors raise for a file that is neither
@@ -114,6 +118,8 @@ def _visualize(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix.lower() != '.png':
         raise CommandError(f"--out wants a name that ends in .png, got '{args.out}'")
+    if out.is_dir():
+        raise CommandError(f"'{args.out}' is a folder")
     if not out.parent.is_dir():
         raise CommandError(f"no folder '{out.parent}' to write '{out.name}' to")
     image = _read_image(args.image)

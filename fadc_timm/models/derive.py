@@ -9,11 +9,19 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
+from .checkpoint import check_source, check_values
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
@@ -98,10 +106,18 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
         base: Name of timm's architecture.
         pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
         **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of FADConv2d.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        RuntimeError: The checkpoint is cut off, or holds other keys or values than the model's.
+        ValueError: An option has a value that is not one of its own.
     """
     if kwargs.get('pretrained_cfg') == 'fcmae':
         # as timm does for its ConvNeXt V2: these weights end before the head
         kwargs.setdefault('pretrained_strict', False)
+    if pretrained:
+        check_source(resolve_pretrained_cfg(
+            f'{base}_fadc', kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')))
     return build_model_with_cfg(
         partial(_build_lifted, family, base),
         f'{base}_fadc',
@@ -146,7 +162,7 @@ def adapt_checkpoint(
         base_filter: timm's filter for checkpoints of the base.
 
     Raises:
-        RuntimeError: Keys are missing or left over; the message names them.
+        RuntimeError: Keys are missing or left over, or values are none of a network's; the message names them.
     """
     own = model.state_dict()
     added = fadc_keys(model)
@@ -172,4 +188,5 @@ def adapt_checkpoint(
         raise RuntimeError(
             f'The checkpoint fits neither {name} nor its base: '
             f'missing keys: {", ".join(missing) or "none"}; unexpected keys: {", ".join(unexpected) or "none"}.')
+    check_values(state_dict, own)
     return state_dict
