@@ -8,11 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels, tap_positions
+from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels
 
 
 def why_not(case: Case) -> Optional[str]:
     return None
+
+
+def _coordinates(d: Tensor, tap: int, size: int, stride: int, padding: int, k: int, axis: int) -> Tensor:
+    """Where a tap reads along one axis, as grid_sample wants it: (B, G, H', W') for the dilation d of that shape."""
+    centre = torch.arange(d.shape[axis], device=d.device, dtype=d.dtype) * stride + (k // 2 - padding)
+    # beyond -1 and size every weight is zero, and any finite position has an integer floor
+    position = ((centre[:, None] if axis == 2 else centre) + d * (tap - k // 2)).clamp(-1, size)
+    # align_corners=False puts the centre of pixel p at (2p + 1) / size - 1, on maps of one pixel too
+    return (2 * position + 1) / size - 1
+
+
+def _merge(t: Tensor) -> Tensor:
+    """t (B, G, ...) to (B*G, ...). For one group not by a reshape, which would ask about symbolic sizes."""
+    return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
 
 
 def forward(case: Case) -> Tensor:
@@ -20,13 +34,8 @@ def forward(case: Case) -> Tensor:
     k, groups, (out_h, out_w) = case.kernel_size, case.dilation_groups, case.dilation.shape[2:]
     dtype = accumulation_dtype(case.x.dtype)
     d = case.dilation.to(dtype)
-    # align_corners=False puts the centre of pixel p at (2p + 1) / size - 1, on maps of one pixel too
-    rows = (2 * tap_positions(d, k, h, case.stride[0], case.padding[0], 2) + 1) / h - 1  # (B, H', W', k, G)
-    cols = (2 * tap_positions(d, k, w, case.stride[1], case.padding[1], 3) + 1) / w - 1
-    grid = torch.stack((
-        cols[:, :, :, None].expand(-1, -1, -1, k, -1, -1),
-        rows[:, :, :, :, None].expand(-1, -1, -1, -1, k, -1)), dim=-1)
-    grid = grid.permute(3, 4, 0, 5, 1, 2, 6).reshape(k * k, b * groups, out_h, out_w, 2)
+    rows = [_coordinates(d, tap, h, case.stride[0], case.padding[0], k, 2) for tap in range(k)]
+    cols = [_coordinates(d, tap, w, case.stride[1], case.padding[1], k, 3) for tap in range(k)]
 
     x = case.x.to(dtype)
     mean, kernel = case.split_weight() if case.has_gains else (None, case.weight)
@@ -39,7 +48,8 @@ def forward(case: Case) -> Tensor:
 
     high, low = None, None
     for t in range(k * k):
-        sample = F.grid_sample(x, grid[t], mode='bilinear', padding_mode='zeros', align_corners=False)
+        grid = _merge(torch.stack((cols[t % k], rows[t // k]), dim=-1))
+        sample = F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
         if mask is not None:
             sample = sample * mask[:, t]
         sample = sample.view(b, groups, n, c // groups, out_h, out_w).transpose(1, 2).reshape(b, n * c, out_h, out_w)
