@@ -202,9 +202,10 @@ def test_accelerate(name):
 # export
 
 
-def dynamic(minimum):
-    dim = torch.export.Dim
-    return ({0: dim('batch', max=1024), 2: dim('height', min=minimum), 3: dim('width', min=minimum)},)
+def dynamic(step=1):
+    height, width = (torch.export.Dim(name, min=-(-33 // step)) for name in ('height', 'width'))
+    height, width = (d if step == 1 else step * d for d in (height, width))
+    return ({0: torch.export.Dim('batch', max=1024), 2: height, 3: width},)
 
 
 # the last stage alone: symbolic sizes cost seconds a layer
@@ -212,14 +213,15 @@ LAST = dict(fadc_stages=(False, False, False, True), num_classes=10)
 STAGES = [LAST, pytest.param(dict(num_classes=10), marks=pytest.mark.sweep)]
 
 
-@uses('torch', 'torch.export: any batch and size')
+@uses('torch', 'torch.export: any batch, any multiple of 32')
 @models
 @pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
 @torch.no_grad()
 def test_export(stages, name):
+    """The networks themselves, plain ones too, have downsampling that pads where a size is no multiple of its stride."""
     model = create_fadc(name, **stages)
-    program = torch.export.export(model, (photos()[:2],), dynamic_shapes=dynamic(33)).module()
-    for x in (photos()[:2], photos(97)[:3], photos(80)[1:2, :, :, :50]):
+    program = torch.export.export(model, (photos()[:2],), dynamic_shapes=dynamic(32)).module()
+    for x in (photos()[:2], photos(96)[:3], photos(160)[1:2, :, :, :64]):
         assert error(program(x), model(x).double()) < 1e-5
 
 
@@ -244,7 +246,7 @@ def test_onnx(stages, name, tmp_path):
     model = create_fadc(name, **stages)
     path = tmp_path / 'model.onnx'
     torch.onnx.export(
-        model, (photos()[:2],), dynamo=True, opset_version=20, dynamic_shapes=dynamic(33), verbose=False).save(path)
+        model, (photos()[:2],), dynamo=True, opset_version=20, dynamic_shapes=dynamic(), verbose=False).save(path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -1,4 +1,4 @@
-"""grid_sample backend: one `F.grid_sample` and one 1x1 convolution a tap, with standard operators alone.
+"""grid_sample backend: one `F.grid_sample` for all taps and one 1x1 convolution, with standard operators alone.
 
 For devices without another backend, and for exporters. Half dtypes are sampled in float32, as coordinates need it.
 """
@@ -37,30 +37,30 @@ def forward(case: Case) -> Tensor:
     rows = [_coordinates(d, tap, h, case.stride[0], case.padding[0], k, 2) for tap in range(k)]
     cols = [_coordinates(d, tap, w, case.stride[1], case.padding[1], k, 3) for tap in range(k)]
 
+    # one below the other, (B, G, k*k*H', W') each; by cat, as a reshape would ask about symbolic sizes
+    taps = range(k * k)
+    grid = torch.stack((torch.cat([cols[t % k] for t in taps], 2), torch.cat([rows[t // k] for t in taps], 2)), dim=-1)
+
     x = case.x.to(dtype)
     mean, kernel = case.split_weight() if case.has_gains else (None, case.weight)
     if mean is not None:
         x = torch.cat((scale_channels(x, case.gains[2]), scale_channels(x, case.gains[0])), dim=1)
     # the channels of a dilation group together: (B, n*C, H, W) -> (B*G, n*C/G, H, W)
     n = x.shape[1] // c
-    x = x.view(b, n, groups, c // groups, h, w).transpose(1, 2).reshape(b * groups, n * c // groups, h, w)
-    mask = None if case.mask is None else case.mask.to(dtype).reshape(b * groups, k * k, 1, out_h, out_w)
-
-    high, low = None, None
-    for t in range(k * k):
-        grid = _merge(torch.stack((cols[t % k], rows[t // k]), dim=-1))
-        sample = F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
-        if mask is not None:
-            sample = sample * mask[:, t]
-        sample = sample.view(b, groups, n, c // groups, out_h, out_w).transpose(1, 2).reshape(b, n * c, out_h, out_w)
-        sample = sample.to(case.x.dtype)
-        part = F.conv2d(sample[:, :c], kernel[:, :, t // k, t % k, None, None], groups=case.groups)
-        high = part if high is None else high + part
-        if n == 2:
-            low = sample[:, c:] if low is None else low + sample[:, c:]
-    assert high is not None
-    if mean is None or low is None:
+    if groups > 1:
+        x = x.unflatten(1, (n, groups, -1)).transpose(1, 2).flatten(2, 3)
+        x = x.flatten(0, 1)
+    samples = F.grid_sample(x, _merge(grid), mode='bilinear', padding_mode='zeros', align_corners=False)
+    samples = samples.unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
+    if case.mask is not None:
+        samples = samples * _merge(case.mask.to(dtype).unflatten(1, (groups, 1, k * k)))
+    if groups > 1:
+        samples = samples.unflatten(0, (b, groups)).unflatten(2, (n, -1)).transpose(1, 2).flatten(2, 3).flatten(1, 2)
+    samples = samples.to(case.x.dtype)
+    # the taps of a channel are channels of their own, in the order of the kernel's
+    high = F.conv2d(samples[:, :c].flatten(1, 2), kernel.flatten(1)[:, :, None, None], groups=case.groups)
+    if mean is None:
         y = high if case.bias is None else high + case.bias[:, None, None]
     else:
-        y = combine_parts(high, F.conv2d(low, mean, groups=case.groups), case)
+        y = combine_parts(high, F.conv2d(samples[:, c:].sum(2), mean, groups=case.groups), case)
     return match_layout(y, case.x)
