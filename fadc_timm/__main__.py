@@ -15,6 +15,7 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
+from .models.checkpoint import why_unreadable
 from .models.cost import model_cost
 
 _DEFAULT_MODEL = 'test_resnet_fadc'
@@ -23,7 +24,6 @@ _DEFAULT_LONG_SIDE = 576  # fine enough for a map of 18 cells at stride 32, a se
 
 class CommandError(Exception):
     """What was given cannot be done; the message is one line that says what is wanted."""
-
 
 
 def _first_line(error: BaseException) -> str:
@@ -51,6 +51,9 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
     from .hub.convert import convert, read_checkpoint
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
+    reason = why_unreadable(path)
+    if reason:
+        raise CommandError(f"cannot read checkpoint '{path}': it is {reason}")
     try:
         checkpoint = read_checkpoint(Path(path))
     except (OSError, RuntimeError) as e:
@@ -110,6 +113,8 @@ def _visualize(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix.lower() != '.png':
         raise CommandError(f"--out wants a name that ends in .png, got '{args.out}'")
+    if out.is_dir():
+        raise CommandError(f"'{args.out}' is a folder")
     if not out.parent.is_dir():
         raise CommandError(f"no folder '{out.parent}' to write '{out.name}' to")
     image = _read_image(args.image)

@@ -6,6 +6,7 @@
 --check writes nothing and fails where the README differs.
 """
 import argparse
+import csv
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List
@@ -42,7 +43,19 @@ def zoo() -> str:
     return _table(['model', 'base', 'M params', "base's", 'GMACs', "base's", 'input', 'tags with weights'], rows)
 
 
-TABLES: Dict[str, Callable[[], str]] = {'speed': _speed_tables.speed, 'operator': _speed_tables.operator, 'zoo': zoo}
+def works_with() -> str:
+    """What was run with other packages, from the file that works_with.py left."""
+    with open(README.parent / 'scripts' / 'results' / 'works_with.csv', newline='') as file:
+        lines = list(csv.DictReader(file))
+    rows = [[f'{line["package"]} {line["version"]}', line['what'],
+             ', '.join(f'`{model}`' for model in line['models'].split()), line['tests']] for line in lines]
+    where = f'Run {max(line["date"] for line in lines)} at commit {lines[0]["commit"]}:'
+    return f'{where}\n\n{_table(["package", "what", "models", "tests passed"], rows)}'
+
+
+TABLES: Dict[str, Callable[[], str]] = {
+    'speed': _speed_tables.speed, 'operator': _speed_tables.operator, 'zoo': zoo,
+    'works_with': works_with}
 
 
 def main() -> int:

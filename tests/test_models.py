@@ -423,6 +423,7 @@ def test_options_reach_every_layer():
     assert all(set(m.state_dict()) <= {'weight', 'bias'} for m in fad_convs(off).values())
 
 
+@pytest.mark.integration(package='timm', what='features_only: list, dict, hook, getter, torch.fx')
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter', 'fx'])
 @pytest.mark.parametrize('base', SMALL)
 @torch.no_grad()
@@ -599,6 +600,7 @@ def test_training(base):
 
 
 @needs_dynamo
+@pytest.mark.integration(package='torch', what='torch.compile, one graph: any batch and size, training too')
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('base', ['resnet10t', 'test_convnext'])
 def test_compile_any_batch_and_size(base, training):

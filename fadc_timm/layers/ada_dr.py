@@ -3,6 +3,7 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
+import math
 from typing import Optional, Tuple
 
 import torch
@@ -50,14 +51,14 @@ class AdaDR(nn.Module):
             eps: Distance from the base dilation at the start, in pixels.
 
         Raises:
-            ValueError: There is no such dilation_act, or eps is negative.
+            ValueError: There is no such dilation_act, or eps is no number, or negative.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if dilation_act not in DILATION_ACTS:
             raise ValueError(f'dilation_act must be one of {DILATION_ACTS}, got {dilation_act!r}.')
-        if eps < 0:
-            raise ValueError(f'eps must not be negative, got {eps}.')
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+            raise ValueError(f'eps must be a finite number and not negative, got {eps!r}.')
         padding = kernel_size // 2 if padding is None else padding
         self.crop = max(-padding, 0)
         self.dilation = dilation

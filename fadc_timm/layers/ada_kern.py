@@ -80,6 +80,8 @@ class AdaKern(nn.Module):
         Returns:
             (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), None where a gain is one by construction.
         """
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(f'AdaKern wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         x = self.fc(x.mean(dim=(2, 3)))[:, :, None, None]
         x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
         width = x.shape[1] // self.parts

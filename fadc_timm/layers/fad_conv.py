@@ -98,6 +98,11 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
         if kernel_decompose not in ('both', 'low', 'high', 'none'):
             raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
+        for name, on in (('freq_select', freq_select), ('ada_dr', ada_dr)):
+            if not isinstance(on, bool):
+                raise ValueError(f'{name} must be true or false, got {on!r}.')
+        if isinstance(dilation_groups, bool) or not isinstance(dilation_groups, int):
+            raise ValueError(f'dilation_groups must be an integer, got {dilation_groups!r}.')
         if dilation_groups < 1 or in_channels % dilation_groups:
             raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
         if backend is not None and backend not in list_backends():
@@ -160,7 +165,7 @@ class FADConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) to (B, O, H', W'), of the size that the plain convolution gives."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if self.freq_select is not None:
             x = self.freq_select(x)

@@ -38,12 +38,17 @@ class FreqSelect(nn.Module):
             spatial_group: Number of channel groups with weight maps of their own, above 64 one for each channel.
 
         Raises:
-            ValueError: A band is not an integer above 1, or the groups do not divide the channels.
+            ValueError: A band is not an integer above 1, the groups do not divide the channels, or an option is of
+                another type.
         """
         super().__init__()
         if not isinstance(bands, (tuple, list)) or not bands or any(
                 isinstance(f, bool) or not isinstance(f, int) or f < 2 for f in bands):
             raise ValueError(f'bands must be integers of at least 2 (fractions 1/f of Nyquist), got {bands!r}.')
+        if not isinstance(lowfreq_att, bool):
+            raise ValueError(f'lowfreq_att must be true or false, got {lowfreq_att!r}.')
+        if isinstance(spatial_group, bool) or not isinstance(spatial_group, int):
+            raise ValueError(f'spatial_group must be an integer, got {spatial_group!r}.')
         groups = in_channels if spatial_group > 64 else spatial_group
         if groups < 1 or in_channels % groups:
             raise ValueError(f'spatial_group={spatial_group} does not divide in_channels={in_channels}.')
@@ -95,6 +100,8 @@ class FreqSelect(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(f'FreqSelect wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         return mix_bands(x, self.band_weights(x), list(self.bands))
 
     def extra_repr(self) -> str:

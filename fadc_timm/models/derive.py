@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
+from .checkpoint import check_source, check_values
 from .download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
@@ -109,6 +110,9 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
 
     Raises:
         DownloadError: The weights are on the Hub, and could not be downloaded or are damaged.
+        FileNotFoundError: There is no such checkpoint.
+        RuntimeError: The checkpoint is cut off, or holds other keys or values than the model's.
+        ValueError: An option has a value that is not one of its own.
     """
     if kwargs.get('pretrained_cfg') == 'fcmae':
         # as timm does for its ConvNeXt V2: these weights end before the head
@@ -125,6 +129,7 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
     if not pretrained:
         return build()
     cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    check_source(cfg)
     with checked_download(cfg, kwargs.get('cache_dir')):
         return build()
 
@@ -164,7 +169,7 @@ def adapt_checkpoint(
         base_filter: timm's filter for checkpoints of the base.
 
     Raises:
-        RuntimeError: Keys are missing or left over; the message names them.
+        RuntimeError: Keys are missing or left over, or values are none of a network's; the message names them.
     """
     own = model.state_dict()
     added = fadc_keys(model)
@@ -190,4 +195,5 @@ def adapt_checkpoint(
         raise RuntimeError(
             f'The checkpoint fits neither {name} nor its base: '
             f'missing keys: {", ".join(missing) or "none"}; unexpected keys: {", ".join(unexpected) or "none"}.')
+    check_values(state_dict, own)
     return state_dict

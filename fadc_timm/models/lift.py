@@ -1,5 +1,6 @@
 """Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution."""
 import logging
+from collections.abc import Sequence as SequenceABC
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
@@ -70,7 +71,7 @@ def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
 
 def _selected(model: nn.Module, stages: Stages) -> Set[str]:
     """Names of all modules in the selected stages."""
-    if isinstance(stages, str):
+    if isinstance(stages, str) or not isinstance(stages, SequenceABC):
         raise ValueError(f'stages must be a sequence of names or booleans, got {stages!r}.')
     if stages and all(isinstance(s, str) for s in stages):
         selected: Set[str] = set()
@@ -122,10 +123,12 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
         What was replaced, and what was left for which reason.
 
     Raises:
-        TypeError: An option that FADConv2d has not.
+        TypeError: model is no module, or an option is none of FADConv2d's.
         ValueError: The stages do not fit the model, or an option has a value that FADConv2d refuses; the model is left
             as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'lift_model wants a module, got {type(model).__name__}.')
     unknown = sorted(set(cfg) - set(OPTIONS))
     if unknown:
         raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')

@@ -87,39 +87,6 @@ def match_layout(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def tap_positions(
-        dilation: Tensor,
-        kernel_size: int,
-        size: int,
-        stride: int,
-        padding: int,
-        axis: int,
-) -> Tensor:
-    """Positions of the taps along one axis, in pixels of the input.
-
-    The taps of a square kernel under one scalar dilation are separable: k rows and k columns instead of k*k points.
-    Positions are clamped to [-1, size], where every bilinear weight is zero already, so that any finite dilation,
-    however large, has an integer floor.
-
-    Args:
-        dilation: (B, G, H', W'), float32 or float64.
-        kernel_size: k.
-        size: Length of the input along the axis.
-        stride: Stride along the axis.
-        padding: Padding along the axis, at dilation 1.
-        axis: 2 for rows, 3 for columns.
-
-    Returns:
-        (B, H', W', k, G), in the dtype of dilation.
-    """
-    r = kernel_size // 2
-    d = dilation.permute(0, 2, 3, 1).contiguous()[:, :, :, None, :]  # (B, H', W', 1, G)
-    centre = torch.arange(dilation.shape[axis], device=d.device, dtype=d.dtype) * stride + (r - padding)
-    centre = centre[:, None, None, None] if axis == 2 else centre[:, None, None]
-    taps = torch.arange(-r, r + 1, device=d.device, dtype=d.dtype)[:, None]  # (k, 1)
-    return (centre + d * taps).clamp(-1, size)
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -49,23 +49,26 @@ def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
     return out
 
 
-def _projection(n: int, f: int, dtype: torch.dtype, device: torch.device) -> List[Tensor]:
-    """Real and imaginary part (n, n) of the projection of an axis on the frequencies that pass."""
+def _projections(n: int, factors: List[int], dtype: torch.dtype, device: torch.device) -> List[List[Tensor]]:
+    """For each factor real and imaginary part (n, n) of the projection of an axis on the frequencies that pass."""
     i = torch.arange(n, device=device)
-    phase = (i[:, None] * i) % n
-    angle = phase.to(torch.float64) * (2 * torch.pi / n)
-    keep = _keep(n, f, n, 1, device).to(torch.float64) / n
+    # modulo n, exact; not by the operator for that, which ONNX does not have for a symbolic n
+    phase = (i[:, None] * i).to(torch.float64)
+    phase = phase - torch.floor(phase / n) * n
+    angle = phase * (2 * torch.pi / n)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    real = (cos * keep) @ cos + (sin * keep) @ sin
-    imag = (sin * keep) @ cos - (cos * keep) @ sin
-    return [real.to(dtype), imag.to(dtype)]
+    out: List[List[Tensor]] = []
+    for f in factors:
+        keep = _keep(n, f, n, 1, device).to(torch.float64) / n
+        real = (cos * keep) @ cos + (sin * keep) @ sin
+        imag = (sin * keep) @ cos - (cos * keep) @ sin
+        out.append([real.to(dtype), imag.to(dtype)])
+    return out
 
 
 def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
-    h, w = x.shape[2], x.shape[3]
     out: List[Tensor] = []
-    for f in factors:
-        rows, cols = _projection(h, f, x.dtype, x.device), _projection(w, f, x.dtype, x.device)
+    for rows, cols in zip(*(_projections(n, factors, x.dtype, x.device) for n in x.shape[2:])):
         # imag is antisymmetric: x @ imag is minus the product with its transpose
         out.append(rows[0] @ (x @ cols[0]) + rows[1] @ (x @ cols[1]))
     return out

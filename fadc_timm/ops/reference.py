@@ -21,9 +21,9 @@ def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
             i, j = rows.floor() + dy, cols.floor() + dx
             weight = (1 - (rows - i).abs()) * (1 - (cols - j).abs())
             inside = (i >= 0) & (i < h) & (j >= 0) & (j < w)
-            # an outside corner reads pixel 0 and counts nothing: where, as its weight may be inf or NaN far out
+            # an outside corner reads pixel 0 and counts nothing: where, as its weight may be infinite far out
             i, j = torch.where(inside, i, 0), torch.where(inside, j, 0)
-            weight = torch.where(inside, weight, 0)
+            weight = torch.where(inside | weight.isnan(), weight, 0)
             y = y + weight[:, None] * x[batch, :, i.long(), j.long()].permute(0, 3, 1, 2)
     return y
 

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Run the tests of consumers of timm backbones, and write down what passed, with versions, for the README's table.
+
+    pip install -e '.[test,integrations]' && python scripts/works_with.py && python scripts/readme_tables.py
+
+Writes scripts/results/works_with.csv, and nothing where a test fails or a package is absent. Arguments are pytest's.
+"""
+import csv
+import subprocess
+import sys
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / 'scripts' / 'results' / 'works_with.csv'
+
+Line = Tuple[str, str]
+
+
+class Collector:
+    """A plugin of pytest that counts what became of the tests marked `integration`, by line of the table."""
+
+    def __init__(self) -> None:
+        self.lines: Dict[str, Line] = {}
+        self.models: Dict[Line, List[str]] = {}
+        self.passed: Counter[Line] = Counter()
+        self.other: List[str] = []
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        for item in session.items:
+            mark = item.get_closest_marker('integration')
+            line = self.lines[item.nodeid] = (mark.kwargs['package'], mark.kwargs['what'])
+            params = item.callspec.params if hasattr(item, 'callspec') else {}
+            model = params.get('name') or (f'{params["base"]}_fadc' if 'base' in params else 'test_resnet_fadc')
+            if model not in self.models.setdefault(line, []):
+                self.models[line].append(model)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.passed and report.when == 'call':
+            self.passed[self.lines[report.nodeid]] += 1
+        elif not report.passed:
+            self.other.append(f'{report.nodeid}: {report.outcome} {report.longrepr if report.skipped else ""}')
+
+
+def main() -> int:
+    collector = Collector()
+    status = pytest.main(
+        ['-m', 'integration', '-q', '--rootdir', str(ROOT), str(ROOT / 'tests'), *sys.argv[1:]], plugins=[collector])
+    if status != 0 or collector.other:
+        print('\n'.join(['Not written, as these did not pass:', *collector.other]), file=sys.stderr)
+        return 1
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    temporary = RESULTS.with_suffix('.tmp')
+    with open(temporary, 'w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['package', 'version', 'what', 'models', 'tests', 'date', 'commit'])
+        for line in sorted(collector.passed):
+            package, what = line
+            writer.writerow([
+                package, version(package).partition('+')[0], what, ' '.join(collector.models[line]),
+                collector.passed[line], date.today(), commit])
+    temporary.rename(RESULTS)
+    print(f'wrote {RESULTS.relative_to(ROOT)}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
