@@ -1,6 +1,7 @@
 """Local checkpoints, of a base, an FADC model or the authors' code, to FADC models, with an account of every key."""
 import argparse
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
@@ -79,7 +80,12 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
             # timm's train script keeps its arguments as a Namespace
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as e:
+    except pickle.UnpicklingError as e:
+        # torch's text goes on to recommend the opposite
+        found = re.search(r'WeightsUnpickler error: (.*)', str(e))
+        what = found.group(1) if found else 'what is no pickle of tensors'
+        raise RuntimeError(f'{path} cannot be read as weights: weights_only=True blocked it: {what}') from e
+    except (SafetensorError, EOFError, RuntimeError, KeyError) as e:
         raise RuntimeError(f'{path} cannot be read as weights: {e}') from e
     if not isinstance(content, Mapping):
         raise RuntimeError(f'{path} holds a {type(content).__name__}, wanted names and tensors.')

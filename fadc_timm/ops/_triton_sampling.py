@@ -35,10 +35,12 @@ def locate(p, out_h, out_w):
 @triton.jit
 def tap(d, t, centre):
     """First and second pixel of the tap on an axis, and the weight of the second, which is outside where t is zero."""
-    step = tl.minimum(tl.maximum(d * t, -_FAR), _FAR)
-    whole = tl.floor(step)
+    step = d * t
+    near = tl.minimum(tl.maximum(step, -_FAR), _FAR)
+    whole = tl.floor(near)
     first = centre + whole.to(tl.int32)
-    return first, tl.where(t != 0, first + 1, -1), step - whole
+    # minimum and maximum drop NaN, which is to be seen in the output
+    return first, tl.where(t != 0, first + 1, -1), tl.where(step == step, near - whole, step)
 
 
 @triton.jit
