@@ -81,10 +81,10 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        # torch's text goes on to recommend the opposite
-        found = re.search(r'WeightsUnpickler error: (.*)', str(e))
-        what = found.group(1) if found else 'what is no pickle of tensors'
-        raise RuntimeError(f'{path} cannot be read as weights: weights_only=True blocked it: {what}') from e
+        # torch's text recommends to load it nevertheless
+        found = re.search(r'(?:WeightsUnpickler error|Trying to load unsupported GLOBAL).*', str(e))
+        what = f' ({found.group()})' if found else ''
+        raise RuntimeError(f'{path} cannot be read as weights: weights_only=True blocked it{what}') from e
     except (SafetensorError, EOFError, RuntimeError, KeyError) as e:
         raise RuntimeError(f'{path} cannot be read as weights: {e}') from e
     if not isinstance(content, Mapping):
