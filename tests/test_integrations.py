@@ -218,7 +218,7 @@ STAGES = [LAST, pytest.param(dict(num_classes=10), marks=pytest.mark.sweep)]
 @pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
 @torch.no_grad()
 def test_export(stages, name):
-    """The networks themselves, plain ones too, have downsampling that pads where a size is no multiple of its stride."""
+    """Multiples of 32, as test_resnet, the plain one too, has downsampling that pads other sizes."""
     model = create_fadc(name, **stages)
     program = torch.export.export(model, (photos()[:2],), dynamic_shapes=dynamic(32)).module()
     for x in (photos()[:2], photos(96)[:3], photos(160)[1:2, :, :, :64]):

@@ -31,7 +31,7 @@ def _merge(t: Tensor) -> Tensor:
 
 def forward(case: Case) -> Tensor:
     b, c, h, w = case.x.shape
-    k, groups, (out_h, out_w) = case.kernel_size, case.dilation_groups, case.dilation.shape[2:]
+    k, groups, out_h = case.kernel_size, case.dilation_groups, case.dilation.shape[2]
     dtype = accumulation_dtype(case.x.dtype)
     d = case.dilation.to(dtype)
     rows = [_coordinates(d, tap, h, case.stride[0], case.padding[0], k, 2) for tap in range(k)]
