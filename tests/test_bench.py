@@ -318,6 +318,7 @@ def test_readme_has_the_markers():
 def run(script, *args):
     env = {**os.environ, 'OMP_NUM_THREADS': '1',
            'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    env.pop('TRITON_INTERPRET', None)  # which is for tests of kernels, not for their time
     return subprocess.run(
         [sys.executable, str(ROOT / 'scripts' / script), *map(str, args)], env=env, capture_output=True, text=True)
 
