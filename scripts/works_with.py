@@ -50,7 +50,7 @@ class Collector:
 def main() -> int:
     collector = Collector()
     status = pytest.main(
-        ['-m', 'integration and not sweep', '-q', '--rootdir', str(ROOT), str(ROOT / 'tests'), *sys.argv[1:]],
+        ['-m', 'integration and not sweep', '-q', '-n0', '--rootdir', str(ROOT), str(ROOT / 'tests'), *sys.argv[1:]],
         plugins=[collector])
     if status != 0 or collector.other:
         print('\n'.join(['Not written, as these did not pass:', *collector.other]), file=sys.stderr)

@@ -12,6 +12,11 @@ needs_dynamo = pytest.mark.skipif(
     reason='in one graph: dynamo before torch 2.7 cannot follow the properties of a named tuple')
 
 
+# Each of several processes has one thread: more of these than cores cost small operators tenfold.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    torch.set_num_threads(1)
+
 # of the operator's cases, those that Triton's interpreter runs in every dtype; the sweep runs all of them
 INTERPRETED = {
     'everything', 'plain', 'groups2', 'stride2', 'dilation_groups2', 'depthwise', 'depthwise_plain', 'k1', 'batch0'}
