@@ -6,7 +6,8 @@
     python scripts/convert_weights.py upernet_r50_fadc.pth --model resnet50c_fadc --out converted
 
 SOURCE is a checkpoint of timm's base or FADC model (.safetensors, or a pickle such as timm's train script writes, of
-which the averaged weights are taken), or an mmsegmentation checkpoint of the authors' code. Every key is accounted for:
+which the averaged weights are taken), of mmsegmentation or segmentation_models_pytorch with such a backbone, or an
+mmsegmentation checkpoint of the authors' code. Every key is accounted for:
 taken (with its name in the model), added (at its initial value: FADC as the identity), left. A model name with a tag
 says that the weights are that tag's, and its licence and labels go into config.json; without one only its
 preprocessing does.

@@ -67,6 +67,24 @@ def train_checkpoint(state, ema):
         state_dict={f'_orig_mod.module.{k}': v for k, v in state.items()}, state_dict_ema=ema)
 
 
+@pytest.mark.parametrize('prefix', ['backbone.timm_model.', 'encoder.model.'])
+@torch.no_grad()
+def test_backbone_of_a_segmentation_network(prefix, convert, tmp_path):
+    """As mmsegmentation and segmentation_models_pytorch keep it: features_only, without a classifier."""
+    backbone = timm.create_model('test_resnet_fadc', features_only=True).eval()
+    for p in backbone.parameters():
+        p.copy_(torch.randn_like(p) * 0.1)
+    state = {f'{prefix}{k}': v for k, v in backbone.state_dict().items()}
+    torch.save(dict(meta=dict(iter=40), state_dict={**state, 'decode_head.weight': torch.zeros(3)}), tmp_path / 'a.pth')
+    status, out = convert(tmp_path / 'a.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
+    assert status == 0, out
+    taken, added, left = lines(out)
+    assert set(taken) == set(backbone.state_dict()) and not added and 'decode_head.weight' in left
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
+    for a, b in zip(model(photos()), backbone(photos()), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize('form', ['safetensors', 'pth', 'ema', 'no-ema', 'fadc'])
 @pytest.mark.parametrize('base', TINY)
 @torch.no_grad()

@@ -26,11 +26,14 @@ RELEASES = {'december2024': 'abs', 'april2024': 'relu'}
 # Where training scripts keep the weights, the averaged ones first.
 _EMA, _RAW = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
 
+# Where mmsegmentation's TIMMBackbone and segmentation_models_pytorch keep a model of timm's.
+_WITHIN = ('backbone.timm_model.', 'encoder.model.')
+
 
 class Checkpoint(NamedTuple):
     """What a file holds.
 
-    state_dict: Tensors by their names, without the prefixes of wrappers.
+    state_dict: Tensors by their names, without the prefixes of wrappers; of a segmentation network its backbone.
     entry: Key of the file that they were under; empty where they are all there is.
     left: The file's other keys.
     """
@@ -100,7 +103,12 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
         raise RuntimeError(f'{path} holds no tensors{f" under {entry}" if entry else ""}.')
     others = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
     rest = [f'{k}.*' if isinstance(v, Mapping) else k for k, v in content.items() if k != entry]
-    return Checkpoint(state_dict, entry, rest if entry else others)
+    left = rest if entry else others
+    prefix = next((p for p in _WITHIN if any(k.startswith(p) for k in state_dict)), None)
+    if prefix is not None:
+        left += [k for k in state_dict if not k.startswith(prefix)]
+        state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return Checkpoint(state_dict, entry, left)
 
 
 def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
