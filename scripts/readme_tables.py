@@ -8,6 +8,7 @@
 import argparse
 import csv
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Callable, Dict, List
 
@@ -49,8 +50,11 @@ def works_with() -> str:
         lines = list(csv.DictReader(file))
     rows = [[f'{line["package"]} {line["version"]}', line['what'],
              ', '.join(f'`{model}`' for model in line['models'].split()), line['tests']] for line in lines]
-    where = f'Run {max(line["date"] for line in lines)} at commit {lines[0]["commit"]}:'
-    return f'{where}\n\n{_table(["package", "what", "models", "tests passed"], rows)}'
+    runs = Counter((line['date'], line['commit']) for line in lines)
+    where = 'Run ' + ', '.join(
+        f'{day} at commit {commit}' + (f' ({n} of the lines)' if len(runs) > 1 else '')
+        for (day, commit), n in runs.most_common())
+    return f'{where}:\n\n{_table(["package", "what", "models", "tests passed"], rows)}'
 
 
 TABLES: Dict[str, Callable[[], str]] = {

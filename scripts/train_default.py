@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +133,9 @@ def train(
     image: Image.Image,
     tiles: Tiles,
     test: tuple[Tensor, Tensor],
+    groups: list[dict],
     args: argparse.Namespace,
-    log: csv.DictWriter,
+    log: Callable[[dict[str, str | int]], object],
 ) -> dict[str, float]:
     """Trains a model in place with AdamW and one cosine.
 
@@ -143,13 +144,14 @@ def train(
         image: The whole Blue Marble.
         tiles: Training tiles.
         test: Held-out images and labels, for the log only.
+        groups: Parameter groups, each with the `lr_scale` that multiplies `--lr` in it.
         args: Command line.
-        log: Receives a row every `--log-every` steps.
+        log: Called with a row every `--log-every` steps.
 
     Returns:
         Accuracy after the last step, see `evaluate`.
     """
-    optimizer = torch.optim.AdamW(param_groups(model, args), lr=args.lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     start, seen, running_loss, running_hits = time.time(), 0, 0.0, 0
     accuracy: dict[str, float] = {}
     batches = train_batches(image, tiles, args.steps, args.batch_size, args.seed)
@@ -176,7 +178,7 @@ def train(
                 'train_top1': 100 * running_hits / seen,
                 **accuracy,
             }
-            log.writerow({k: v if isinstance(v, int) else f'{v:.5g}' for k, v in row.items()})
+            log({k: v if isinstance(v, int) else f'{v:.5g}' for k, v in row.items()})
             print(' '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)
             seen, running_loss, running_hits = 0, 0.0, 0
     return accuracy
@@ -250,7 +252,7 @@ def main() -> None:
         fields = ['step', 'seconds', 'lr', 'loss', 'train_top1', 'top1', 'mean', *CLASS_NAMES]
         log = csv.DictWriter(file, fields)
         log.writeheader()
-        accuracy = train(model, image, train_tiles, test, args, log)
+        accuracy = train(model, image, train_tiles, test, param_groups(model, args), args, log.writerow)
     seconds = time.time() - start
     for layer, (low, mean, high) in dilation_stats(model, test[0][:: max(1, len(test[0]) // 48)]).items():
         print(f'dilation of {layer}: min {low:.3f} mean {mean:.3f} max {high:.3f}')

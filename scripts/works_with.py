@@ -3,7 +3,8 @@
 
     pip install -e '.[test,integrations]' && python scripts/works_with.py && python scripts/readme_tables.py
 
-Writes scripts/results/works_with.csv, and nothing where a test fails or a package is absent. Arguments are pytest's.
+Writes scripts/results/works_with.csv, and nothing where a test fails or a package is absent. Arguments are pytest's:
+where they select whole lines of the table (-k compile), the others stay as they are, with the commit of their run.
 """
 import csv
 import subprocess
@@ -12,7 +13,7 @@ from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
@@ -29,7 +30,14 @@ class Collector:
         self.lines: Dict[str, Line] = {}
         self.models: Dict[Line, List[str]] = {}
         self.passed: Counter[Line] = Counter()
+        self.left_out: Set[Line] = set()
         self.other: List[str] = []
+
+    def pytest_deselected(self, items: Any) -> None:
+        for item in items:
+            mark = item.get_closest_marker('integration')
+            if mark and not item.get_closest_marker('sweep'):
+                self.left_out.add((mark.kwargs['package'], mark.kwargs['what']))
 
     def pytest_collection_finish(self, session: Any) -> None:
         for item in session.items:
@@ -55,15 +63,23 @@ def main() -> int:
     if status != 0 or collector.other:
         print('\n'.join(['Not written, as these did not pass:', *collector.other]), file=sys.stderr)
         return 1
+    for line in sorted(collector.left_out & set(collector.passed)):
+        print(f'Not written, as not all tests were selected of: {": ".join(line)}', file=sys.stderr)
+        return 1
+    kept: Dict[Line, List[str]] = {}
+    if collector.left_out:
+        with open(RESULTS, newline='') as file:
+            kept = {(row[0], row[2]): row for row in list(csv.reader(file))[1:]}
+        kept = {line: row for line, row in kept.items() if line in collector.left_out}
     commit = subprocess.run(
         ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     temporary = RESULTS.with_suffix('.tmp')
     with open(temporary, 'w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['package', 'version', 'what', 'models', 'tests', 'date', 'commit'])
-        for line in sorted(collector.passed):
+        for line in sorted({*collector.passed, *kept}):
             package, what = line
-            writer.writerow([
+            writer.writerow(kept.get(line) or [
                 package, version(package).partition('+')[0], what, ' '.join(collector.models[line]),
                 collector.passed[line], date.today(), commit])
     temporary.rename(RESULTS)
