@@ -219,7 +219,7 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
     refused('There is no checkpoint', tmp_path / 'nothing.pth', *options)
     bad = tmp_path / 'bad.pth'
     torch.save(dict(trained('test_resnet'), extra=Payload()), bad)
-    refused('Weights only load failed', bad, *options)
+    refused('weights_only=True blocked', bad, *options)
     bad.write_bytes(source.read_bytes()[:-1000])
     refused('cannot be read as weights', bad, *options)
     bad = tmp_path / 'bad.safetensors'
