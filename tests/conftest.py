@@ -1,3 +1,4 @@
+import math
 import os
 
 import pytest
@@ -22,7 +23,7 @@ INTERPRETED = {
     'everything', 'plain', 'groups2', 'stride2', 'dilation_groups2', 'depthwise', 'depthwise_plain', 'k1', 'batch0'}
 INTERPRETED_SLOWLY = {
     'one_pixel_k7', 'batch33', 'batch37', 'batch37_depthwise', 'dilation_groups_all', 'k7_stride2',
-    'depthwise7_no_adakern'}
+    'depthwise7_no_adakern', 'gradcheck', 'gradcheck_k5', 'gradcheck_depthwise'}
 
 
 def pytest_collection_modifyitems(items):
@@ -34,7 +35,7 @@ def pytest_collection_modifyitems(items):
         name = params['case'].name if 'case' in params else params.get('name')
         of_many = params.get('dtype', torch.float32) != torch.float32 and name not in INTERPRETED
         if of_many or name in INTERPRETED_SLOWLY or ('dilation' in params and name != 'everything') \
-                or item.name.startswith('test_threads'):
+                or item.name.startswith('test_threads') or params.get('value') in (math.inf, -math.inf):
             item.add_marker(pytest.mark.sweep)
 
 

@@ -85,7 +85,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         # torch's text recommends to load it nevertheless
-        found = re.search(r'(?:Unsupported global|Trying to load unsupported GLOBAL).*?(?=\.(?:\s|$))', str(e), re.DOTALL)
+        found = re.search(r'(Unsupported global|Trying to load unsupported GLOBAL).*?(?=\.(\s|$))', str(e), re.DOTALL)
         what = f' ({found.group()})' if found else ''
         raise RuntimeError(f'{path} cannot be read as weights: weights_only=True blocked it{what}') from e
     except (SafetensorError, EOFError, RuntimeError, KeyError) as e:
