@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
             continue
         name = params['case'].name if 'case' in params else params.get('name')
         of_many = params.get('dtype', torch.float32) != torch.float32 and name not in INTERPRETED
-        if of_many or name in INTERPRETED_SLOWLY or ('dilation' in params and name != 'everything') \
+        if of_many or 'number' in params or name in INTERPRETED_SLOWLY or ('dilation' in params and name != 'everything') \
                 or item.name.startswith('test_threads') or params.get('value') in (math.inf, -math.inf):
             item.add_marker(pytest.mark.sweep)
 

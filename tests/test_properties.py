@@ -36,7 +36,9 @@ def examples(few, many):
     return pytest.mark.parametrize('number', [few, pytest.param(many, marks=pytest.mark.sweep)])
 
 
-def check_all(strategy, number, body):
+def check_all(strategy, number, body, backend=None):
+    if backend == 'triton':
+        number = -(-number // 20)  # its interpreter takes seconds for each
     checks = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
     settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=checks)(
         given(strategy)(body))()
@@ -78,7 +80,7 @@ def test_operator_is_the_oracle(backend, number):
             assert t.dtype == (inputs[name].dtype if name in inputs else dtype), name
             if cases.is_conditioned(t):
                 assert cases.error(t, expected[name]) <= cases.tolerance(name, dtype), name
-    check_all(st.tuples(op_cases(), st.sampled_from(DTYPES)), number, body)
+    check_all(st.tuples(op_cases(), st.sampled_from(DTYPES)), number, body, backend)
 
 
 dilations = st.one_of(
@@ -107,7 +109,7 @@ def test_operator_at_any_dilation(backend, number):
         assert error <= OF_MAGNITUDES[dtype] * largest, error / largest
     check_all(
         st.tuples(op_cases(), st.sampled_from(DTYPES), st.lists(dilations, min_size=1, max_size=5),
-                  st.sampled_from([torch.contiguous_format, torch.channels_last])), number, body)
+                  st.sampled_from([torch.contiguous_format, torch.channels_last])), number, body, backend)
 
 
 # layers
