@@ -18,7 +18,8 @@ WORKER = Path(__file__).parent / 'distributed_worker.py'
 
 
 def run(task, folder, processes=2, **env):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=1']
+    # a restart more than is needed: gloo of processes that start anew at once may refuse a connection
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=2']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', **env, 'PYTHONPATH': os.pathsep.join(
         [str(Path(fadc_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run(
