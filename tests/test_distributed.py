@@ -18,8 +18,7 @@ WORKER = Path(__file__).parent / 'distributed_worker.py'
 
 
 def run(task, folder, processes=2, **env):
-    # a restart more than is needed: gloo of processes that start anew at once may refuse a connection
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=2']
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=1']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', **env, 'PYTHONPATH': os.pathsep.join(
         [str(Path(fadc_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run(
@@ -49,6 +48,7 @@ def test_fsdp(tmp_path):
         assert error(state[name], (expected[name] - 0.1 * g).double()) < 1e-6, name
 
 
+@pytest.mark.sweep  # gloo sometimes refuses the connection, or waits, where torchrun starts processes anew at once
 def test_killed_worker(tmp_path):
     """A process is killed, torchrun starts both anew, and the run ends as if nothing had been."""
     for name, env in (('whole', {}), ('killed', dict(KILL='1'))):
