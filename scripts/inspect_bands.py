@@ -7,14 +7,12 @@ scripts/results/kernels_bands.csv. Fails if one spills registers or does not fit
 other calls of the same kernels are compiled, which shows that they can be.
 """
 import argparse
-import csv
-import os
 import sys
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import torch
 import triton
-from inspect_kernels import ROOT, inspect
+from inspect_kernels import inspect, write_rows
 
 from fadc_timm.ops import _triton_bands
 
@@ -95,13 +93,7 @@ def main() -> int:
     if args.variants:
         return 0
     if not args.only:
-        path = ROOT / 'scripts' / 'results' / 'kernels_bands.csv'
-        partial = path.with_suffix('.tmp')
-        with partial.open('w', newline='') as f:
-            writer = csv.DictWriter(f, rows[0], lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, path)
+        write_rows('kernels_bands.csv', rows)
     failed = [row for row in rows if row['stack_bytes'] or not row['programs_a_multiprocessor']]
     for row in failed:
         print('SPILLS OR DOES NOT FIT', *row.values(), sep=', ')

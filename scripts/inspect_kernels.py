@@ -148,6 +148,17 @@ def inspect(kernel: Any, args: Tuple[Any, ...], constants: Dict[str, Any], confi
             'stages': options['num_stages']}
 
 
+def write_rows(name: str, rows: List[Dict]) -> None:
+    """Rows of equal keys to a CSV file in scripts/results, as a whole."""
+    path = ROOT / 'scripts' / 'results' / name
+    partial = path.with_suffix('.tmp')
+    with partial.open('w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', type=int, default=90, help='compute capability, 90 for H100 and H200')
@@ -166,15 +177,8 @@ def main() -> None:
                        **inspect(kernel, arguments, constants, config, args.arch)}
                 print(*row.values(), sep=', ', flush=True)
                 rows.append(row)
-    if args.only or args.variants:
-        return
-    path = ROOT / 'scripts' / 'results' / 'kernels.csv'
-    partial = path.with_suffix('.tmp')
-    with partial.open('w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    if not args.only and not args.variants:
+        write_rows('kernels.csv', rows)
 
 
 if __name__ == '__main__':

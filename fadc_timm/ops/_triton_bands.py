@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._frequencies import frequencies
-from ._triton_support import is_interpreted, why_not_on
+from ._triton_support import block, is_interpreted, why_not_on
 from .case import accumulation_dtype
 
 __all__ = ['forward', 'mix_bands_fused', 'mix_bands_fused_backward', 'why_not']
@@ -113,11 +113,6 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> Tuple[torch.dtype, str]:
     if dtype == torch.bfloat16:
         return torch.float32, 'tf32'
     return dtype, 'tf32' if dtype == torch.float32 and allow_tf32 else 'ieee'
-
-
-def block(n: int, low: int, high: int) -> int:
-    """The power of two for n, within bounds."""
-    return min(max(1 << (n - 1).bit_length(), low), high)
 
 
 def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: bool) -> Dict[str, int]:

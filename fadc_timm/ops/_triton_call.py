@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._triton_support import is_interpreted
+from .case import accumulation_dtype
 
 __all__ = ['Bundles', 'Call', 'Scatter', 'bound', 'sampling_gradients']
 
@@ -56,10 +57,6 @@ class Call:
         import triton.language as tl
         return tl.int32 if self.positions + block < 2 ** 31 else tl.int64
 
-    def wide(self) -> torch.dtype:
-        """Of what kernels leave for others to add up."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
-
 
 def _allows_tf32(x: Tensor) -> bool:
     """As a convolution does."""
@@ -100,7 +97,7 @@ class Scatter:
     def __init__(self, call: Call, largest: Callable[[], Tensor]) -> None:
         self.fixed = torch.are_deterministic_algorithms_enabled()
         self.into = torch.zeros(
-            call.x.shape, dtype=torch.int64 if self.fixed else call.wide(), device=call.x.device)
+            call.x.shape, dtype=torch.int64 if self.fixed else accumulation_dtype(call.x.dtype), device=call.x.device)
         self.scale: Optional[Tensor] = None
         if self.fixed:
             # no sum over a sample's positions and taps may leave the range, whatever the dilation

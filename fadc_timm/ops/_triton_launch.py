@@ -11,6 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from torch import Tensor
 
 from ._triton_call import Bundles, Call, Scatter, bound, sampling_gradients
+from ._triton_support import block
+from .case import accumulation_dtype
 
 __all__ = ['dense_backward', 'dense_forward', 'depthwise_backward', 'depthwise_forward']
 
@@ -26,15 +28,10 @@ def _kernels(call: Call, bundles: Bundles, split: bool) -> Tuple[Tensor, Optiona
     """The kernel as the Triton kernels want it, less its mean over the taps if it is split, and the mean."""
     if not split:
         return bundles.pack(call.weight), None
-    weight = call.weight.to(call.wide())
+    weight = call.weight.to(accumulation_dtype(call.x.dtype))
     mean = weight.mean((2, 3), keepdim=True)
     rest, mean = (bundles.pack(w.to(call.x.dtype)) for w in (weight - mean, mean))
     return rest, mean
-
-
-def _block(n: int, low: int, high: int) -> int:
-    """The power of two for n, within bounds."""
-    return min(max(1 << (n - 1).bit_length(), low), high)
 
 
 def run(kernel: Any, grid: Any, args: Sequence[Any], constants: Dict[str, Any], config: Dict[str, int]) -> None:
@@ -66,8 +63,8 @@ def _autotuned(kernel: Any, default: Tuple[Tuple[str, int], ...]) -> Any:
 
 def _blocks_of(call: Call, bundles: Bundles) -> Dict[str, int]:
     half = call.x.element_size() == 2
-    block_o = _block(bundles.out_width, 16, 256 if half else 64)
-    block_c = _block(bundles.slice_width, 16, 32 if half else 16)
+    block_o = block(bundles.out_width, 16, 256 if half else 64)
+    block_c = block(bundles.slice_width, 16, 32 if half else 16)
     return {'BLOCK_P': _BLOCK_P['dense'], 'BLOCK_C': block_c, 'BLOCK_O': block_o,
             'num_warps': 8 if block_o > 64 or not half else 4, 'num_stages': 2}
 
@@ -79,11 +76,11 @@ def dense_forward(call: Call, bias: Optional[Tensor], gains: Gains, y: Tensor) -
     kernel, mean = _kernels(call, bundles, split)
     config = _blocks_of(call, bundles)
     run(_triton_dense.forward,
-         lambda meta: (-(-call.positions // meta['BLOCK_P']), -(-bundles.out_width // meta['BLOCK_O']), bundles.count),
-         (*call.tensors(), kernel, mean, bias, *gains, y, call.positions, *call.geometry, *call.strides[0],
-          *call.strides[1], *bundles.channels),
-         {**call.constants(), **call.products(), 'SPLIT': split, 'HAS_BIAS': bias is not None,
-          'INDEX': call.index(config['BLOCK_P'])}, config)
+        lambda meta: (-(-call.positions // meta['BLOCK_P']), -(-bundles.out_width // meta['BLOCK_O']), bundles.count),
+        (*call.tensors(), kernel, mean, bias, *gains, y, call.positions, *call.geometry, *call.strides[0],
+         *call.strides[1], *bundles.channels),
+        {**call.constants(), **call.products(), 'SPLIT': split, 'HAS_BIAS': bias is not None,
+         'INDEX': call.index(config['BLOCK_P'])}, config)
 
 
 def dense_backward(
@@ -110,11 +107,11 @@ def dense_backward(
             return high if mean is None else high + bound(grad, mean, call.mask, gains[0], gains[1])
 
         scatter = Scatter(call, largest)
-        parts = grad.new_empty(pieces, call.k ** 2 + 1, call.positions, dtype=call.wide())
+        parts = grad.new_empty(pieces, call.k ** 2 + 1, call.positions, dtype=accumulation_dtype(call.x.dtype))
         run(_triton_dense.backward_samples, lambda meta: (-(-call.positions // meta['BLOCK_P']), pieces),
-             (*inputs, scatter.into, parts, scatter.scale, call.positions, *call.geometry, *call.strides[0],
-              *call.grad_strides, *call.strides[1], *bundles.channels),
-             {**constants, 'FIXED': scatter.fixed, 'INDEX': call.index(config['BLOCK_P'])}, config)
+            (*inputs, scatter.into, parts, scatter.scale, call.positions, *call.geometry, *call.strides[0],
+             *call.grad_strides, *call.strides[1], *bundles.channels),
+            {**constants, 'FIXED': scatter.fixed, 'INDEX': call.index(config['BLOCK_P'])}, config)
         results[:3] = scatter.result(), *sampling_gradients(call, parts)
     if need_kernel:
         results[3:] = _kernel_gradients(call, bundles, inputs, constants, split)
@@ -130,8 +127,8 @@ def _kernel_gradients(
 ) -> List[Optional[Tensor]]:
     """Of the weight and the gains."""
     from . import _triton_dense
-    taps, wide = call.k ** 2, call.wide()
-    block_c, block_o = _block(bundles.slice_width, 16, 64), _block(bundles.out_width, 16, 64)
+    taps, wide = call.k ** 2, accumulation_dtype(call.x.dtype)
+    block_c, block_o = block(bundles.slice_width, 16, 64), block(bundles.out_width, 16, 64)
     config = {'BLOCK_P': _BLOCK_P['kernel'], 'BLOCK_C': block_c, 'BLOCK_O': block_o, 'num_warps': 8, 'num_stages': 2}
     blocks, o_blocks = -(-bundles.slice_width // block_c), -(-bundles.out_width // block_o)
     pieces = bundles.pieces_of * blocks
@@ -176,7 +173,7 @@ def _depthwise(call: Call, block_p: int) -> Tuple[Tensor, Tuple[int, ...], Tuple
 def depthwise_forward(call: Call, bias: Optional[Tensor], gains: Gains, y: Tensor) -> None:
     """Into y (B, H', W', C). There are no gains, they are in the kernel."""
     from . import _triton_depthwise
-    config = {'BLOCK_P': _BLOCK_P['depthwise'], 'BLOCK_C': _block(call.dilation_width, 16, 64), 'num_warps': 4,
+    config = {'BLOCK_P': _BLOCK_P['depthwise'], 'BLOCK_C': block(call.dilation_width, 16, 64), 'num_warps': 4,
               'num_stages': 2}
     kernel, channels, (units, parts, chunks) = _depthwise(call, config['BLOCK_P'])
     run(_triton_depthwise.forward, (units, parts),
@@ -193,12 +190,12 @@ def depthwise_backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of x, dilation, mask and weight from grad (B, H', W', C); they are made together."""
     from . import _triton_depthwise
-    config = {'BLOCK_P': _BLOCK_P['depthwise_backward'], 'BLOCK_C': _block(call.dilation_width, 16, 32), 'num_warps': 8,
+    config = {'BLOCK_P': _BLOCK_P['depthwise_backward'], 'BLOCK_C': block(call.dilation_width, 16, 32), 'num_warps': 8,
               'num_stages': 1}
     kernel, channels, (units, parts, chunks) = _depthwise(call, config['BLOCK_P'])
     scatter = Scatter(call, lambda: bound(grad, kernel[..., None], call.mask))
-    sampling = grad.new_empty(parts, call.k ** 2 + 1, call.positions, dtype=call.wide())
-    grad_kernel = grad.new_empty(units, call.k ** 2, call.c, dtype=call.wide())
+    sampling = grad.new_empty(parts, call.k ** 2 + 1, call.positions, dtype=accumulation_dtype(call.x.dtype))
+    grad_kernel = grad.new_empty(units, call.k ** 2, call.c, dtype=accumulation_dtype(call.x.dtype))
     run(_triton_depthwise.backward, (units, parts),
         (grad, *call.tensors(), kernel, scatter.into, sampling, grad_kernel, scatter.scale, call.positions, chunks,
          *call.geometry, *call.strides[0], *call.grad_strides, *call.strides[1], *channels),

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-__all__ = ['is_interpreted', 'unavailable', 'why_not_on']
+__all__ = ['block', 'is_interpreted', 'unavailable', 'why_not_on']
 
 MINIMUM = (3, 2)  # torch 2.6 brings it
 
@@ -39,3 +39,8 @@ def why_not_on(device_type: str) -> Optional[str]:
         return None
     return (f'Triton does not run on {device_type}, but for a CPU if TRITON_INTERPRET=1 is in the environment before '
             'the first use')
+
+
+def block(n: int, low: int, high: int) -> int:
+    """The power of two for n, within bounds: sides of a kernel's blocks."""
+    return min(max(1 << (n - 1).bit_length(), low), high)
