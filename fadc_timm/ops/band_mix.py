@@ -42,6 +42,13 @@ def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.de
     return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _opposites(sign: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a pair of one-sided frequencies adds of the opposite product, (2, 2, 1): see :meth:`_Plan.couple`."""
+    return torch.tensor([[-sign, sign], [sign, -sign]], dtype=dtype, device=device)[:, :, None]
+
+
 class _Plan:
     """What both passes share: the filters of a call, and the tiles to work in."""
 
@@ -92,11 +99,11 @@ class _Plan:
         (k, side), (k2, side2) = self.rows.one_sided[i], self.cols.one_sided[i]
         if side * side2 == 0:
             return kept
-        kept, (cos, sin), (cos2, sin2) = kept.clone(), (2 * k - 1, 2 * k), (2 * k2 - 1, 2 * k2)
-        for i, j in ((cos, cos2), (sin, sin2)):
-            kept[:, i, j] -= side * side2 * coefficients[:, cos + sin - i, cos2 + sin2 - j]
-        for i, j in ((cos, sin2), (sin, cos2)):
-            kept[:, i, j] += side * side2 * coefficients[:, cos + sin - i, cos2 + sin2 - j]
+        # of the pair, cosine before sine on either axis, each product takes up its opposite
+        pair = slice(2 * k - 1, 2 * k + 1), slice(2 * k2 - 1, 2 * k2 + 1)
+        sign = _opposites(side * side2, coefficients.dtype, coefficients.device)
+        kept = kept.clone()
+        kept[:, pair[0], pair[1]].addcmul_(coefficients[:, pair[0], pair[1]].flip(1, 2), sign)
         return kept
 
     def synthesise_columns(self, kept: List[Tensor], rows: slice) -> Tensor:
