@@ -676,7 +676,7 @@ def test_opcheck_sampled_conv2d(name, dtype):
     'everything', 'k7_stride2', 'groups2', 'dilation_groups_across', 'depthwise', 'batch37', 'one_pixel_k7'])
 def test_tiles(name, tile, monkeypatch):
     """A tile may be some samples, one, or some rows of one; the result is the same."""
-    monkeypatch.setattr(_tiles, '_TILE_BYTES', dict.fromkeys(_tiles._TILE_BYTES, tile))
+    monkeypatch.setattr(_tiles, '_TILE_BYTES', tile)
     case = CASE[name]
     inputs = cases.make_inputs(case, torch.float64)
     check(case, inputs, cases.results(case, inputs, 'gather'), cases.oracle(case, torch.float64), torch.float64)

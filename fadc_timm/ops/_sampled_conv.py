@@ -152,7 +152,7 @@ def sampled_conv2d_backward(
 
     grad (B, O, H', W') is that of the result, and high the second result, without which high_out gets no gradient.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5, backward=True)
+    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x, grad = _nhwc(x), _nhwc(grad)
     width = tiling.c // tiling.dilation_groups
     centres_samples, mean = split and _centres_samples(tiling, weight), weight

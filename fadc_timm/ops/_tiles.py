@@ -14,10 +14,9 @@ from .case import accumulation_dtype
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
 
-# Bytes of samples in a tile: small, so that they stay in cache, but a tile has a price of its own too, in the backward
-# pass and for a grouped convolution more than in a matrix product. Beyond 32 MB glibc gives every buffer back to the
-# system when it is freed, and faulting new pages in costs more than filling them.
-_TILE_BYTES = {'dense': 4 * 2 ** 20, 'grouped': 8 * 2 ** 20, 'backward': 8 * 2 ** 20}
+# Bytes of samples in a tile: few enough to stay in cache, but a tile has a price of its own too. Beyond 32 MB glibc gives
+# every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
+_TILE_BYTES = 8 * 2 ** 20
 
 
 class Tile:
@@ -104,17 +103,15 @@ class Tiling:
             padding: List[int],
             groups: int,
             single: bool,
-            backward: bool = False,
     ) -> None:
-        """Arguments as those of the operator; single: no samples share a table; backward: tiles for that pass."""
+        """Arguments as those of the operator; single: no samples share a table."""
         self.b, self.c, self.h, self.w = x.shape
         self.k, self.groups = kernel_size, groups
         self.dilation_groups, self.out_h, self.out_w = dilation.shape[1:]
         # a grouped convolution takes the taps as an image, a dense one as the rows of a matrix product
         self.as_image = groups > 1
         row_bytes = self.out_w * kernel_size ** 2 * self.c * x.element_size()
-        tile_bytes = _TILE_BYTES['backward' if backward else 'grouped' if self.as_image else 'dense']
-        tile_rows = max(1, tile_bytes // max(1, row_bytes))
+        tile_rows = max(1, _TILE_BYTES // max(1, row_bytes))
         self.batch = 1 if single else max(1, tile_rows // self.out_h)
         # tiles of equal height, rather than a small one at the end
         self.tile_rows = -(-self.out_h // -(-self.out_h // tile_rows))

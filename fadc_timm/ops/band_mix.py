@@ -19,7 +19,7 @@ from .registry import named_backend
 __all__ = ['mix_bands']
 
 # Bytes of the map in a tile; see _sampled_conv.py.
-_TILE_BYTES = 2 * 2 ** 20
+_TILE_BYTES = 4 * 2 ** 20
 
 
 class _Axis(NamedTuple):
