@@ -14,8 +14,8 @@ from .case import accumulation_dtype
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
 
-# Bytes of samples in a tile: few enough to stay in cache, but a tile has a price of its own too. Beyond 32 MB glibc gives
-# every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
+# Bytes of samples in a tile: few enough to stay in cache, but a tile has a price of its own too. Beyond 32 MB glibc
+# gives every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
 _TILE_BYTES = 8 * 2 ** 20
 
 
