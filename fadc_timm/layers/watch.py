@@ -1,0 +1,78 @@
+"""Hooks that show what the FADC layers of a model compute, while it runs."""
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
+
+from torch import Tensor, nn
+
+from ..ops.case import NO_GAINS, Gains
+from .fad_conv import FADConv2d
+
+__all__ = ['LayerCall', 'watch_layers']
+
+
+class LayerCall(NamedTuple):
+    """One call of an FADConv2d, with the tensors themselves: in their dtypes, on their device, in autograd's graph.
+
+    name: Name of the layer in the model.
+    layer: The layer.
+    x: (B, C, H, W) its input.
+    selected: (B, C, H, W) what FreqSelect made of it, x where there is none.
+    gains: AdaKern's, `(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))`, None for ones.
+    dilation: (B, G, H', W') AdaDR's, in pixels of the input map, or None where there is none.
+    output: (B, O, H', W').
+    """
+    name: str
+    layer: FADConv2d
+    x: Tensor
+    selected: Tensor
+    gains: Gains
+    dilation: Optional[Tensor]
+    output: Tensor
+
+
+@contextmanager
+def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iterator[None]:
+    """Call back after every call of an FADConv2d inside of the `with` block.
+
+    Hooks on the modules do it, so they have to run as modules: what `torch.compile` compiled before does not call them.
+    With gradient checkpointing the layers run again in the backward pass: leave the block before it.
+
+    Args:
+        model: Any model with FADConv2d layers, wrapped for distributed training or not.
+        callback: What it returns is dropped, and what it keeps of the call stays in memory.
+
+    Raises:
+        ValueError: The model has no FADConv2d layer; or, at the end of the block, none of them ran.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no FADConv2d layer: nothing to collect')
+    parts: Dict[str, Dict[str, Any]] = {name: {} for name in layers}
+    count = 0
+
+    def keep(name: str, part: str, module: nn.Module, args: Any, output: Any) -> None:
+        parts[name][part] = output
+
+    def call(name: str, module: Any, args: Any, output: Tensor) -> None:
+        nonlocal count
+        count += 1
+        seen, parts[name] = parts[name], {}
+        dilation = seen['ada_dr'][0] if 'ada_dr' in seen else None
+        callback(LayerCall(
+            name, module, args[0], seen.get('freq_select', args[0]), seen.get('ada_kern', NO_GAINS), dilation, output))
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(partial(call, name)))
+            for part in ('freq_select', 'ada_kern', 'ada_dr'):
+                module = getattr(layer, part)
+                if module is not None:
+                    handles.append(module.register_forward_hook(partial(keep, name, part)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError(f'none of the {len(layers)} FADConv2d layers of {type(model).__name__} ran')
