@@ -15,7 +15,6 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
-from .models.checkpoint import why_unreadable
 from .models.cost import model_cost
 
 _DEFAULT_MODEL = 'test_resnet_fadc'
@@ -51,9 +50,6 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
     from .hub.convert import convert, read_checkpoint
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
-    reason = why_unreadable(path)
-    if reason:
-        raise CommandError(f"cannot read checkpoint '{path}': it is {reason}")
     try:
         checkpoint = read_checkpoint(Path(path))
     except (OSError, RuntimeError) as e:

@@ -221,10 +221,10 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
     torch.save(dict(trained('test_resnet'), extra=Payload()), bad)
     refused('weights_only=True blocked', bad, *options)
     bad.write_bytes(source.read_bytes()[:-1000])
-    refused('cannot be read as weights', bad, *options)
+    refused('bad.pth cannot be read as weights: it is cut off, or not a file of torch.save', bad, *options)
     bad = tmp_path / 'bad.safetensors'
     bad.write_bytes(b'\0' * 100)
-    refused('cannot be read as weights', bad, *options)
+    refused('bad.safetensors cannot be read as weights: it is cut off, or not in the format', bad, *options)
     bad = tmp_path / 'bad.bin'
     torch.save([1, 2], bad)
     refused('holds a list, wanted names and tensors', bad, *options)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from ..models.checkpoint import why_unreadable
 from ..models.derive import fadc_keys
 from ..official import convert_checkpoint
 
@@ -72,10 +73,13 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
 
     Raises:
         OSError: It cannot be read.
-        RuntimeError: It is damaged, would run code, or holds no tensors.
+        RuntimeError: It is cut off or damaged, would run code, or holds no tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
+    reason = why_unreadable(str(path))
+    if reason:
+        raise RuntimeError(f'{path} cannot be read as weights: it is {reason}.')
     try:
         if path.suffix == '.safetensors':
             content: Any = load_file(path)
