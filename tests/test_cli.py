@@ -17,6 +17,7 @@ import fadc_timm
 from fadc_timm import visualize
 from fadc_timm.__main__ import main
 from fadc_timm.layers import FADConv2d
+from fadc_timm.visualize._common import stage_name
 
 MODEL = 'test_resnet_fadc'
 ROOT = Path(fadc_timm.__file__).parents[1]
@@ -121,7 +122,7 @@ def test_modules_switched_off_and_lowest_band():
     ('features.3', 'features'), ('conv', 'conv'), ('7', '7'),
 ])
 def test_stage_names(name, stage):
-    assert visualize._stage_name(name) == stage
+    assert stage_name(name) == stage
 
 
 def test_summarize_averages_a_stage(model):

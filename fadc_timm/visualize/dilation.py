@@ -7,25 +7,22 @@
 Matplotlib is imported inside `figure` only: importing fadc_timm must not cost its import.
 """
 import math
-import os
-import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import FADConv2d
+from ..layers.watch import LayerCall
+from ._common import GREY, INK, run_watched, stage_name, stride_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'save', 'summarize', 'table']
+__all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'summarize', 'table']
 
 _CONSTANT = 0.01  # a map that varies by less is called constant: an identity start is off by eps = 1e-5 only
 
@@ -72,13 +69,6 @@ class StageSummary:
     weights: Dict[str, np.ndarray]
 
 
-def _stage_name(layer: str) -> str:
-    parts = layer.split('.')
-    first = next((i for i, part in enumerate(parts) if re.search(r'\d', part)), 0)
-    # a flat trunk (`features.3`) has no stages: all its layers at one size then count as one
-    return '.'.join(parts[:first + 1] if first + 1 < len(parts) else parts[:-1]) or layer
-
-
 def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
     """(2, 4, 8), 4 -> ['1/2-1', '1/4-1/2', '1/8-1/4', '0-1/8'], fractions of Nyquist; the last if it has a map too."""
     edges = ['1', *(f'1/{b:g}' for b in bands), '0']
@@ -98,41 +88,20 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
     Raises:
         ValueError: The model has no FADConv2d layer, or none of them ran.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
-    if not layers:
-        raise ValueError(f'{type(model).__name__} has no FADConv2d layer: nothing to collect')
-    records, dilations = [], {}
+    records = []
 
-    def keep_dilation(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        dilations[name] = output[0].detach().float().cpu()
-
-    def keep_layer(name: str, module: Any, args: Any, output: torch.Tensor) -> None:
-        batch, channels, height, width = output.shape
-        base = torch.full((batch, 1, height, width), float(module.dilation[0]))
-        fs = module.freq_select
-        bands = () if fs is None else fs.bands
-        weights = None if fs is None else fs.band_weights(args[0]).detach().float().cpu()
-        # maps of odd sizes are rounded up, so the ratio of sizes is only near the stride, a power of two
-        stride = 2 ** max(0, round(math.log2(max(x.shape[-2] / height, x.shape[-1] / width))))
+    def keep(call: LayerCall) -> None:
+        batch, channels, height, width = call.output.shape
+        dilation = call.dilation
+        if dilation is None:
+            dilation = torch.full((batch, 1, height, width), float(call.layer.dilation[0]))
+        fs = call.layer.freq_select
+        weights = None if fs is None else fs.band_weights(call.x).float().cpu()
         records.append(LayerRecord(
-            name, _stage_name(name), stride, (channels, height, width), dilations.pop(name, base), bands, weights))
+            call.name, stage_name(call.name), stride_of(call.output, x), (channels, height, width),
+            dilation.float().cpu(), () if fs is None else fs.bands, weights))
 
-    modes = {m: m.training for m in model.modules()}
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(partial(keep_layer, name)))
-            if layer.ada_dr is not None:
-                handles.append(layer.ada_dr.register_forward_hook(partial(keep_dilation, name)))
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in modes.items():
-            m.training = training
-    if not records:
-        raise ValueError(f'none of the {len(layers)} FADConv2d layers of {type(model).__name__} ran')
+    run_watched(model, x, keep)
     return records
 
 
@@ -212,7 +181,6 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     grey = photo if photo.ndim == 2 else photo[..., :3] @ (0.299, 0.587, 0.114)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))
-    ink = '#222222'
     # lengths in inches from the upper left corner, at 100 pixels an inch
     margin, gap, head, caption, bar = 0.3, 0.25, 0.95, 0.5, 0.8
     fig_w = max(16., 2 * margin + (len(stages) + 1) * (2.8 + gap))
@@ -223,7 +191,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     fig = Figure((fig_w, fig_h), dpi=100, facecolor='white')
     FigureCanvasAgg(fig)
 
-    def write(x: float, y: float, text: str, size: float, color: str = '#666666', weight: str = 'normal') -> None:
+    def write(x: float, y: float, text: str, size: float, color: str = GREY, weight: str = 'normal') -> None:
         fig.text(x / fig_w, 1 - y / fig_h, text, fontsize=size, color=color, weight=weight)
 
     def axes(x: float, y: float, width: float, height: float) -> Any:
@@ -231,7 +199,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     def panel(column: int, y: float, name: str, line: str) -> Any:
         x = margin + column * (w + gap)
-        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), ink, 'bold')  # 10 and 14 characters an inch
+        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), INK, 'bold')  # 10 and 14 characters an inch
         write(x, y + 0.41, line, 9.5 * min(1., 14 * w / len(line)))
         ax = axes(x, y + caption, w, h)
         ax.set_axis_off()
@@ -243,11 +211,11 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     def colour_bar(mapped: Any, ax: Any, label: str, **kwargs: Any) -> None:
         drawn = fig.colorbar(mapped, cax=ax, orientation='horizontal', **kwargs)
-        drawn.set_label(label, fontsize=9.5, color=ink)
-        drawn.ax.tick_params(labelsize=9, colors=ink)
+        drawn.set_label(label, fontsize=9.5, color=INK)
+        drawn.ax.tick_params(labelsize=9, colors=INK)
         drawn.outline.set_visible(False)
 
-    write(margin, 0.45, title, 16, ink, 'bold')
+    write(margin, 0.45, title, 16, INK, 'bold')
     write(margin, 0.75, note, 11)
     ax = panel(0, head, 'Input', f'{photo.shape[1]} × {photo.shape[0]} pixels')
     ax.imshow(photo, cmap='gray', vmin=0, vmax=1)
@@ -282,19 +250,3 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
                    'FreqSelect weight of the band: 1 leaves it as it is, 0 removes it, 2 doubles it',
                    ticks=np.linspace(1 - reach, 1 + reach, 5))
     return fig
-
-
-def save(fig: 'Figure', path: Union[str, os.PathLike]) -> Path:
-    """Write a figure as PNG, whole or not at all: to a temporary name beside it, then renamed.
-
-    Raises:
-        OSError: The folder is missing or cannot be written to.
-    """
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        fig.savefig(temporary, format='png', metadata={'Software': None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,0 +1,67 @@
+"""What the pictures of FADC layers share: one forward pass that is watched, names of stages, whole files."""
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Union
+
+import torch
+from torch import nn
+
+from ..layers.watch import LayerCall, watch_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, GREY = '#222222', '#666666'
+
+
+def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall], Any]) -> None:
+    """Run a model once, in eval mode and without gradients, with a callback for each call of an FADConv2d.
+
+    Args:
+        model: Its training flags are restored afterwards.
+        x: (B, C, H, W) input on the model's device, already normalised.
+        callback: See :func:`fadc_timm.layers.watch.watch_layers`.
+
+    Raises:
+        ValueError: The model has no FADConv2d layer, or none of them ran.
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with watch_layers(model, callback), torch.no_grad():
+            model.eval()(x)
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def stage_name(layer: str) -> str:
+    """A layer's name up to the first part with a digit."""
+    parts = layer.split('.')
+    first = next((i for i, part in enumerate(parts) if re.search(r'\d', part)), 0)
+    # a flat trunk (`features.3`) has no stages: all its layers at one size then count as one
+    return '.'.join(parts[:first + 1] if first + 1 < len(parts) else parts[:-1]) or layer
+
+
+def stride_of(output: torch.Tensor, x: torch.Tensor) -> int:
+    """Stride of a layer's output (B, O, H', W') with respect to the model's input (B, C, H, W)."""
+    # maps of odd sizes are rounded up, so the ratio of sizes is only near the stride, a power of two
+    ratio = max(a / b for a, b in zip(x.shape[-2:], output.shape[-2:]))
+    return int(2 ** max(0, round(math.log2(ratio))))
+
+
+def save(fig: 'Figure', path: Union[str, os.PathLike]) -> Path:
+    """Write a figure as PNG, whole or not at all: to a temporary name beside it, then renamed.
+
+    Raises:
+        OSError: The folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        fig.savefig(temporary, format='png', metadata={'Software': None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
