@@ -105,7 +105,20 @@ def _input_size(image_size: Tuple[int, int], size: Optional[str]) -> Tuple[int, 
     return height, width
 
 
+def _choose_layers(spectra: List[Any], names: List[str]) -> List[Any]:
+    """The spectra of the layers that were asked for, in that order."""
+    found = {s.name: s for s in spectra}
+    for name in names:
+        if name not in found:
+            close = difflib.get_close_matches(name, found, n=3)
+            raise CommandError(f"no FADC layer is called '{name}'; {'close matches' if close else 'the layers'}: "
+                               f"{', '.join(close or found)}")
+    return [found[name] for name in names]
+
+
 def _visualize(args: argparse.Namespace) -> int:
+    if args.layer and not args.spectrum:
+        raise CommandError('--layer is for --spectrum: dilation maps are those of whole stages')
     out = Path(args.out)
     if out.suffix.lower() != '.png':
         raise CommandError(f"--out wants a name that ends in .png, got '{args.out}'")
@@ -126,11 +139,20 @@ def _visualize(args: argparse.Namespace) -> int:
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     seen = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # the pixels that the model saw, crop included
 
-    stages = visualize.summarize(visualize.collect(model, x[None]))
+    note = weights[0].upper() + weights[1:]
+    if args.spectrum:
+        spectra = visualize.collect_spectra(model, x[None])
+        text = visualize.spectrum_table(spectra)
+        chosen = _choose_layers(spectra, args.layer) if args.layer else visualize.first_of_stages(spectra)
+        fig = visualize.spectrum_figure(chosen, f'{args.model}: power spectra', note)
+    else:
+        stages = visualize.summarize(visualize.collect(model, x[None]))
+        text = visualize.table(stages)
+        fig = visualize.figure(seen, stages, args.model, note)
     print(f'{args.model}: {weights}; input {width}x{height}')
-    print(visualize.table(stages))
+    print(text)
     try:
-        visualize.save(visualize.figure(seen, stages, args.model, weights[0].upper() + weights[1:]), out)
+        visualize.save(fig, out)
     except OSError as e:
         raise CommandError(f"cannot write '{out}': {_first_line(e)}") from e
     print(f'wrote {out}')
@@ -194,13 +216,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True, metavar='visualize | list | run')
 
     p = commands.add_parser(
-        'visualize', help='dilation maps and band weights for an image, as a table and a PNG',
-        description='Draw the dilation maps and FreqSelect band weights that a model chooses for an image.')
+        'visualize', help='dilation maps and band weights for an image, or spectra, as a table and a PNG',
+        description='Draw the dilation maps and FreqSelect band weights that a model chooses for an image; or power '
+                    'spectra of features before and after FreqSelect, and of kernels before and after AdaKern.')
     p.add_argument('image', nargs='?', metavar='IMAGE', help='any image file; default: the photograph in the package')
     p.add_argument('--model', default=_DEFAULT_MODEL, metavar='NAME', help='FADC model, tag optional (%(default)s)')
     p.add_argument('--pretrained', action=argparse.BooleanOptionalAction,
                    help='default: on where the weights are in the package, so that nothing is fetched unasked')
     p.add_argument('--checkpoint', metavar='FILE', help='weights of an FADC model, or of its plain base')
+    p.add_argument('--spectrum', action='store_true', help='power spectra instead of dilation maps')
+    p.add_argument('--layer', action='append', metavar='NAME',
+                   help='with --spectrum: a layer to draw, may be given again; default: the first of each stage')
     p.add_argument('--out', default='fadc_visualize.png', metavar='PNG', help='picture to write (%(default)s)')
     p.add_argument('--size', metavar='N',
                    help=f'long side of the input; default: {_DEFAULT_LONG_SIDE}, both sides to a multiple of 32')

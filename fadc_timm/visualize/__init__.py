@@ -4,5 +4,8 @@ Matplotlib is imported where a figure is drawn only: importing fadc_timm must no
 """
 from ._common import save
 from .dilation import LayerRecord, StageSummary, collect, figure, summarize, table
+from .spectrum import LayerSpectra, collect_spectra, first_of_stages, spectrum_figure, spectrum_table
 
-__all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'save', 'summarize', 'table']
+__all__ = [
+    'LayerRecord', 'LayerSpectra', 'StageSummary', 'collect', 'collect_spectra', 'figure', 'first_of_stages', 'save',
+    'spectrum_figure', 'spectrum_table', 'summarize', 'table']

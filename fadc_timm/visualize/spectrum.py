@@ -1,0 +1,262 @@
+"""Spectra of FADC layers: of the features before and after FreqSelect, of the kernels before and after AdaKern.
+
+    layers = collect_spectra(model, x)                         # of every FADConv2d that ran
+    save(spectrum_figure(first_of_stages(layers)), 'spectrum.png')
+
+Frequencies are in cycles per pixel of the layer's input map, -0.5 to 0.5. FreqSelect's bands are square rings in
+that plane, so profiles go by max(|u|, |v|).
+"""
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..layers.watch import LayerCall
+from ..ops.case import Case, accumulation_dtype
+from ._common import GREY, INK, run_watched, stage_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['LayerSpectra', 'collect_spectra', 'high_share', 'first_of_stages', 'profile', 'spectrum_figure',
+           'spectrum_table']
+
+_KERNEL_POINTS = 65  # frequencies along an axis at which a kernel's response is drawn, -0.5 and 0.5 among them
+
+
+@dataclass
+class LayerSpectra:
+    """Power spectra of one call of an FADConv2d, float64, zero frequency in the middle; see `frequencies`.
+
+    Attributes:
+        name: Name of the layer in the model.
+        shape: (C, H, W) of its input.
+        bands: FreqSelect's, as fractions 1/f of Nyquist; () where there is none.
+        features: (H, W), mean over images and channels of |DFT|^2 / (H*W) of the input.
+        selected: (H, W), the same of FreqSelect's output, or None where there is none.
+        kernel: (65, 65), mean over pairs of channels of the kernel's squared response, at dilation 1.
+        adapted: (65, 65), the same of the kernels that AdaKern makes for these images, or None where there is none.
+    """
+    name: str
+    shape: Tuple[int, int, int]
+    bands: Tuple[int, ...]
+    features: np.ndarray
+    selected: Optional[np.ndarray]
+    kernel: np.ndarray
+    adapted: Optional[np.ndarray]
+
+
+def frequencies(n: int, kernel: bool = False) -> np.ndarray:
+    """(n,) frequencies of an axis of a spectrum, in cycles per pixel."""
+    return np.linspace(-0.5, 0.5, n) if kernel else np.fft.fftshift(np.fft.fftfreq(n))
+
+
+def _feature_spectrum(x: Tensor) -> np.ndarray:
+    """(H, W) of a map (B, C, H, W)."""
+    x = x.to(accumulation_dtype(x.dtype))
+    power = torch.fft.fft2(x, norm='ortho').abs().square().mean(dim=(0, 1))
+    return torch.fft.fftshift(power).double().cpu().numpy()
+
+
+def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
+    """(65, 65) of kernels (..., k, k): the quadratic form of their taps' second moments, so none is transformed."""
+    k = kernels.shape[-1]
+    taps = kernels.reshape(-1, k * k).double().cpu()
+    moments = (taps.T @ taps / len(taps)).numpy()
+    f = frequencies(_KERNEL_POINTS, kernel=True)
+    axis = np.exp(-2j * np.pi * f[:, None] * np.arange(k))
+    waves = (axis[:, None, :, None] * axis[None, :, None, :]).reshape(len(f) ** 2, k * k)
+    return ((waves @ moments) * waves.conj()).sum(1).real.reshape(len(f), len(f)).clip(0)
+
+
+def _adapted_kernels(call: LayerCall) -> Tensor:
+    """(B, O, C/groups, k, k)."""
+    layer = call.layer
+    return Case(
+        call.selected, layer.weight.float(), call.selected[:, :1], None, None,
+        tuple(None if g is None else g.float() for g in call.gains),  # type: ignore[arg-type]  # of four, as Gains
+        (1, 1), (0, 0), layer.groups).sample_kernels()
+
+
+def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
+    """Run a model once, in eval mode and without gradients, for the spectra of its FADC layers.
+
+    Args:
+        model: Any model with FADConv2d layers; its training flags are restored afterwards.
+        x: (B, C, H, W) input on the model's device, already normalised.
+
+    Returns:
+        One entry per call of an FADConv2d, in the order they ran.
+
+    Raises:
+        ValueError: The model has no FADConv2d layer, or none of them ran.
+    """
+    out = []
+
+    def keep(call: LayerCall) -> None:
+        fs, c, h, w = call.layer.freq_select, *call.x.shape[1:]
+        out.append(LayerSpectra(
+            call.name, (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
+            None if fs is None else _feature_spectrum(call.selected), _kernel_spectrum(call.layer.weight),
+            None if call.layer.ada_kern is None else _kernel_spectrum(_adapted_kernels(call))))
+
+    run_watched(model, x, keep)
+    return out
+
+
+def first_of_stages(spectra: Sequence[LayerSpectra]) -> List[LayerSpectra]:
+    """The first layer of each stage: in most networks the strided one, which aliases most and has the largest input."""
+    return list({stage_name(s.name): s for s in reversed(spectra)}.values())[::-1]
+
+
+def _rings(power: np.ndarray, kernel: bool) -> np.ndarray:
+    """max(|u|, |v|) at each frequency of a spectrum (H, W)."""
+    u, v = (np.abs(frequencies(n, kernel)) for n in power.shape)
+    return np.maximum(u[:, None], v)
+
+
+def profile(power: np.ndarray, kernel: bool = False) -> Tuple[np.ndarray, np.ndarray]:
+    """Mean power on square rings: max(|u|, |v|) of each ring in cycles per pixel, and the power there.
+
+    Args:
+        power: (H, W) spectrum; rings are as wide as its shorter axis resolves.
+        kernel: Whether it is that of a kernel.
+    """
+    n = min(power.shape) - int(kernel)  # a kernel's axis has both -0.5 and 0.5
+    ring = np.minimum(np.round(_rings(power, kernel) * n), n // 2).astype(int).ravel()
+    count = np.bincount(ring)
+    used = np.flatnonzero(count)
+    return used / n, np.bincount(ring, power.ravel())[used] / count[used]
+
+
+def high_share(power: np.ndarray, kernel: bool = False) -> float:
+    """Share of the power at max(|u|, |v|) above 1/4 cycle a pixel, the zero frequency left out; NaN without power."""
+    ring = _rings(power, kernel)
+    rest = power[ring > 0].sum()
+    return float(power[ring > 0.25].sum() / rest) if rest > 0 else float('nan')
+
+
+def spectrum_table(spectra: Sequence[LayerSpectra]) -> str:
+    """A text table: per layer the share of the power above 1/4 cycle a pixel, before and after."""
+    rows = [['layer', 'input', 'features', 'after FreqSelect', 'kernel', 'after AdaKern']]
+    for s in spectra:
+        shares = [
+            '-' if power is None else f'{100 * high_share(power, kernel):.1f} %'
+            for power, kernel in ((s.features, False), (s.selected, False), (s.kernel, True), (s.adapted, True))]
+        rows.append([s.name, 'x'.join(map(str, s.shape)), *shares])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return '\n'.join(['share of the power above 1/4 cycle a pixel, the zero frequency left out:', *lines])
+
+
+def _log(power: np.ndarray, floor: float) -> np.ndarray:
+    return np.log10(np.maximum(power, floor))
+
+
+def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: str = '') -> 'Figure':
+    """Draw a column per layer: features before and after FreqSelect, kernels before and after AdaKern.
+
+    Maps are log10 of the power, before and after on one scale; below them the profiles over max(|u|, |v|).
+
+    Args:
+        spectra: From `collect_spectra`, one or more; three columns fill the width.
+        title: Headline; note: the line below it, e.g. where the weights come from.
+
+    Returns:
+        A matplotlib Figure with the Agg canvas, 1600 pixels wide (more from four layers on).
+
+    Raises:
+        ValueError: There are no spectra.
+    """
+    if not spectra:
+        raise ValueError('There are no spectra to draw.')
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # lengths in inches from the upper left corner
+    margin, left, gap, head, caption, labels = 0.3, 0.7, 0.3, 1.0, 0.62, 0.52
+    column = max(3.78, (12.5 - 2 * margin + gap) / len(spectra)) if len(spectra) > 3 else (11.9 + gap) / 3
+    side = (column - gap - left - 0.14) / 2
+    line_h, bar = 1.45, 0.62
+    block = caption + side + labels + bar + line_h + labels + 0.25
+    fig_w, fig_h = max(12.5, 2 * margin + len(spectra) * column - gap), head + 2 * block
+    fig = Figure((fig_w, fig_h), dpi=128, facecolor='white')
+    FigureCanvasAgg(fig)
+
+    def write(x: float, y: float, text: str, size: float, color: str = GREY, weight: str = 'normal') -> None:
+        fig.text(x / fig_w, 1 - y / fig_h, text, fontsize=size, color=color, weight=weight)
+
+    def axes(x: float, y: float, width: float, height: float, xlabel: str = '', ylabel: str = '') -> Any:
+        ax = fig.add_axes((x / fig_w, 1 - (y + height) / fig_h, width / fig_w, height / fig_h))
+        ax.set_xlabel(xlabel, fontsize=10, color=INK, labelpad=3)
+        ax.set_ylabel(ylabel, fontsize=10, color=INK, labelpad=4)
+        ax.tick_params(labelsize=9.5, colors=INK)
+        return ax
+
+    def draw(x: float, y: float, s: LayerSpectra, before: np.ndarray, after: Optional[np.ndarray],
+             names: Tuple[str, str], kernel: bool) -> None:
+        floor = before.max() * 1e-12 or 1e-12
+        maps = [_log(p, floor) for p in (before, after) if p is not None]
+        low, high = np.percentile(np.stack(maps), (0.5, 99.9))
+        middle = (low + high) / 2
+        low, high = min(low, middle - 0.05), max(high, middle + 0.05)  # a constant response has a scale too
+        edges = [(f[0] - (f[1] - f[0]) / 2 if len(f) > 1 else -0.5, f[-1] + (f[-1] - f[-2]) / 2 if len(f) > 1 else 0.5)
+                 for f in (frequencies(n, kernel) for n in before.shape)]
+        extent = (*edges[1], edges[0][1], edges[0][0])
+        mapped = None
+        for i, name in enumerate(names):
+            ax = axes(x + left + i * (side + 0.14), y, side, side, 'u, cycles per pixel',
+                      '' if i else 'v, cycles per pixel')
+            ax.set_title(name, fontsize=10.5, color=INK, pad=5)
+            ax.set(xlim=extent[:2], ylim=extent[2:], xticks=(-0.25, 0, 0.25), yticks=(-0.25, 0, 0.25))
+            ax.set_xticklabels(('−¼', '0', '¼'))
+            ax.set_yticklabels(('−¼', '0', '¼') if not i else ())
+            if i < len(maps):
+                mapped = ax.imshow(maps[i], cmap='magma', vmin=low, vmax=high, extent=extent, interpolation='nearest')
+            else:
+                ax.text(0, 0, 'switched off', ha='center', va='center', fontsize=10.5, color=GREY)
+        y += side + labels
+        ax = axes(x + left, y, 2 * side + 0.14, 0.11)
+        drawn = fig.colorbar(mapped, cax=ax, orientation='horizontal', ticks=MaxNLocator(5), extend='both')
+        drawn.set_label('log10 of the squared response' if kernel else 'log10 of the power', fontsize=10, color=INK)
+        drawn.ax.tick_params(labelsize=9.5, colors=INK)
+        drawn.outline.set_visible(False)
+        y += bar
+        ax = axes(x + left, y, 2 * side + 0.14, line_h, 'max(|u|, |v|), cycles per pixel',
+                  'squared response' if kernel else 'mean power')
+        for power, name, color, width in ((before, names[0], '#888888', 2.6), (after, names[1], '#c03a2b', 1.6)):
+            if power is not None:
+                ax.plot(*profile(power, kernel), label=name, color=color, linewidth=width)
+        if kernel:
+            ax.set_ylim(bottom=0)
+        else:
+            ax.set_yscale('log')
+            for j, f in enumerate(s.bands):
+                ax.axvline(0.5 / f, color='#bbbbbb', linewidth=0.9, linestyle='--', zorder=0,
+                           label='_' if j else 'edges of the bands')
+        ax.set_xlim(0, 0.5)
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.legend(fontsize=9, frameon=False, loc='best')
+
+    def share(before: np.ndarray, after: Optional[np.ndarray], kernel: bool) -> str:
+        values = [f'{100 * high_share(p, kernel):.0f} %' for p in (before, after) if p is not None]
+        return f'power above ¼: {" to ".join(values)}'
+
+    write(margin, 0.42, title, 15, INK, 'bold')
+    write(margin, 0.72, note, 10.5)
+    for i, s in enumerate(spectra):
+        x, y = margin + i * column, head
+        name = f'{s.name}: features'
+        write(x, y + 0.12, name, 11.5 * min(1., 9.5 * (column - gap) / len(name)), INK, 'bold')
+        write(x, y + 0.32, f'{s.shape[0]} channels, {s.shape[2]} × {s.shape[1]}; '
+              + share(s.features, s.selected, False), 9.5)
+        draw(x, y + caption, s, s.features, s.selected, ('input', 'after FreqSelect'), False)
+        y += block
+        name = f'{s.name}: kernels'
+        write(x, y + 0.12, name, 11.5 * min(1., 9.5 * (column - gap) / len(name)), INK, 'bold')
+        write(x, y + 0.32, f'at dilation 1; {share(s.kernel, s.adapted, True)}', 9.5)
+        draw(x, y + caption, s, s.kernel, s.adapted, ('weight', 'after AdaKern'), True)
+    return fig
