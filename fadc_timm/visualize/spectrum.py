@@ -206,7 +206,7 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
         edges = [(f[0] - (f[1] - f[0]) / 2 if len(f) > 1 else -0.5, f[-1] + (f[-1] - f[-2]) / 2 if len(f) > 1 else 0.5)
                  for f in (frequencies(n, kernel) for n in before.shape)]
         extent = (*edges[1], edges[0][1], edges[0][0])
-        mapped = None
+        mapped: Any = None
         for i, name in enumerate(names):
             ax = axes(x + left + i * (side + 0.14), y, side, side, 'u, cycles per pixel',
                       '' if i else 'v, cycles per pixel')

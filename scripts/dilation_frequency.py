@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Does AdaDR do what the paper says: small dilations where the features have high frequencies, large ones elsewhere?
+
+    python scripts/dilation_frequency.py                               # the default model, held-out Blue Marble tiles
+    python scripts/dilation_frequency.py --images PHOTOS --size 576    # its maps of photographs
+    python scripts/dilation_frequency.py --model resnet50_fadc --checkpoint tuned.safetensors --images FOLDER
+
+For each FADC layer: Spearman's rank correlation between the dilation and the local high-frequency power
+(fadc_timm.losses.high_frequency_power) over the positions of an image, then the mean over images with a bootstrap
+interval over images. The paper's objective wants it negative. Rows of the table:
+
+* state `trained`: the weights that were asked for; `initial`: the same model as timm.create_model builds it, where the
+  dilation is constant and the correlation undefined; `random`: the trained model's features under an AdaDR with random
+  weights, which is what any readout of these features would show: mean, and the 2.5 and 97.5 percentiles, of --draws.
+* features `selected`: the power of what AdaDR reads and the layer samples, FreqSelect's output, as in the loss;
+  `input`: that of the layer's input.
+* `inner`: without the positions at the border, where AdaDR sees the padding.
+"""
+import argparse
+import copy
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+import torch
+from bluemarble import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+import fadc_timm  # noqa: F401  registers the models
+from fadc_timm.hub.convert import convert, read_checkpoint
+from fadc_timm.layers.watch import LayerCall, watch_layers
+from fadc_timm.losses import high_frequency_power, power_at_outputs
+from fadc_timm.visualize import save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / 'results' / 'dilation_frequency.csv'
+FEATURES = ('selected', 'input')
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'}
+FIELDS = ['model', 'images', 'layer', 'map', 'state', 'features', 'images_defined', 'rho', 'low', 'high', 'inner_rho',
+          'inner_low', 'inner_high', 'dilation_min', 'dilation_mean', 'dilation_max']
+
+UNDEFINED = (math.nan, math.nan, math.nan)
+
+
+class Maps(NamedTuple):
+    """Of one layer and image: dilation (G, H', W'), powers (G, H', W') by FEATURES, and dilations of random AdaDRs."""
+    dilation: np.ndarray
+    powers: Dict[str, np.ndarray]
+    random: List[np.ndarray]
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the last axis, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(values.shape)]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps (G, H, W), the mean over G; NaN where one is constant in every group."""
+    out = []
+    for x, y in zip(a.reshape(len(a), -1), b.reshape(len(b), -1)):
+        if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            out.append(float(np.corrcoef(ranks(x), ranks(y))[0, 1]))
+    return float(np.mean(out)) if out else float('nan')
+
+
+def inner(values: np.ndarray) -> np.ndarray:
+    return values[:, 1:-1, 1:-1]
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Tuple[float, float, float]:
+    """Mean of the values that are defined, and the 95 % percentile interval of the mean over resampled images."""
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return UNDEFINED
+    picks = np.random.default_rng(seed).integers(len(defined), size=(resamples, len(defined)))
+    low, high = np.percentile(defined[picks].mean(1), (2.5, 97.5))
+    return float(defined.mean()), float(low), float(high)
+
+
+@torch.no_grad()
+def random_readouts(call: LayerCall, draws: int) -> List[Tensor]:
+    """Dilations (B, G, H', W') of the call's AdaDR with random weights of the same scale, the bias as at the start."""
+    layer = call.layer
+    pad = layer.inner_padding if layer.pads_itself else 0
+    x = nn.functional.pad(call.selected, [pad] * 4, mode='replicate')
+    module = copy.deepcopy(layer.ada_dr)
+    assert module is not None
+    module.reset_parameters()
+    weight, out = module.conv.weight, []
+    for seed in range(draws):
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+        weight.div_(weight[0].numel() ** 0.5)
+        out.append(module(x)[0])
+    return out
+
+
+@torch.no_grad()
+def maps_of(model: nn.Module, x: Tensor, draws: int = 0) -> Dict[str, Maps]:
+    """The maps of each layer with AdaDR for an image (1, 3, H, W)."""
+    out: Dict[str, Maps] = {}
+
+    def keep(call: LayerCall) -> None:
+        if call.dilation is None:
+            return
+        groups, height, width = call.dilation.shape[1:]
+        powers = {
+            name: power_at_outputs(high_frequency_power(features, groups=groups), call.layer, height, width)
+            for name, features in (('selected', call.selected), ('input', call.x))}
+        out[call.name] = Maps(
+            call.dilation[0].numpy(), {name: p[0].numpy() for name, p in powers.items()},
+            [d[0].numpy() for d in random_readouts(call, draws)])
+
+    with watch_layers(model, keep):
+        model(x)
+    return out
+
+
+def columns(defined: int, *estimates: Tuple[float, float, float]) -> Dict[str, str]:
+    """A row's columns of estimates (rho, low, high) over all positions, and over the inner ones."""
+    out = {'images_defined': str(defined)}
+    for prefix, values in zip(('', 'inner_'), estimates):
+        out.update({f'{prefix}{key}': 'undefined' if np.isnan(v) else f'{v:.3f}'
+                    for key, v in zip(('rho', 'low', 'high'), values)})
+    return out
+
+
+def correlate(pairs: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(images, 2): correlations over all positions, and over the inner ones."""
+    return np.array([(spearman(a, b), spearman(inner(a), inner(b))) for a, b in pairs])
+
+
+def over_draws(correlations: np.ndarray) -> Tuple[float, float, float]:
+    """Of random readouts (draws, images): mean and 95 % range of the means over images."""
+    # a draw whose relu is nowhere positive gives constant maps, which have no correlation
+    means = [np.mean(d[~np.isnan(d)]) for d in correlations if not np.isnan(d).all()]
+    if not means:
+        return UNDEFINED
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(np.mean(means)), float(low), float(high)
+
+
+def measure(states: Dict[str, nn.Module], images: Iterable[Tensor], draws: int,
+            resamples: int) -> Tuple[List[Dict[str, str]], Dict[str, List[Maps]]]:
+    """The rows of the table, and the trained model's maps by layer.
+
+    Args:
+        states: Models in eval mode by state; 'trained' has the random readouts beside it.
+        images: Inputs (1, 3, H, W).
+        draws: Number of random readouts.
+        resamples: Of the bootstrap.
+    """
+    found: Dict[str, Dict[str, List[Maps]]] = {state: {} for state in states}
+    for x in images:
+        for state, model in states.items():
+            for layer, maps in maps_of(model, x, draws if state == 'trained' else 0).items():
+                found[state].setdefault(layer, []).append(maps)
+    rows = []
+    for layer in found['trained']:
+        for state, by_layer in found.items():
+            all_maps = by_layer[layer]
+            dilations = np.concatenate([m.dilation.ravel() for m in all_maps])
+            described = {f'dilation_{k}': f'{v:.3f}' for k, v in (
+                ('min', dilations.min()), ('mean', dilations.mean()), ('max', dilations.max()))}
+            head = {'layer': layer, 'map': 'x'.join(map(str, all_maps[0].dilation.shape[1:])), 'state': state}
+            for name in FEATURES:
+                c = correlate([(m.dilation, m.powers[name]) for m in all_maps])
+                rows.append({**head, 'features': name, **described, **columns(
+                    int((~np.isnan(c[:, 0])).sum()), bootstrap(c[:, 0], resamples), bootstrap(c[:, 1], resamples))})
+        if draws:
+            of_images = found['trained'][layer]
+            c = np.stack([correlate([(m.random[i], m.powers['selected']) for m in of_images]) for i in range(draws)])
+            rows.append({**head, 'state': 'random', 'features': 'selected', **columns(
+                int((~np.isnan(c[..., 0])).any(0).sum()), over_draws(c[..., 0]), over_draws(c[..., 1]))})
+    return rows, found['trained']
+
+
+def draw(maps: Dict[str, List[Maps]], rows: Sequence[Dict[str, str]], title: str, bins: int = 10) -> 'Figure':
+    """A panel per layer: in each image the positions in tenths by power; their mean dilation, median over images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    across = min(3, len(maps))
+    lines = -(-len(maps) // across)
+    fig = Figure((12.5, 1.0 + 3.3 * lines), dpi=128, facecolor='white', layout='constrained')
+    FigureCanvasAgg(fig)
+    fig.suptitle(title, fontsize=13, fontweight='bold')
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]  # there is one
+    axes = fig.subplots(lines, across, squeeze=False).ravel()
+    for ax in axes[len(maps):]:
+        ax.set_axis_off()
+    for ax, (layer, of_images) in zip(axes, maps.items()):
+        curves = []
+        for m in of_images:
+            power, dilation = m.powers['selected'].ravel(), m.dilation.ravel()
+            n = min(bins, len(power))
+            curves.append([part.mean() for part in np.array_split(dilation[np.argsort(power, kind='stable')], n)])
+        low, middle, high = np.percentile(curves, (25, 50, 75), axis=0)
+        tenths = (np.arange(len(middle)) + 0.5) * 100 / len(middle)
+        ax.fill_between(tenths, low, high, color='#2b6ca3', alpha=0.22, linewidth=0, label='middle half of the images')
+        ax.plot(tenths, middle, color='#2b6ca3', marker='o', markersize=4, label='median image')
+        row = next(r for r in rows if (r['layer'], r['state'], r['features']) == (layer, 'trained', 'selected'))
+        rho = 'ρ undefined' if row['rho'] == 'undefined' else f'ρ = {row["rho"]} [{row["low"]}, {row["high"]}]'
+        ax.set_title(f'{layer}\n{rho}', fontsize=11)
+        ax.set_xlabel('rank of the high-frequency power, %', fontsize=10.5)
+        ax.set_ylabel('dilation, pixels', fontsize=10.5)
+        ax.set_xlim(0, 100)
+        ax.tick_params(labelsize=10)
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0].legend(fontsize=9.5, frameon=False)
+    return fig
+
+
+def image_files(paths: Sequence[Path]) -> List[Path]:
+    """The files, and the images of the folders, sorted."""
+    out: List[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f'There are no images in {path} (of {", ".join(sorted(SUFFIXES))}).')
+            out += inside
+        elif path.is_file():
+            out.append(path)
+        else:
+            raise FileNotFoundError(f'There is no image or folder {path}.')
+    return out
+
+
+def read_images(files: Sequence[Path], model: nn.Module, size: Optional[int]) -> Iterable[Tensor]:
+    """Whole images, the long side to `size` (default: that of the model's inputs), sides to a multiple of 32."""
+    config = resolve_data_config(model=model)
+    long_side = size or max(config['input_size'][1:])
+    for file in files:
+        with Image.open(file) as image:
+            pixels = image.convert('RGB')
+        width, height = (max(32, round(s * long_side / max(pixels.size) / 32) * 32) for s in pixels.size)
+        crop_args = {'input_size': (3, height, width), 'crop_pct': 1.0, 'crop_mode': 'center'}
+        transform = create_transform(**resolve_data_config(crop_args, model=model))
+        yield transform(pixels)[None]
+
+
+def tile_images(count: int, model: nn.Module, size: Optional[int], data: Path) -> Iterable[Tensor]:
+    """Held-out Blue Marble tiles, evenly from their list (which is sorted by place)."""
+    rgb, zones, _ = load_rasters(data)
+    _, tiles, _ = split_tiles(zones)
+    config = resolve_data_config(model=model)
+    image, size = Image.fromarray(rgb), size or config['input_size'][1]
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    for i in np.linspace(0, len(tiles) - 1, min(count, len(tiles))).round().astype(int):
+        pixels = np.asarray(crop(image, tiles.centres[i], TILE * CELL, size))
+        yield (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255 - mean) / std
+
+
+def trained_model(name: str, checkpoint: Optional[Path]) -> nn.Module:
+    """With the weights of a file, FADC or plain, or the pretrained ones of the name."""
+    if checkpoint is None:
+        return timm.create_model(name, pretrained=True).eval()
+    return convert(read_checkpoint(checkpoint), name).model.eval()
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='test_resnet_fadc', metavar='NAME', help='FADC model (%(default)s)')
+    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='trained weights; default: the pretrained ones')
+    parser.add_argument('--images', type=Path, nargs='+', metavar='PATH',
+                        help='images, or folders of images; default: held-out Blue Marble tiles')
+    parser.add_argument('--tiles', type=int, default=120, metavar='N', help='number of tiles (%(default)s)')
+    parser.add_argument('--data', type=Path, default=CACHE_DIR, help='cache folder of the Blue Marble')
+    parser.add_argument('--size', type=int, metavar='PX', help="long side of the input; default: the model's")
+    parser.add_argument('--draws', type=int, default=20, metavar='N', help='random readouts (%(default)s)')
+    parser.add_argument('--resamples', type=int, default=2000, metavar='N', help='of the bootstrap (%(default)s)')
+    parser.add_argument('--output', type=Path, default=RESULTS, metavar='CSV', help='%(default)s; the plot beside it')
+    args = parser.parse_args(argv)
+    for name, least in (('tiles', 2), ('draws', 0), ('resamples', 1), ('size', 32)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f'--{name} must be at least {least}, got {getattr(args, name)}')
+    try:
+        model = trained_model(args.model, args.checkpoint)
+        torch.manual_seed(0)
+        states = {'trained': model, 'initial': timm.create_model(args.model).eval()}
+        if args.images:
+            files = image_files(args.images)
+            images, what = read_images(files, model, args.size), f'{len(files)} images'
+        else:
+            images, what = tile_images(args.tiles, model, args.size, args.data), f'{args.tiles} Blue Marble tiles'
+        rows, maps = measure(states, images, args.draws, args.resamples)
+    except (OSError, RuntimeError, ValueError) as e:
+        print(f'dilation_frequency: {e}', file=sys.stderr)
+        return 2
+    source = f'{args.model} ({args.checkpoint.name})' if args.checkpoint else args.model
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_suffix('.tmp')
+    with partial.open('w', newline='') as file:
+        writer = csv.DictWriter(file, FIELDS, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows({'model': source, 'images': what, **row} for row in rows)
+    os.replace(partial, args.output)
+    fig = draw(maps, rows, f'{source}: dilation by high-frequency power, {what}')
+    plot = save(fig, args.output.with_suffix('.png'))
+    for row in rows:
+        interval = '' if row['rho'] == 'undefined' else f' [{row["low"]}, {row["high"]}]'
+        inside = '' if row['inner_rho'] == 'undefined' else f', without the border {row["inner_rho"]}'
+        print(f'{row["layer"]} {row["map"]} {row["state"]}, {row["features"]}: {row["rho"]}{interval}{inside}')
+    print(f'wrote {args.output} and {plot}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
