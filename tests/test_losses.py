@@ -311,6 +311,21 @@ def test_autocast():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_distributed_data_parallel():
+    """No parameter is left without a gradient, and the records are those of the module inside."""
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(timm.create_model(MODEL))
+        for _ in range(2):  # the second step fails where the first left a parameter unused
+            with record_dilations(model) as records:
+                logits = model(torch.randn(2, 3, 64, 64))
+            (logits.square().mean() + dilation_frequency_loss(records)).backward()
+        assert [r.name for r in records][0] == 'module.layer2.0.conv1'
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_recorder_refuses():
     with pytest.raises(ValueError, match='no FADConv2d'), record_dilations(timm.create_model('test_resnet')):
         pass
