@@ -21,7 +21,6 @@ Rows of the table:
 import argparse
 import copy
 import csv
-import math
 import os
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import timm
 import torch
+from _rank_correlation import bootstrap, over_draws, spearman
 from bluemarble import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -50,7 +50,6 @@ SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'}
 FIELDS = ['model', 'images', 'layer', 'map', 'state', 'features', 'images_defined', 'rho', 'low', 'high', 'inner_rho',
           'inner_low', 'inner_high', 'dilation_min', 'dilation_mean', 'dilation_max']
 
-UNDEFINED = (math.nan, math.nan, math.nan)
 
 
 class Maps(NamedTuple):
@@ -60,33 +59,8 @@ class Maps(NamedTuple):
     random: List[np.ndarray]
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(values.shape)]
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two maps (G, H, W), the mean over G; NaN where one is constant in every group."""
-    out = []
-    for x, y in zip(a.reshape(len(a), -1), b.reshape(len(b), -1)):
-        if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:
-            out.append(float(np.corrcoef(ranks(x), ranks(y))[0, 1]))
-    return float(np.mean(out)) if out else float('nan')
-
-
 def inner(values: np.ndarray) -> np.ndarray:
     return values[:, 1:-1, 1:-1]
-
-
-def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Tuple[float, float, float]:
-    """Mean of the values that are defined, and the 95 % percentile interval of the mean over resampled images."""
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return UNDEFINED
-    picks = np.random.default_rng(seed).integers(len(defined), size=(resamples, len(defined)))
-    low, high = np.percentile(defined[picks].mean(1), (2.5, 97.5))
-    return float(defined.mean()), float(low), float(high)
 
 
 @torch.no_grad()
@@ -139,16 +113,6 @@ def columns(defined: int, *estimates: Tuple[float, float, float]) -> Dict[str, s
 def correlate(pairs: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """(images, 2): correlations over all positions, and over the inner ones."""
     return np.array([(spearman(a, b), spearman(inner(a), inner(b))) for a, b in pairs])
-
-
-def over_draws(correlations: np.ndarray) -> Tuple[float, float, float]:
-    """Of random readouts (draws, images): mean and 95 % range of the means over images."""
-    # a draw whose relu is nowhere positive gives constant maps, which have no correlation
-    means = [np.mean(d[~np.isnan(d)]) for d in correlations if not np.isnan(d).all()]
-    if not means:
-        return UNDEFINED
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(np.mean(means)), float(low), float(high)
 
 
 def measure(states: Dict[str, nn.Module], images: Iterable[Tensor], draws: int,

@@ -1,6 +1,5 @@
 """scripts/dilation_frequency.py: rank correlation, its interval, and what is undefined."""
 import csv
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -16,58 +15,49 @@ import fadc_timm
 from fadc_timm.layers import FADConv2d
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
 
+sys.path.insert(0, str(Path(fadc_timm.__file__).parents[1] / 'scripts'))
+import dilation_frequency
+from _rank_correlation import bootstrap, ranks, spearman
+
 pytestmark = pytest.mark.usefixtures('one_thread')
-SCRIPTS = Path(fadc_timm.__file__).parents[1] / 'scripts'
 MODEL = 'test_resnet_fadc'
 
 
-@pytest.fixture(scope='module')
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location('dilation_frequency', SCRIPTS / 'dilation_frequency.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
-
-
-def test_ranks(script):
-    np.testing.assert_array_equal(script.ranks(np.array([3., 1, 3, 2])), [3.5, 1, 3.5, 2])
+def test_ranks():
+    np.testing.assert_array_equal(ranks(np.array([3., 1, 3, 2])), [3.5, 1, 3.5, 2])
     values = np.random.default_rng(0).permutation(50)
-    np.testing.assert_array_equal(script.ranks(values), values + 1)
+    np.testing.assert_array_equal(ranks(values), values + 1)
 
 
-def test_spearman(script):
+def test_spearman():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(1, 5, 6))
-    assert script.spearman(a, np.exp(a)) == pytest.approx(1)
-    assert script.spearman(a, -a ** 3) == pytest.approx(-1)
+    assert spearman(a, np.exp(a)) == pytest.approx(1)
+    assert spearman(a, -a ** 3) == pytest.approx(-1)
     # without ties the textbook's 1 - 6 sum d^2 / (n^3 - n)
     b = rng.normal(size=(1, 5, 6))
     d = a.ravel().argsort().argsort() - b.ravel().argsort().argsort()
-    assert script.spearman(a, b) == pytest.approx(1 - 6 * (d ** 2).sum() / (30 ** 3 - 30))
+    assert spearman(a, b) == pytest.approx(1 - 6 * (d ** 2).sum() / (30 ** 3 - 30))
     two = np.concatenate([a, a])
-    assert script.spearman(two, np.concatenate([a, -a])) == pytest.approx(0)
+    assert spearman(two, np.concatenate([a, -a])) == pytest.approx(0)
     # a constant map has no correlation, which is not a correlation of zero
-    assert math.isnan(script.spearman(a * 0 + 1, a)) and math.isnan(script.spearman(a, a * 0))
-    assert math.isnan(script.spearman(a[:, :1, :1], a[:, :1, :1])) and math.isnan(script.spearman(*[a[:, :0]] * 2))
-    assert script.spearman(two, np.concatenate([a, a * 0])) == pytest.approx(1)
+    assert math.isnan(spearman(a * 0 + 1, a)) and math.isnan(spearman(a, a * 0))
+    assert math.isnan(spearman(a[:, :1, :1], a[:, :1, :1])) and math.isnan(spearman(*[a[:, :0]] * 2))
+    assert spearman(two, np.concatenate([a, a * 0])) == pytest.approx(1)
 
 
-def test_bootstrap(script):
+def test_bootstrap():
     values = np.random.default_rng(1).normal(0.3, 0.2, 100)
-    mean, low, high = script.bootstrap(np.append(values, np.nan), 2000)
+    mean, low, high = bootstrap(np.append(values, np.nan), 2000)
     assert mean == pytest.approx(values.mean())
     error = values.std() / 10
     assert low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
-    assert all(math.isnan(v) for v in script.bootstrap(np.array([np.nan]), 10))
+    assert all(math.isnan(v) for v in bootstrap(np.array([np.nan]), 10))
 
 
 @pytest.mark.parametrize('sign', [1, -1])
-def test_sign_and_the_loss_agree(script, sign):
+def test_sign_and_the_loss_agree(sign):
     """Training by the objective makes the correlation negative, against it positive; before, it is undefined."""
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(1, 3, 24, 32)).astype(np.float32)
@@ -84,7 +74,7 @@ def test_sign_and_the_loss_agree(script, sign):
         optimizer.step()
     with torch.no_grad(), record_dilations(model) as records:
         model(x)
-    rows, maps = script.measure({'trained': model, 'initial': initial}, [x, x.flip(3)], 2, 50)
+    rows, maps = dilation_frequency.measure({'trained': model, 'initial': initial}, [x, x.flip(3)], 2, 50)
     table = {(r['state'], r['features']): r for r in rows}
     assert set(table) == {
         ('random', 'selected'), *((s, f) for s in ('trained', 'initial') for f in ('selected', 'input'))}
@@ -93,7 +83,7 @@ def test_sign_and_the_loss_agree(script, sign):
     before = table['initial', 'selected']
     assert before['rho'] == before['low'] == before['inner_rho'] == 'undefined' and before['images_defined'] == '0'
     assert before['dilation_min'] == before['dilation_max'] == '2.000'
-    expected = np.mean([script.spearman(m.dilation, m.powers['selected']) for m in maps['0']])
+    expected = np.mean([spearman(m.dilation, m.powers['selected']) for m in maps['0']])
     assert float(table['trained', 'selected']['rho']) == pytest.approx(expected, abs=6e-4)
     assert sign * float(table['trained', 'selected']['high']) < -0.2 or sign < 0
     assert sign * float(table['trained', 'selected']['low']) < -0.2 or sign > 0
@@ -101,7 +91,7 @@ def test_sign_and_the_loss_agree(script, sign):
     assert table['random', 'selected']['images_defined'] == '2'
 
 
-def test_command(script, tmp_path, capsys):
+def test_command(tmp_path, capsys):
     photos = tmp_path / 'photos'
     photos.mkdir()
     for i, size in enumerate(((100, 60), (64, 96))):
@@ -111,7 +101,7 @@ def test_command(script, tmp_path, capsys):
     (photos / 'notes.txt').write_text('no image')
     out = tmp_path / 'results' / 'a.csv'
     args = ['--images', str(photos), '--size', '96', '--draws', '2', '--resamples', '20', '--output', str(out)]
-    assert script.main(args) == 0
+    assert dilation_frequency.main(args) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert sorted(p.name for p in out.parent.iterdir()) == ['a.csv', 'a.png'] and len(rows) == 5 * 5
@@ -126,27 +116,27 @@ def test_command(script, tmp_path, capsys):
 
     # a checkpoint that is the model at its start: undefined throughout
     save_file(timm.create_model(MODEL).state_dict(), tmp_path / 'start.safetensors')
-    assert script.main([*args, '--draws', '0', '--checkpoint', str(tmp_path / 'start.safetensors')]) == 0
+    assert dilation_frequency.main([*args, '--draws', '0', '--checkpoint', str(tmp_path / 'start.safetensors')]) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert {r['rho'] for r in rows} == {'undefined'} and {r['model'] for r in rows} == {f'{MODEL} (start.safetensors)'}
 
 
-def test_command_refuses(script, tmp_path, capsys):
+def test_command_refuses(tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'cut.safetensors').write_bytes(b'\0' * 50)
     for args, message in (
             (['--images', str(tmp_path / 'nothing')], 'There is no image or folder'),
             (['--images', str(tmp_path / 'empty')], 'There are no images in'),
             (['--checkpoint', str(tmp_path / 'cut.safetensors')], 'cannot be read as weights: it is cut off')):
-        assert script.main([*args, '--output', str(tmp_path / 'a.csv')]) == 2
+        assert dilation_frequency.main([*args, '--output', str(tmp_path / 'a.csv')]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.main(['--tiles', '1'])
+        dilation_frequency.main(['--tiles', '1'])
     assert not (tmp_path / 'a.csv').exists()
 
 
-def test_tiles_are_held_out(script, monkeypatch):
+def test_tiles_are_held_out(monkeypatch):
     """Tiles of 80 pixels, whatever the input's size, normalised as the model wants it."""
     rgb = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
 
@@ -156,12 +146,12 @@ def test_tiles_are_held_out(script, monkeypatch):
         def __len__(self):
             return 3
 
-    monkeypatch.setattr(script, 'load_rasters', lambda data: (rgb, None, None))
-    monkeypatch.setattr(script, 'split_tiles', lambda zones: (None, Tiles(), None))
+    monkeypatch.setattr(dilation_frequency, 'load_rasters', lambda data: (rgb, None, None))
+    monkeypatch.setattr(dilation_frequency, 'split_tiles', lambda zones: (None, Tiles(), None))
     model = timm.create_model(MODEL)
-    tiles = list(script.tile_images(2, model, 80, Path('x')))
+    tiles = list(dilation_frequency.tile_images(2, model, 80, Path('x')))
     assert [t.shape for t in tiles] == [(1, 3, 80, 80)] * 2
     for tile, (y, x) in zip(tiles, ((50, 60), (120, 200))):
         expected = torch.from_numpy(rgb[y - 40:y + 40, x - 40:x + 40].copy()).permute(2, 0, 1)[None] / 255
         torch.testing.assert_close(tile, (expected - 0.5) / 0.5, atol=1e-6, rtol=0)
-    assert next(iter(script.tile_images(2, model, None, Path('x')))).shape == (1, 3, 160, 160)
+    assert next(iter(dilation_frequency.tile_images(2, model, None, Path('x')))).shape == (1, 3, 160, 160)
