@@ -9,7 +9,7 @@ import random
 import sys
 import zlib
 from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -286,9 +286,15 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return difference.nan_to_num(nan=float('inf')).item()
 
 
-def is_conditioned(t: Tensor) -> bool:
-    """Not of so few numbers that all of them may have cancelled to anything, where a relative error says nothing."""
-    return t.numel() >= 8
+def conditioned(actual: Dict[str, Tensor], inputs: Dict[str, Tensor]) -> List[str]:
+    """The names of those results of random cases of which a relative error says something.
+
+    Not of so few numbers that all of them may have cancelled to anything. Nor are the gradients of the low gains where
+    the kernels' means have: those multiply them, and are rounded relative to the taps.
+    """
+    kernels = inputs['weight'].detach().double().flatten(2)
+    cancelled = kernels.abs().mean(2).norm() > 25 * kernels.mean(2).norm()  # one of random_case's first 300
+    return [name for name, t in actual.items() if t.numel() >= 8 and not (cancelled and name.startswith('low_'))]
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:
@@ -306,9 +312,10 @@ def main(samples: int = 0) -> None:
             for backend in list_backends():
                 if backend == 'reference' or why_not(case, inputs, backend):
                     continue
-                for name, t in results(case, inputs, backend).items():
+                actual = results(case, inputs, backend)
+                for name in conditioned(actual, inputs) if samples else actual:
                     key = 'gain' if name in GAINS else name, backend
-                    e = error(t, expected[name]) if not samples or is_conditioned(t) else 0.
+                    e = error(actual[name], expected[name])
                     largest[key] = max(largest.get(key, (0., '')), (e, case.name))
         for name in TOLERANCES[dtype]:
             figures = (f'{backend} {e:.1e} {of}' for (of_name, backend), (e, of) in largest.items() if of_name == name)
