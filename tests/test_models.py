@@ -443,6 +443,18 @@ def test_features(base, feature_cls):
             assert f.shape[1:] == (channels, 64 // reduction, 64 // reduction)
 
 
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_symbolic_trace(base):
+    """torch.fx without timm's tracer: FADC's layers are leaves of themselves."""
+    model = create_fadc(f'{base}_fadc')
+    traced = torch.fx.symbolic_trace(model)
+    leaves = {node.target for node in traced.graph.nodes if node.op == 'call_module'}
+    assert {*fad_convs(model)} <= leaves and not any('.ada_dr' in name for name in leaves)
+    for x in (photos(), photos(96)[:2]):
+        assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.parametrize('base', SMALL)
 @torch.no_grad()
 def test_intermediates(base):

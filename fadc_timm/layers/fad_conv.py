@@ -36,8 +36,9 @@ class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
 
     `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps`
-    of AdaDR. For timm's feature extractors it is a leaf of torch.fx.
+    of AdaDR. In graphs of torch.fx, of timm's feature extractors too, it is a leaf.
     """
+    qconfig = None  # torch.ao.quantization would swap what is inside of the leaf, and then drop its observers
 
     def __init__(
             self,
@@ -165,6 +166,10 @@ class FADConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) to (B, O, H', W'), of the size that the plain convolution gives."""
+        if not torch.jit.is_scripting():
+            tracer: Any = getattr(x, 'tracer', None)
+            if tracer is not None:  # a proxy of torch.fx, and what follows branches on sizes
+                return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if self.freq_select is not None:
