@@ -369,7 +369,7 @@ def test_quantization_aware_training(name):
     assert 0 < errors[0] < 2 * errors[1], errors
 
 
-@pytest.mark.sweep  # torchao's conversion takes minutes
+@pytest.mark.sweep  # torchao's conversion takes half a minute
 @models
 @pytest.mark.filterwarnings('ignore')
 @torch.no_grad()
