@@ -1,0 +1,102 @@
+"""Batches that are a function of the seed and the step: every variant, and every resumed run, sees the same ones."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+# what the random numbers are for
+_ORDER, _TRANSFORM, _STEP = 0, 1, 2
+
+
+def seed_of(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for torch's random numbers in a step of a run: of dropout, drop path."""
+    return int(np.random.SeedSequence([_STEP, seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Samples(Dataset):
+    """The n-th sample of a run: an image of the n-th place of its epoch's order, transformed with n's random numbers.
+
+    Args:
+        data: Pairs of an image and a mask.
+        transform: Takes an image, a mask and a numpy Generator.
+        seed: Of the run.
+    """
+
+    def __init__(self, data: Sequence[tuple[Any, Any]], transform: Callable[..., tuple[Any, Any]], seed: int) -> None:
+        if not len(data):
+            raise ValueError('There are no training images.')
+        self.data, self.transform, self.seed = data, transform, seed
+        self._epoch, self._order = -1, np.zeros(0, dtype=int)
+
+    def index(self, number: int) -> int:
+        """Which image sample `number` is; each epoch has all of them in an order of its own."""
+        epoch, place = divmod(number, len(self.data))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([_ORDER, self.seed, epoch]).permutation(len(self.data))
+            self._epoch = epoch
+        return int(self._order[place])
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([_TRANSFORM, self.seed, number])
+        image, mask = self.transform(*self.data[self.index(number)], rng)
+        return torch.as_tensor(image), torch.as_tensor(mask)
+
+
+def _numbers(first: int, steps: int, batch: int, rank: int, world: int) -> Iterator[list[int]]:
+    share = batch // world
+    for step in range(first, steps):
+        start = step * batch + rank * share
+        yield list(range(start, start + share))
+
+
+class _Steps:
+    """Sample numbers of each batch, as a batch sampler."""
+
+    def __init__(self, make: Callable[[], Iterator[list[int]]], length: int) -> None:
+        self.make, self.length = make, length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.make()
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def step_batches(
+        samples: Samples,
+        first: int,
+        steps: int,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of steps `first` to `steps - 1`.
+
+    Args:
+        samples: The samples of the run.
+        first: First step.
+        steps: Number of steps of the whole run.
+        batch: Batch size over all processes; process `rank` of `world` gets its share, in their order.
+        rank: Number of this process.
+        world: Number of processes, which divides the batch.
+        workers: Processes that load.
+        pin_memory: For a GPU.
+    """
+    if batch % world:
+        raise ValueError(f'The batch size {batch} is no multiple of the {world} processes.')
+    sampler = _Steps(partial(_numbers, first, steps, batch, rank, world), steps - first)
+    return DataLoader(
+        samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=_one_thread if workers else None,
+        persistent_workers=workers > 0, pin_memory=pin_memory)

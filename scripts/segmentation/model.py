@@ -1,0 +1,145 @@
+"""Decoders of segmentation_models_pytorch over timm's backbones and their FADC variants."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from .variants import apply_variant
+from .weights import load_backbone, read_init
+
+# Argument for the width of each decoder.
+_WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
+    **{name: lambda c: {'decoder_channels': c} for name in ('upernet', 'deeplabv3', 'deeplabv3plus', 'pan')},
+    **{name: lambda c: {'decoder_channels': tuple(max(c >> i, 4) for i in range(5))}
+       for name in ('unet', 'unetplusplus', 'manet')},
+    'fpn': lambda c: {'decoder_pyramid_channels': c, 'decoder_segmentation_channels': max(c // 2, 4)},
+    'segformer': lambda c: {'decoder_segmentation_channels': c},
+    'pspnet': lambda c: {'psp_out_channels': c},
+}
+_SETS_STRIDE = ('deeplabv3', 'deeplabv3plus', 'pan')  # decoders that have an argument of their own for it
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network for segmentation.
+
+    model: Maps (B, 3, H, W) to logits (B, classes, H, W), sides multiples of 32.
+    replaced: Convolutions of the backbone that its variant replaced, as named in the backbone.
+    loaded: What was loaded into the backbone, and from where, in words.
+    mean, std: Normalisation that the backbone expects, of images in [0, 1].
+    """
+    model: nn.Module
+    replaced: list[str]
+    loaded: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def import_smp() -> Any:
+    """segmentation_models_pytorch, or an error that says how to get it."""
+    try:
+        import segmentation_models_pytorch
+    except ImportError as e:
+        raise ImportError("Segmentation needs segmentation_models_pytorch: pip install -e '.[segmentation]'") from e
+    return segmentation_models_pytorch
+
+
+def split_name(backbone: str, variant: str) -> tuple[str, str]:
+    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`.
+
+    Raises:
+        ValueError: timm has no such backbone; or an FADC model is to become another variant.
+    """
+    base, _, tag = backbone.partition('.')
+    if tag:
+        raise ValueError(f'{backbone!r} names a tag of weights: give --backbone {base} --init {tag}')
+    if base.endswith('_fadc'):
+        if variant not in ('plain', 'fadc'):
+            raise ValueError(f'{backbone} is the variant fadc: give --backbone {base.removesuffix("_fadc")}')
+        base, variant = base.removesuffix('_fadc'), 'fadc'
+    if not timm.is_model(base):
+        close = ', '.join(timm.list_models(f'*{base}*')[:5])
+        raise ValueError(f'timm has no model {base!r}{f"; close to it are {close}" if close else ""}')
+    return base, variant
+
+
+def build(
+        backbone: str,
+        classes: int,
+        variant: str = 'plain',
+        decoder: str = 'upernet',
+        decoder_channels: int | None = None,
+        output_stride: int = 32,
+        init: str = '',
+        fadc: dict[str, Any] | None = None,
+        freq_select_stages: Sequence[int] = (2, 3, 4),
+        backbone_args: dict[str, Any] | None = None,
+        seed: int = 0,
+) -> Built:
+    """Build a network. Variants of one seed have the same weights in the backbone, and the same decoder, at the start.
+
+    Args:
+        backbone: timm's name, plain or `_fadc`.
+        classes: Number of classes.
+        variant: Variant of the backbone.
+        decoder: A decoder of segmentation_models_pytorch, in lower case.
+        decoder_channels: Its width, None for its own.
+        output_stride: Of the backbone, 32, 16 or 8.
+        init: Tag of timm's weights or `default`, path of a checkpoint, or nothing for random weights.
+        fadc: Options of FADConv2d beyond the variant's.
+        freq_select_stages: Stages with FreqSelect, where the variant has it.
+        backbone_args: More arguments of `timm.create_model`, as `drop_path_rate`.
+        seed: Of the random weights.
+
+    Raises:
+        ImportError: segmentation_models_pytorch is not installed.
+        ValueError: A name or value that there is not; the message names it.
+        RuntimeError: The checkpoint does not fit.
+    """
+    smp = import_smp()
+    base, variant = split_name(backbone, variant)
+    initial = read_init(base, init, variant, dict(fadc or {})) if init else None
+    kwargs: dict[str, Any] = dict(backbone_args or {})
+    if decoder_channels is not None:
+        if decoder not in _WIDTHS:
+            raise ValueError(f'decoder_channels is for {", ".join(sorted(_WIDTHS))}, not for {decoder!r}')
+        kwargs.update(_WIDTHS[decoder](decoder_channels))
+    if output_stride != 32:
+        kwargs['encoder_output_stride' if decoder in _SETS_STRIDE else 'output_stride'] = output_stride
+    torch.manual_seed(seed)
+    try:
+        model = smp.create_model(decoder, f'tu-{base}', encoder_weights=None, classes=classes, **kwargs)
+    except KeyError as e:
+        raise ValueError(str(e.args[0])) from e
+    net = model.encoder.model
+    loaded = ''
+    options = {**(initial.options if initial else {}), **(fadc or {})}
+    if initial and not initial.lifted:
+        loaded = load_backbone(net, initial)
+    replaced = apply_variant(net, variant, options, freq_select_stages)
+    if initial and initial.lifted:
+        loaded = load_backbone(net, initial)
+    data = resolve_data_config({}, model=net)
+    return Built(model, replaced, loaded, data['mean'], data['std'])
+
+
+class Auxiliary(nn.Sequential):
+    """FCN head on the feature map at stride 16, for an auxiliary loss in training, as UPerNet is trained with."""
+
+    def __init__(self, in_channels: int, channels: int, classes: int, dropout: float = 0.1) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Dropout2d(dropout), nn.Conv2d(channels, classes, 1))
+
+    @classmethod
+    def for_model(cls, model: nn.Module, channels: int, classes: int, seed: int) -> Auxiliary:
+        """The head for a model of `build`; its random weights depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(model.encoder.out_channels[-2], channels, classes)  # type: ignore[union-attr, index]

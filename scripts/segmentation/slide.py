@@ -1,0 +1,102 @@
+"""Slide inference and evaluation on a data set."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def windows(size: int, crop: int, stride: int) -> list[int]:
+    """Where windows of `crop` pixels begin on an axis of `size` pixels: the last one ends with it."""
+    count = max(math.ceil((size - crop) / stride), 0) + 1
+    return [max(min(i * stride, size - crop), 0) for i in range(count)]
+
+
+@torch.inference_mode()
+def slide(
+        model: nn.Module,
+        image: Tensor,
+        crop: int,
+        stride: int,
+        batch: int = 4,
+        autocast: Autocast = nullcontext,
+) -> Tensor:
+    """Logits of an image of any size, the mean over the windows that cover a pixel.
+
+    Args:
+        model: Maps (B, 3, crop, crop) to (B, N, crop, crop), in eval mode.
+        image: (3, H, W), normalised; a side below the crop is padded with zeros, which normalised is the mean.
+        crop: Side of the windows, in pixels.
+        stride: Distance of the windows, in pixels, at most the crop.
+        batch: Windows that the model gets at once.
+        autocast: Context of the model's calls.
+
+    Returns:
+        (N, H, W), float32.
+    """
+    if not 0 < stride <= crop:
+        raise ValueError(f'The stride of the windows must be from 1 to the crop of {crop}, got {stride}.')
+    h, w = image.shape[-2:]
+    x = F.pad(image, (0, max(crop - w, 0), 0, max(crop - h, 0)))
+    places = [(top, left) for top in windows(x.shape[1], crop, stride) for left in windows(x.shape[2], crop, stride)]
+    total, count = None, x.new_zeros(x.shape[1:])
+    for i in range(0, len(places), batch):
+        part = places[i:i + batch]
+        with autocast():
+            logits = model(torch.stack([x[:, t:t + crop, s:s + crop] for t, s in part])).float()
+        if total is None:
+            total = logits.new_zeros(logits.shape[1], *x.shape[1:])
+        for (t, s), one in zip(part, logits):
+            total[:, t:t + crop, s:s + crop] += one
+            count[t:t + crop, s:s + crop] += 1
+    assert total is not None
+    return (total / count)[:, :h, :w]
+
+
+@torch.inference_mode()
+def predict(
+        model: nn.Module,
+        image: Tensor,
+        crop: int,
+        stride: int,
+        batch: int = 4,
+        short_side: int = 0,
+        autocast: Autocast = nullcontext,
+) -> Tensor:
+    """Labels (H, W) of a normalised image (3, H, W); it is resized before, if its `short_side` in pixels is given."""
+    h, w = image.shape[-2:]
+    if short_side:
+        scale = short_side / min(h, w)
+        size = round(h * scale), round(w * scale)
+        image = F.interpolate(image[None], size, mode='bilinear', align_corners=False, antialias=scale < 1)[0]
+    logits = slide(model, image, crop, stride, batch, autocast)
+    if logits.shape[-2:] != (h, w):
+        logits = F.interpolate(logits[None], (h, w), mode='bilinear', align_corners=False)[0]
+    return logits.argmax(0)
+
+
+def predictions(
+        model: nn.Module,
+        split: Sequence[tuple[Any, Any]],
+        transform: Callable[..., tuple[Any, Any]],
+        device: torch.device,
+        indices: Sequence[int],
+        **kwargs: Any,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index, predicted labels, mask), both (H, W) int64 on the CPU, of images of a split. kwargs are predict's."""
+    training = model.training
+    model.eval()
+    try:
+        for i in indices:
+            image, mask = transform(*split[i])
+            labels = predict(model, torch.as_tensor(image).to(device), **kwargs)
+            yield i, labels.cpu(), torch.as_tensor(mask).long()
+    finally:
+        model.train(training)

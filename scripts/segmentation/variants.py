@@ -1,0 +1,99 @@
+"""The backbones that are compared: a plain one, FADC piece by piece, and the same effort spent otherwise.
+
+All of them are made in place from the plain backbone, and replace or change the same convolutions.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fadc_timm import lift_model
+from fadc_timm.models.derive import fadc_keys
+from fadc_timm.models.lift import DEFAULT_STAGES
+
+from .deform import DeformConv2d
+
+# options of FADConv2d by variant
+FADC_VARIANTS: dict[str, dict[str, Any]] = {
+    'adadr': {'kernel_decompose': 'none', 'freq_select': False},
+    'adadr_adakern': {'freq_select': False},
+    'fadc': {},
+}
+VARIANTS = ('plain', *FADC_VARIANTS, 'dcnv2', 'dilation2')
+_BARE = {'ada_dr': False, 'kernel_decompose': 'none', 'freq_select': False}
+
+
+def stage_names(net: nn.Module) -> list[tuple[bool, ...] | tuple[str, ...]]:
+    """How `lift_model` is told each of the stages 2 to 4, those of them that the network has."""
+    info = net.feature_info
+    features = [f for f in info.get_dicts() if f['reduction'] >= 4]  # type: ignore[union-attr, operator]
+    n = len(DEFAULT_STAGES)
+    if len(features) == n and len(info.out_indices) >= n:  # type: ignore[arg-type, union-attr]
+        return [tuple(i == stage for i in range(n)) for stage in range(n) if DEFAULT_STAGES[stage]]
+    # a backbone that was cut off, as some decoders want it
+    names = [name.replace('.', '_') if not hasattr(net, name) else name
+             for name, r in zip(info.module_name(), info.reduction()) if r >= 4]  # type: ignore[union-attr, operator]
+    return [(name,) for name in names[1:]]
+
+
+def apply_variant(
+        net: nn.Module,
+        variant: str,
+        fadc: dict[str, Any] | None = None,
+        freq_select_stages: Sequence[int] = (2, 3, 4),
+) -> list[str]:
+    """Turn a plain backbone into a variant, in place.
+
+    Args:
+        net: Backbone of timm, with `feature_info`.
+        variant: One of `VARIANTS`.
+        fadc: More options of FADConv2d, for the variants of FADC.
+        freq_select_stages: Stages, of 2 to 4, in which the variant `fadc` has FreqSelect.
+
+    Returns:
+        Names of the convolutions that are others now.
+
+    Raises:
+        ValueError: There is no such variant, an option is given to a variant without FADC, there is nothing to replace.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f'There is no variant {variant!r}: the variants are {", ".join(VARIANTS)}.')
+    if variant not in FADC_VARIANTS and fadc:
+        raise ValueError(f'The variant {variant!r} has no FADC, which the options {", ".join(fadc)} are for.')
+    if set(freq_select_stages) - {2, 3, 4}:
+        raise ValueError(f'freq_select_stages must be among 2, 3 and 4, got {list(freq_select_stages)}.')
+    if variant == 'plain':
+        return []
+    stages = stage_names(net)
+    if variant in FADC_VARIANTS:
+        options = {**FADC_VARIANTS[variant], **(fadc or {})}
+        names: list[str] = []
+        for number, stage in enumerate(stages, start=2):
+            without = {} if number in freq_select_stages else {'freq_select': False}
+            names += lift_model(net, stage, **options, **without).replaced
+    else:
+        trial = copy.deepcopy(net)
+        names = [name for stage in stages for name in lift_model(trial, stage, **_BARE).replaced]
+        for name in names:
+            conv = net.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            parent, _, child = name.rpartition('.')
+            if variant == 'dcnv2':
+                setattr(net.get_submodule(parent), child, DeformConv2d.from_conv(conv))
+            else:
+                conv.dilation = tuple(2 * d for d in conv.dilation)  # type: ignore[assignment]
+                # keeps the size, k // 2 pixels more for each pixel of dilation more
+                conv.padding = tuple(  # type: ignore[assignment]
+                    p + k // 2 * d // 2 for p, k, d in zip(conv.padding, conv.kernel_size, conv.dilation))
+    if not names:
+        raise ValueError(f'{type(net).__name__} has no convolutions in its stages 2 to 4 that {variant!r} replaces.')
+    return names
+
+
+def added_keys(model: nn.Module) -> list[str]:
+    """Names in the state dict of what a variant added to the plain network."""
+    deformed = [name for name, m in model.named_modules() if isinstance(m, DeformConv2d)]
+    return fadc_keys(model) + [f'{name}.offset.{p}' for name in deformed for p in ('weight', 'bias')]
