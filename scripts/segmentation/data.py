@@ -1,0 +1,38 @@
+"""The data sets that can be trained on, by name."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import bluemarble, layouts
+from .pairs import IGNORE, DataError, SegmentationData, Split
+
+__all__ = ['DATA_SETS', 'IGNORE', 'DataError', 'SegmentationData', 'Split', 'open_data']
+
+_LAYOUTS: dict[str, Callable[[Path], SegmentationData]] = {
+    'ade20k': layouts.ade20k, 'cityscapes': layouts.cityscapes, 'folder': layouts.folder}
+DATA_SETS = ('bluemarble', *_LAYOUTS)
+
+
+def open_data(name: str, root: str | Path | None = None) -> SegmentationData:
+    """Opens a data set: what is there is checked now, what is in a file when it is read.
+
+    Args:
+        name: One of `DATA_SETS`; the layouts are described in ``layouts.py``.
+        root: Folder of the data set. For 'bluemarble' the cache folder, None for ~/.cache/fadc_timm.
+
+    Raises:
+        DataError: If the name is unknown, the folder is missing or not in its layout. Reading a pair raises it for a
+            file that cannot be read, a mask with colours, of another size than its image or with a wrong label.
+        RuntimeError: If Blue Marble's sources cannot be downloaded.
+    """
+    if name == 'bluemarble':
+        return bluemarble.load(root)
+    if name not in _LAYOUTS:
+        raise DataError(f'no data set {name!r}; there are {", ".join(DATA_SETS)}')
+    if root is None:
+        raise DataError(f'{name}: its folder is not given')
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f'{root}: no such folder; wanted is that of {name}')
+    return _LAYOUTS[name](root)
