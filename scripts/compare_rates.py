@@ -22,12 +22,11 @@ import timm
 import torch
 from bluemarble import CACHE_DIR, CLASS_NAMES, load_rasters, split_tiles
 from PIL import Image
-from timm.optim import param_groups_weight_decay
+from segmentation.optimizer import rate_groups
 from torch import Tensor, nn
 from train_default import dilation_stats, evaluate, test_set, train
 
 import fadc_timm
-from fadc_timm.models.derive import fadc_keys
 
 RESULTS = Path(__file__).parent / 'results' / 'fadc_rates.csv'
 MODEL, BASE = 'test_resnet_fadc', 'test_resnet'
@@ -37,18 +36,6 @@ def lifted(base: Path) -> nn.Module:
     """The FADC model with the weights of a trained base."""
     overlay = {'file': str(base), 'num_classes': len(CLASS_NAMES)}
     return timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASS_NAMES))
-
-
-def rate_groups(model: nn.Module, multiplier: float, weight_decay: float) -> list[dict]:
-    """timm's groups by weight decay, each split in the parameters that FADC adds and the others."""
-    keys = set(fadc_keys(model))
-    added = {id(p) for name, p in model.named_parameters() if name in keys}
-    groups = []
-    for group in param_groups_weight_decay(model, weight_decay):
-        for is_added in (False, True):
-            params = [p for p in group['params'] if (id(p) in added) is is_added]
-            groups.append({**group, 'params': params, 'lr_scale': multiplier if is_added else 1.0})
-    return groups
 
 
 def describe(model: nn.Module, x: Tensor) -> dict[str, str]:

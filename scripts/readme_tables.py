@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Dict, List
 
+import _segmentation_tables
 import _speed_tables
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
@@ -59,7 +60,7 @@ def works_with() -> str:
 
 TABLES: Dict[str, Callable[[], str]] = {
     'speed': _speed_tables.speed, 'operator': _speed_tables.operator, 'zoo': zoo,
-    'works_with': works_with}
+    'works_with': works_with, 'segmentation': _segmentation_tables.segmentation}
 
 
 def main() -> int:

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from segmentation.batches import Samples
-from segmentation.checkpoint import Log, write_atomically
-from segmentation.data import open_data
+from segmentation.checkpoint import Log
+from segmentation.data import DATA_SETS, open_data
 from segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
 from segmentation.evaluation import evaluate
+from segmentation.files import write_atomically
+from segmentation.metrics import table
 from segmentation.model import Auxiliary, Built, build
 from segmentation.transforms import EvalTransform, TrainTransform
 from segmentation.variants import VARIANTS, added_keys
@@ -44,7 +46,7 @@ SIGHT = ('data', 'crop', 'scale', 'cat_max_ratio', 'flip', 'photometric', 'chann
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('data').add_argument
-    add('--data', default='bluemarble', help='bluemarble, ade20k, cityscapes or folder (default: bluemarble)')
+    add('--data', default='bluemarble', choices=DATA_SETS)
     add('--root', type=Path, help='folder of the data set (bluemarble: the cache folder, which has a default)')
     add('--workers', type=int, default=0, help='processes that load images')
     add = parser.add_argument_group('network').add_argument
@@ -69,12 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--crop', type=int, default=512, help='pixels, in training and of the windows in test (default: 512)')
     add('--scale', type=float, nargs=2, default=[0.5, 2.0], help='random resize (default: 0.5 2)')
     add('--cat-max-ratio', type=float, default=0.75)
-    add('--no-flip', dest='flip', action='store_false')
+    add('--flip', type=float, default=0.5, help='probability (default: 0.5)')
     add('--no-photometric', dest='photometric', action='store_false')
     add('--channels-last', action='store_true')
     add = parser.add_argument_group('test').add_argument
     add('--stride', type=int, help='of the windows (default: two thirds of the crop)')
-    add('--short-side', type=int, default=0, help='resize images to it before the network, labels back after it')
     add('--eval-batch', type=int, default=4, help='windows at once')
     add('--eval-every', type=int, default=0, help='steps between evaluations on the validation split (default: none)')
     add('--eval', type=Path, metavar='CHECKPOINT', help='do not train: test this checkpoint of the script')
@@ -130,9 +131,9 @@ def test(
 ) -> dict[str, Any]:
     """Evaluate on a split; overlays into the folder."""
     return evaluate(
-        model, data, split, EvalTransform(mean, std), world, folder, args.overlays if folder else 0,
+        model, data, split, EvalTransform(mean, std, data.fit), world, folder, args.overlays if folder else 0,
         crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
-        short_side=args.short_side, autocast=partial(autocast, world.device, config['amp']))
+        autocast=partial(autocast, world.device, config['amp']))
 
 
 def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     config = state['config']
     data = open_data(config['data'], args.root)
     built, mean, std = network_of({**config, 'init': ''}, len(data.classes))
-    built.model.load_state_dict(state.get('model_ema', state['model']))
+    built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
     folder = (args.output or args.eval.parent) / f'overlays_{args.split}'
     result = test(built.model.to(world.device), data, args.split, mean, std, config, args, world, folder)
     return {'checkpoint': str(args.eval), 'step': state['step'], 'split': args.split, **result}
@@ -168,10 +169,11 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
         auxiliary = Auxiliary.for_model(model, args.decoder_channels or 256, len(data.classes), recipe.seed)
     objective = Objective(model, auxiliary, recipe.aux_loss).to(world.device)
     if args.channels_last:
-        objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = synchronized(objective, world)  # type: ignore[assignment]
+        objective = objective.to(memory_format=torch.channels_last)
+    objective = synchronized(objective, world)
     transform = TrainTransform(
-        args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric, mean, std)
+        args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric, mean, std,
+        data.fit)
     args.output.mkdir(parents=True, exist_ok=True)
 
     def validate(network: nn.Module, step: int) -> None:
@@ -202,10 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             if world.main and result is not None:
                 path = (args.output or args.eval.parent) / ('result.json' if args.eval is None else 'eval.json')
                 write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
-                world.say(f'mIoU {result["miou"]:.2f} %, pixels right {result["accuracy"]:.2f} %')
-                for name, iou, accuracy in zip(result['classes'], result['iou'], result['class_accuracy']):
-                    iou, accuracy = ('-' if v is None else f'{v:.2f}' for v in (iou, accuracy))
-                    world.say(f'  {name}: IoU {iou}, accuracy {accuracy}')
+                world.say(table(result, result['classes']))
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         print(f'train_segmentation.py: {e}', file=sys.stderr)
         return 1

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple, Tuple
 
 import timm
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import flops  # noqa: F401  registers the formulas
 
-__all__ = ['Cost', 'model_cost']
+__all__ = ['Cost', 'model_cost', 'module_cost']
 
 
 class Cost(NamedTuple):
@@ -53,7 +54,16 @@ def model_cost(arch: str, num_classes: int, input_size: Tuple[int, ...], **kwarg
         input_size: (C, H, W).
         **kwargs: More arguments of `timm.create_model`, hashable ones.
     """
-    model = timm.create_model(arch, num_classes=num_classes, device='meta', **kwargs).eval()
+    return module_cost(timm.create_model(arch, num_classes=num_classes, device='meta', **kwargs).eval(), input_size)
+
+
+def module_cost(model: nn.Module, input_size: Tuple[int, ...]) -> Cost:
+    """Count the cost of a module on the meta device.
+
+    Args:
+        model: Takes one tensor; in eval mode.
+        input_size: (C, H, W).
+    """
     x = torch.empty(1, *input_size, device='meta')
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:

@@ -1,7 +1,7 @@
 """Batches that are a function of the seed and the step: every variant, and every resumed run, sees the same ones."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from .pairs import Split
 
 # what the random numbers are for
 _ORDER, _TRANSFORM, _STEP = 0, 1, 2
@@ -28,7 +30,7 @@ class Samples(Dataset):
         seed: Of the run.
     """
 
-    def __init__(self, data: Sequence[tuple[Any, Any]], transform: Callable[..., tuple[Any, Any]], seed: int) -> None:
+    def __init__(self, data: Split, transform: Callable[..., tuple[Any, Any]], seed: int) -> None:
         if not len(data):
             raise ValueError('There are no training images.')
         self.data, self.transform, self.seed = data, transform, seed

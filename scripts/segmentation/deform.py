@@ -4,6 +4,8 @@ Paper: `Deformable ConvNets v2: More Deformable, Better Results` - https://arxiv
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -23,9 +25,10 @@ class DeformConv2d(nn.Conv2d):
             raise ValueError(
                 f'DeformConv2d pads with zeros, a number of pixels; got {self.padding_mode}, {self.padding}')
         self.taps = self.kernel_size[0] * self.kernel_size[1]
+        self.steps: Any = (self.stride, self.padding, self.dilation)
+        size: Any = self.kernel_size
         self.offset = nn.Conv2d(
-            self.in_channels, 3 * self.taps, self.kernel_size, self.stride, self.padding, self.dilation,
-            device=self.weight.device, dtype=self.weight.dtype)
+            self.in_channels, 3 * self.taps, size, *self.steps, device=self.weight.device, dtype=self.weight.dtype)
         nn.init.zeros_(self.offset.weight)
         assert self.offset.bias is not None
         nn.init.zeros_(self.offset.bias)
@@ -33,9 +36,10 @@ class DeformConv2d(nn.Conv2d):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> DeformConv2d:
         """Take over a plain convolution: its arguments and its parameters, the objects themselves."""
-        new = cls(
+        arguments: Any = (
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, device=conv.weight.device, dtype=conv.weight.dtype)
+            conv.groups, conv.bias is not None, conv.padding_mode)
+        new = cls(*arguments, device=conv.weight.device, dtype=conv.weight.dtype)
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
@@ -47,6 +51,5 @@ class DeformConv2d(nn.Conv2d):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.weight.dtype
             y = deform_conv2d(
-                x.to(dtype), offset.to(dtype), self.weight, self.bias, self.stride, self.padding, self.dilation,
-                mask.to(dtype))
+                x.to(dtype), offset.to(dtype), self.weight, self.bias, *self.steps, mask=mask.to(dtype))
         return y.to(o.dtype)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from .batches import Samples, seed_of, step_batches
 from .checkpoint import Log, load_checkpoint, save_checkpoint
 from .optimizer import poly_schedule, rate_groups
+from .pairs import IGNORE
 
-IGNORE = 255
 AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'seconds')
 
@@ -135,7 +135,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     return torch.autocast(device.type, AMP_DTYPES[amp]) if amp else nullcontext()
 
 
-def synchronized(module: nn.Module, world: World) -> nn.Module:
+def synchronized(module: Objective, world: World) -> Objective:
     """Convert its batch norms to SyncBatchNorm, where several processes train on GPUs."""
     if world.size == 1:
         return module

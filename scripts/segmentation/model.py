@@ -142,4 +142,5 @@ class Auxiliary(nn.Sequential):
         """The head for a model of `build`; its random weights depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(model.encoder.out_channels[-2], channels, classes)  # type: ignore[union-attr, index]
+            width: Any = model.get_submodule('encoder').out_channels
+            return cls(width[-2], channels, classes)

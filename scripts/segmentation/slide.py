@@ -60,28 +60,6 @@ def slide(
     return (total / count)[:, :h, :w]
 
 
-@torch.inference_mode()
-def predict(
-        model: nn.Module,
-        image: Tensor,
-        crop: int,
-        stride: int,
-        batch: int = 4,
-        short_side: int = 0,
-        autocast: Autocast = nullcontext,
-) -> Tensor:
-    """Labels (H, W) of a normalised image (3, H, W); it is resized before, if its `short_side` in pixels is given."""
-    h, w = image.shape[-2:]
-    if short_side:
-        scale = short_side / min(h, w)
-        size = round(h * scale), round(w * scale)
-        image = F.interpolate(image[None], size, mode='bilinear', align_corners=False, antialias=scale < 1)[0]
-    logits = slide(model, image, crop, stride, batch, autocast)
-    if logits.shape[-2:] != (h, w):
-        logits = F.interpolate(logits[None], (h, w), mode='bilinear', align_corners=False)[0]
-    return logits.argmax(0)
-
-
 def predictions(
         model: nn.Module,
         split: Sequence[tuple[Any, Any]],
@@ -90,13 +68,27 @@ def predictions(
         indices: Sequence[int],
         **kwargs: Any,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index, predicted labels, mask), both (H, W) int64 on the CPU, of images of a split. kwargs are predict's."""
+    """Predict images of a split.
+
+    Args:
+        model: The network.
+        split: Pairs of an image and a mask.
+        transform: An EvalTransform; where it resizes images, their logits are resized to the masks.
+        device: Of the network.
+        indices: Which images.
+        **kwargs: Of `slide`.
+
+    Yields:
+        (index, predicted labels, mask), both (H, W) int64 on the CPU.
+    """
     training = model.training
     model.eval()
     try:
         for i in indices:
             image, mask = transform(*split[i])
-            labels = predict(model, torch.as_tensor(image).to(device), **kwargs)
-            yield i, labels.cpu(), torch.as_tensor(mask).long()
+            logits = slide(model, image.to(device), **kwargs)
+            if logits.shape[1:] != mask.shape:
+                logits = F.interpolate(logits[None], mask.shape, mode='bilinear', align_corners=False)[0]
+            yield i, logits.argmax(0).cpu(), mask
     finally:
         model.train(training)

@@ -78,16 +78,15 @@ def apply_variant(
         trial = copy.deepcopy(net)
         names = [name for stage in stages for name in lift_model(trial, stage, **_BARE).replaced]
         for name in names:
-            conv = net.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            conv: Any = net.get_submodule(name)
             parent, _, child = name.rpartition('.')
             if variant == 'dcnv2':
                 setattr(net.get_submodule(parent), child, DeformConv2d.from_conv(conv))
             else:
-                conv.dilation = tuple(2 * d for d in conv.dilation)  # type: ignore[assignment]
-                # keeps the size, k // 2 pixels more for each pixel of dilation more
-                conv.padding = tuple(  # type: ignore[assignment]
-                    p + k // 2 * d // 2 for p, k, d in zip(conv.padding, conv.kernel_size, conv.dilation))
+                # that keeps the size: k // 2 pixels more for each pixel of dilation more
+                more = [k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation)]
+                conv.padding = tuple(p + m for p, m in zip(conv.padding, more))
+                conv.dilation = tuple(2 * d for d in conv.dilation)
     if not names:
         raise ValueError(f'{type(net).__name__} has no convolutions in its stages 2 to 4 that {variant!r} replaces.')
     return names

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""Compare backbones under the same head and recipe: plain, FADC piece by piece, the same effort spent otherwise.
+
+    python scripts/compare.py --preset cpu --jobs 2                       # all settings, five seeds; resumes
+    python scripts/compare.py --preset cpu --settings plain fadc_lr10     # some
+    python scripts/compare.py --preset cpu --time                         # a step of each, interleaved, one process
+    python scripts/compare.py --report                                    # tables and plot from the results
+
+Runs of a seed have the same initial weights, images in the same order, and steps. Each run is a process of
+train_segmentation.py with one thread; when it ends, its row goes to scripts/results/segmentation.csv. A run with a row
+of the same command is finished; one that was interrupted goes on from its checkpoint. Then run
+scripts/readme_tables.py.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import timm
+import torch
+from _bench import Clock, interleave, peak_memory
+from _rows import RESULTS, commit, device_name, quartiles
+from _segmentation_tables import PLOT, RUNS, TIMES, draw, read, segmentation
+from segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
+from segmentation.data import open_data
+from segmentation.engine import Objective
+from segmentation.files import write_atomically
+from segmentation.model import Auxiliary
+from segmentation.optimizer import rate_groups
+from torch import nn
+from train_segmentation import config_of, network_of
+from train_segmentation import parse_args as parse_training
+
+from fadc_timm.models.cost import module_cost
+
+TRAIN = Path(__file__).with_name('train_segmentation.py')
+COLUMNS = (
+    'preset', 'setting', 'seed', 'miou', 'accuracy', 'mean_accuracy', 'iou', 'loss', 'params', 'added', 'gmacs',
+    'steps', 'images', 'seconds', 'device', 'torch', 'timm', 'commit', 'date', 'command')
+TIME_COLUMNS = (
+    'preset', 'setting', 'ms', 'ms_q25', 'ms_q75', 'ratio', 'ratio_q25', 'ratio_q75', 'rounds', 'peak_mb', 'threads',
+    'device', 'torch', 'commit', 'date')
+
+Row = dict[str, str]
+
+
+def store(path: Path, columns: Sequence[str], keys: Sequence[str], new: Row) -> None:
+    """Put a row in the place of the one with its key, or at the end."""
+    rows = {tuple(row[k] for k in keys): row for row in read(path)}
+    rows[tuple(new[k] for k in keys)] = new
+
+    def write(part: Path) -> None:
+        with part.open('w', newline='') as file:
+            writer = csv.DictWriter(file, columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows.values())
+
+    write_atomically(path, write)
+
+
+def is_finished(rows: Sequence[Row], preset: str, setting: str, seed: int, text: str) -> bool:
+    """Whether there is a row of this run; one of another command does not count, and is replaced later."""
+    return any((row['preset'], row['setting'], row['seed'], row['command']) == (preset, setting, str(seed), text)
+               for row in rows)
+
+
+def folder_of(runs: Path, preset: str, setting: str, seed: int, text: str) -> Path:
+    """Where a run keeps its files: of another command, elsewhere."""
+    return runs / preset / f'{setting}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+
+
+def gmacs_of(options: list[str], classes: int, crop: int) -> float:
+    """GMACs of the network for one crop."""
+    args = parse_training([*options, '--output', '-'])
+    built, _, _ = network_of({**config_of(args)[1], 'init': ''}, classes)
+    return module_cost(built.model.to('meta').eval(), (3, crop, crop)).gmacs
+
+
+class Children:
+    """The running processes, so that none outlives an interrupted comparison."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen] = set()
+        self.lock, self.stopped = threading.Lock(), False
+
+    def run(self, arguments: list[str], log: Path, env: dict[str, str]) -> int:
+        with log.open('a') as file:
+            with self.lock:
+                if self.stopped:
+                    return 1
+                process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=env)
+                self.running.add(process)
+            status = process.wait()
+        with self.lock:
+            self.running.discard(process)
+        return status
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def run_one(options: list[str], text: str, data: list[str], folder: Path, threads: int, children: Children) -> dict:
+    """Run, or resume, a training.
+
+    Raises:
+        RuntimeError: It failed; the message has the end of what it printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / 'result.json'
+    if not result.exists():
+        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
+        log = folder / 'output.txt'
+        arguments = [sys.executable, str(TRAIN), *options, *data, '--output', str(folder), '--threads', str(threads)]
+        if children.run(arguments, log, env):
+            raise RuntimeError(f'{text}\n  failed: ' + '\n  '.join(log.read_text().splitlines()[-5:]))
+    with (folder / 'log.csv').open(newline='') as file:
+        last = list(csv.DictReader(file))[-1]
+    return {**json.loads(result.read_text()), 'loss': last['loss'], 'seconds': last['seconds']}
+
+
+def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting], data: list[str]) -> int:
+    """Run what has no row yet; the exit status."""
+    rows, jobs, costs = read(RUNS), [], {}
+    classes = len(open_data(args.data, args.root).classes)
+    for seed in args.seeds:  # seed by seed, so that an early end leaves pairs
+        for setting in settings:
+            options = command(preset, setting, seed, args.steps)
+            text = shlex.join(options)
+            if is_finished(rows, args.preset, setting.name, seed, text):
+                print(f'{setting.name}, seed {seed}: has its row', flush=True)
+            else:
+                jobs.append((setting, seed, options, text))
+    for setting, _, options, _ in jobs:
+        if setting.name not in costs:
+            costs[setting.name] = gmacs_of(options, classes, preset.crop)
+    children, failures, env = Children(), [], {'torch': torch.__version__, 'timm': timm.__version__, 'commit': commit()}
+    device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {
+            pool.submit(run_one, options, text, data, folder_of(args.runs, args.preset, setting.name, seed, text),
+                        args.threads, children): (setting, seed, text)
+            for setting, seed, options, text in jobs}
+        try:
+            for future in as_completed(futures):
+                setting, seed, text = futures[future]
+                try:
+                    result = future.result()
+                except RuntimeError as e:
+                    failures.append(f'{setting.name}, seed {seed}')
+                    print(f'{failures[-1]}: {e}', file=sys.stderr, flush=True)
+                    continue
+                store(RUNS, COLUMNS, COLUMNS[:3], {
+                    'preset': args.preset, 'setting': setting.name, 'seed': str(seed),
+                    **{k: f'{result[k]:.4f}' for k in ('miou', 'accuracy', 'mean_accuracy')},
+                    'iou': ' '.join('-' if v is None else f'{v:.2f}' for v in result['iou']), 'loss': result['loss'],
+                    'params': str(result['params']), 'added': str(result['added']),
+                    'gmacs': f'{costs[setting.name]:.4f}', 'steps': str(result['step']),
+                    'images': str(result['images']), 'seconds': f'{float(result["seconds"]):.1f}',
+                    'device': device_name(device), **env, 'date': datetime.date.today().isoformat(), 'command': text})
+                print(f'{setting.name}, seed {seed}: mIoU {result["miou"]:.2f} after {float(result["seconds"]):.0f} s',
+                      flush=True)
+        except BaseException:
+            children.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    print(f'{len(jobs) - len(failures)} runs done, {len(failures)} failed', flush=True)
+    return int(bool(failures))
+
+
+def training_step(options: list[str], classes: int, crop: int) -> tuple[Objective, object, int]:
+    """A training step on a fixed random batch: (network and loss, step, bytes held between steps)."""
+    args = parse_training([*options, '--output', '-'])
+    recipe, config = config_of(args)
+    built, _, _ = network_of({**config, 'init': ''}, classes)
+    auxiliary = None
+    if recipe.aux_loss:
+        auxiliary = Auxiliary.for_model(built.model, args.decoder_channels or 256, classes, 0)
+    objective = Objective(built.model, auxiliary, recipe.aux_loss).to(args.device).train()
+    x = torch.randn(recipe.batch, 3, crop, crop, device=args.device)
+    y = torch.randint(classes, (recipe.batch, crop, crop), device=args.device)
+    if args.channels_last:
+        objective = objective.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(rate_groups(objective, recipe.fadc_lr, recipe.weight_decay), lr=1e-5)
+
+    def step() -> None:
+        with torch.autocast(args.device.partition(':')[0], torch.bfloat16, enabled=bool(recipe.amp)):
+            loss = objective(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip)
+        optimizer.step()
+
+    step()
+    tensors = [*objective.parameters(), *objective.buffers()]
+    held = sum(3 * t.numel() * t.element_size() if t.requires_grad else t.numel() * t.element_size() for t in tensors)
+    return objective, step, held
+
+
+def time_steps(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting]) -> int:
+    """Time a step of each setting, in turns, in this process."""
+    torch.set_num_threads(args.threads)
+    classes = len(open_data(args.data, args.root).classes)
+    device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
+    timed = [s for s in settings if s.longer == 1]
+    if timed[0].name != 'plain':
+        timed.insert(0, SETTINGS[0])
+    made = {s.name: training_step(command(preset, s, 0, args.steps), classes, preset.crop) for s in timed}
+    samples = interleave({name: m[1] for name, m in made.items()}, Clock(device), args.rounds, 1e9)  # type: ignore
+    for name, (_, step, held) in made.items():
+        ms = quartiles(samples[name])
+        ratio = quartiles([t / base for t, base in zip(samples[name], samples['plain'])])
+        memory = peak_memory(step, held, device)  # type: ignore[arg-type]
+        numbers = zip(TIME_COLUMNS[2:8], (*ms, *ratio))
+        store(TIMES, TIME_COLUMNS, TIME_COLUMNS[:2], {
+            'preset': args.preset, 'setting': name, **{k: f'{v:.4g}' for k, v in numbers},
+            'rounds': str(len(samples[name])), 'peak_mb': f'{memory:.0f}', 'threads': str(args.threads),
+            'device': device_name(device), 'torch': torch.__version__, 'commit': commit(),
+            'date': datetime.date.today().isoformat()})
+        print(f'{name}: {ms[0]:.0f} ms ({ms[1]:.0f} to {ms[2]:.0f}), {ratio[0]:.2f} of plain, {memory:.0f} MB',
+              flush=True)
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--preset', default='cpu', choices=tuple(PRESETS))
+    parser.add_argument('--settings', nargs='+', choices=tuple(BY_NAME), help='default: all but the remedies')
+    parser.add_argument('--remedies', action='store_true', help='the remedies too')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4])
+    parser.add_argument('--steps', type=int, default=0, help="in place of the preset's")
+    parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
+    parser.add_argument('--threads', type=int, default=1, help='of each process')
+    parser.add_argument('--data', default='bluemarble')
+    parser.add_argument('--root', type=Path, help='folder of the data set')
+    parser.add_argument('--runs', type=Path, default=Path('runs'), help='folder of the runs (default: runs)')
+    parser.add_argument('--time', action='store_true', help='time a step of each setting, and train none')
+    parser.add_argument('--rounds', type=int, default=15, help='of --time')
+    parser.add_argument('--report', action='store_true', help='run nothing: print the table and draw the plot')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    settings = [BY_NAME[name] for name in args.settings or [s.name for s in SETTINGS]]
+    if args.remedies:
+        settings += [s for s in REMEDIES if s not in settings]
+    preset, status, start = PRESETS[args.preset], 0, time.time()
+    if args.time:
+        return time_steps(args, preset, settings)
+    if not args.report:
+        data = ['--data', args.data, *(['--root', str(args.root)] if args.root else [])]
+        status = run_all(args, preset, settings, data)
+        print(f'{time.time() - start:.0f} s')
+    if read(RUNS):
+        print(segmentation())
+        draw(PLOT)
+        print(f'drew {PLOT}')
+    return status
+
+
+if __name__ == '__main__':
+    RESULTS.mkdir(exist_ok=True)
+    sys.exit(main())

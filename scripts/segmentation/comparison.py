@@ -1,0 +1,137 @@
+"""What is compared: settings and presets, and the statistics of paired runs."""
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """A row of the comparison.
+
+    name: Of the row.
+    variant: Of the backbone.
+    what: In words.
+    options: Of train_segmentation.py, beyond the preset's.
+    longer: Steps, as a multiple of the preset's.
+    against: The setting that it is compared with, run by run of the same seed.
+    """
+    name: str
+    variant: str
+    what: str
+    options: tuple[str, ...] = ()
+    longer: float = 1.0
+    against: str = 'plain'
+
+
+SETTINGS = (
+    Setting('plain', 'plain', 'plain'),
+    Setting('adadr', 'adadr', '+ AdaDR'),
+    Setting('adadr_adakern', 'adadr_adakern', '+ AdaDR + AdaKern'),
+    Setting('fadc', 'fadc', '+ AdaDR + AdaKern + FreqSelect (FADC)'),
+    Setting('dcnv2', 'dcnv2', 'deformable convolution v2'),
+    Setting('dilation2', 'dilation2', 'fixed dilation 2'),
+)
+REMEDIES = (
+    Setting('fadc_lr10', 'fadc', "FADC, its parameters' learning rate times 10", ('--fadc-lr', '10')),
+    Setting('fadc_lr0.1', 'fadc', "FADC, its parameters' learning rate times 0.1", ('--fadc-lr', '0.1')),
+    Setting('fadc_no_fs4', 'fadc', 'FADC without FreqSelect in stage 4 (maps of 16 px and less)',
+            ('--freq-select-stages', '2', '3')),
+    Setting('fadc_dilation1.5', 'fadc', 'FADC, dilation 1.5 at the start', ('--fadc', 'eps=0.5')),
+    Setting('fadc_replicate', 'fadc', "FADC, padding by replication as in the authors' code",
+            ('--fadc', 'padding_mode=replicate')),
+    Setting('plain_longer', 'plain', 'plain, twice the steps', longer=2.0),
+    Setting('fadc_longer', 'fadc', 'FADC, twice the steps', longer=2.0, against='plain_longer'),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
+
+
+class Preset(NamedTuple):
+    """What the runs of a comparison share.
+
+    crop, batch, steps: Of train_segmentation.py.
+    options: The others.
+    """
+    crop: int
+    batch: int
+    steps: int
+    options: tuple[str, ...]
+
+
+PRESETS = {
+    # random weights and few steps: a higher learning rate than the published one, no auxiliary head
+    'cpu': Preset(256, 8, 300, (
+        '--backbone', 'test_resnet', '--decoder-channels', '32', '--lr', '3e-3', '--warmup', '30', '--aux-loss', '0',
+        '--channels-last', '--device', 'cpu', '--log-every', '25', '--save-every', '50')),
+    'gpu': Preset(512, 16, 4000, (
+        '--backbone', 'resnet50', '--warmup', '200', '--amp', 'bfloat16', '--device', 'cuda', '--workers', '8',
+        '--save-every', '500')),
+}
+
+
+def command(preset: Preset, setting: Setting, seed: int, steps: int = 0) -> list[str]:
+    """Options of train_segmentation.py for a run; `steps` in place of the preset's, if given."""
+    total = round((steps or preset.steps) * setting.longer)
+    return ['--variant', setting.variant, '--crop', str(preset.crop), '--batch', str(preset.batch), '--steps',
+            str(total), '--seed', str(seed), *preset.options, *setting.options]
+
+
+def _t_cdf(t: float, df: int) -> float:
+    """Student's t distribution for integer degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    theta = math.atan(t / math.sqrt(df))
+    cos2 = math.cos(theta) ** 2
+    term, total = 1.0, 0.0
+    if df % 2:
+        term = math.cos(theta)
+        for k in range(1, df - 1, 2):
+            total += term
+            term *= cos2 * (k + 1) / (k + 2)
+        two_sided = 2 / math.pi * (theta + math.sin(theta) * total)
+    else:
+        for k in range(0, df - 1, 2):
+            total += term
+            term *= cos2 * (k + 1) / (k + 2)
+        two_sided = math.sin(theta) * total
+    return (1 + two_sided) / 2
+
+
+def t_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t distribution, by bisection; 0.5 < p < 1."""
+    if not (0.5 < p < 1 and df >= 1):
+        raise ValueError(f'p must be between 0.5 and 1 and df at least 1, got {p!r}, {df!r}.')
+    low, high = 0.0, 1.0
+    while _t_cdf(high, df) < p:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, df) < p else (low, middle)
+    return (low + high) / 2
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences with its 95% t interval, which one pair alone has not (NaN)."""
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference:
+    """Differences of runs of the same seed, over the seeds that both have.
+
+    Raises:
+        ValueError: They have no seed in common.
+    """
+    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if not differences:
+        raise ValueError('There is no seed that both settings were run with.')
+    mean, n = statistics.fmean(differences), len(differences)
+    half = t_quantile(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return Difference(n, mean, mean - half, mean + half)
+
+
+def mean_and_deviation(values: Mapping[int, float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) over the seeds; NaN for one."""
+    numbers = list(values.values())
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
