@@ -31,7 +31,7 @@ from segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, 
 from segmentation.evaluation import evaluate
 from segmentation.files import write_atomically
 from segmentation.metrics import table
-from segmentation.model import Auxiliary, Built, build
+from segmentation.model import Auxiliary, Built, build, split_name
 from segmentation.transforms import EvalTransform, TrainTransform
 from segmentation.variants import VARIANTS, added_keys
 from timm.utils import ParseKwargs
@@ -114,6 +114,7 @@ def processes(device: str):
 def config_of(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and with the options of the network and of the samples all that decides a run's losses."""
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    args.backbone, args.variant = split_name(args.backbone, args.variant)
     config = {name: getattr(args, name) for name in NETWORK + SIGHT}
     return recipe, json.loads(json.dumps({**config, **asdict(recipe)}))
 

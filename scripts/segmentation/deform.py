@@ -4,7 +4,7 @@ Paper: `Deformable ConvNets v2: More Deformable, Better Results` - https://arxiv
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class DeformConv2d(nn.Conv2d):
             raise ValueError(
                 f'DeformConv2d pads with zeros, a number of pixels; got {self.padding_mode}, {self.padding}')
         self.taps = self.kernel_size[0] * self.kernel_size[1]
-        self.steps: Any = (self.stride, self.padding, self.dilation)
+        self.steps = cast(Any, (self.stride, self.padding, self.dilation))
         size: Any = self.kernel_size
         self.offset = nn.Conv2d(
             self.in_channels, 3 * self.taps, size, *self.steps, device=self.weight.device, dtype=self.weight.dtype)

@@ -18,7 +18,8 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     **{name: lambda c: {'decoder_channels': c} for name in ('upernet', 'deeplabv3', 'deeplabv3plus', 'pan')},
     **{name: lambda c: {'decoder_channels': tuple(max(c >> i, 4) for i in range(5))}
        for name in ('unet', 'unetplusplus', 'manet')},
-    'fpn': lambda c: {'decoder_pyramid_channels': c, 'decoder_segmentation_channels': max(c // 2, 4)},
+    # its GroupNorm has 32 groups
+    'fpn': lambda c: {'decoder_pyramid_channels': c, 'decoder_segmentation_channels': max(c // 64 * 32, 32)},
     'segformer': lambda c: {'decoder_segmentation_channels': c},
     'pspnet': lambda c: {'psp_out_channels': c},
 }

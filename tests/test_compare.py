@@ -1,0 +1,137 @@
+"""compare.py: statistics against values computed by hand, what is run again, and the tables."""
+import csv
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import _segmentation_tables as tables  # noqa: E402
+from segmentation.comparison import (  # noqa: E402
+    BY_NAME,
+    PRESETS,
+    REMEDIES,
+    SETTINGS,
+    command,
+    mean_and_deviation,
+    paired_difference,
+    t_quantile,
+)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+# 97.5% quantiles, from printed tables
+PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 9: 2.262, 10: 2.228, 29: 2.045, 120: 1.980}
+
+
+@pytest.mark.parametrize('df', PRINTED)
+def test_t_quantile(df):
+    assert t_quantile(0.975, df) == pytest.approx(PRINTED[df], abs=5.1e-4)
+
+
+def test_t_quantile_exact():
+    """One degree of freedom is Cauchy's distribution, two have a closed form."""
+    for p in (0.6, 0.9, 0.975, 0.995):
+        assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
+        assert t_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p))), rel=1e-9)
+    with pytest.raises(ValueError, match='df at least 1'):
+        t_quantile(0.975, 0)
+
+
+def test_paired_difference():
+    """Differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3, and three degrees of freedom."""
+    base = {0: 10.0, 1: 20.0, 2: 5.0, 3: 7.0, 9: 1.0}
+    values = {3: 13.0, 0: 11.0, 1: 22.0, 2: 8.0, 8: 100.0}
+    d = paired_difference(values, base)
+    half = 3.182446 * math.sqrt(14 / 3) / 2
+    assert d.n == 4 and (d.mean, d.low, d.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-6)
+    one = paired_difference({0: 3.0}, {0: 1.0})
+    assert (one.n, one.mean) == (1, 2.0) and math.isnan(one.low) and math.isnan(one.high)
+    with pytest.raises(ValueError, match='no seed that both'):
+        paired_difference({0: 1.0}, {1: 1.0})
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation({0: 1.0, 1: 2.0, 2: 6.0}) == pytest.approx((3.0, math.sqrt(7)))
+    mean, deviation = mean_and_deviation({4: 2.0})
+    assert mean == 2 and math.isnan(deviation)
+
+
+def test_settings():
+    """The issue's rows; what a setting is compared with is there, and takes as many steps."""
+    assert [s.variant for s in SETTINGS] == ['plain', 'adadr', 'adadr_adakern', 'fadc', 'dcnv2', 'dilation2']
+    assert len(BY_NAME) == len(SETTINGS) + len(REMEDIES) and len(REMEDIES) >= 3
+    for setting in BY_NAME.values():
+        assert BY_NAME[setting.against].variant == 'plain'
+        assert setting.name == 'plain_longer' or BY_NAME[setting.against].longer == setting.longer
+
+
+ROW = dict(accuracy='70', mean_accuracy='60', iou='1 2', loss='0.5', added='0', images='20', seconds='9',
+           device='cpu: X', torch='2', timm='1', commit='abc', date='2026-01-01', command='c', steps='300',
+           preset='cpu')
+
+
+def write(path, rows):
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_tables(tmp_path, monkeypatch):
+    for name in ('RUNS', 'TIMES'):
+        monkeypatch.setattr(tables, name, tmp_path / f'{name}.csv')
+    assert tables.segmentation() == 'Not run yet.'
+    runs = [('plain', 0, 40), ('plain', 1, 42), ('fadc', 0, 41), ('fadc', 1, 45), ('plain_longer', 0, 50),
+            ('fadc_longer', 0, 49)]
+    write(tmp_path / 'RUNS.csv', [
+        dict(ROW, setting=name, seed=str(seed), miou=str(miou), params='500000', gmacs='0.5')
+        for name, seed, miou in runs])
+    write(tmp_path / 'TIMES.csv', [
+        dict(preset='cpu', setting='plain', ms='380', ratio='1', peak_mb='228'),
+        dict(preset='cpu', setting='fadc', ms='600', ratio='1.56', peak_mb='245')])
+    text = tables.segmentation()
+    half = 12.7062 * math.sqrt(2) / math.sqrt(2)  # differences 1 and 3
+    assert f'| 2 | 43.00 (2.83) | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) | 0.500 | 0.50 | 1.56 x | 245 |' in text
+    assert '| 2 | 41.00 (1.41) |  | 0.500 | 0.50 | 380 ms | 228 |' in text
+    assert '| 1 | 49.00 | -1.00, to plain_longer |' in text
+    assert 'cpu: X, torch 2, commit abc, 2026-01-01: 6 runs' in text
+    tables.draw(tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 5000
+
+
+def test_runs(tmp_path, monkeypatch):
+    """A run is finished when its row has its command; a run that fails is told, and the others still run."""
+    pytest.importorskip('segmentation_models_pytorch')
+    import compare
+    for module, name in ((compare, 'RUNS'), (tables, 'RUNS'), (compare, 'PLOT'), (tables, 'TIMES')):
+        monkeypatch.setattr(module, name, tmp_path / f'{name}.csv')
+    monkeypatch.setattr(compare, 'open_data', lambda *_: type('Data', (), {'classes': ('a', 'b')}))
+    monkeypatch.setattr(compare, 'gmacs_of', lambda *_: 0.5)
+    monkeypatch.setattr(compare, 'draw', lambda path: None)
+    ran, broken = [], {('fadc', 1)}
+
+    def run_one(options, text, data, folder, threads, children):
+        variant, seed = (options[options.index(name) + 1] for name in ('--variant', '--seed'))
+        ran.append((variant, int(seed)))
+        if ran[-1] in broken:
+            raise RuntimeError('out of memory')
+        return dict(miou=50 + int(seed), accuracy=1, mean_accuracy=1, iou=[1.0, None], loss='1', params=10, added=1,
+                    step=30, images=2, seconds='3')
+
+    monkeypatch.setattr(compare, 'run_one', run_one)
+    args = ['--settings', 'plain', 'fadc', '--seeds', '0', '1', '--runs', str(tmp_path)]
+    assert compare.main(args) == 1 and sorted(ran) == [('fadc', 0), ('fadc', 1), ('plain', 0), ('plain', 1)]
+    broken.clear()
+    ran.clear()
+    assert compare.main(args) == 0 and ran == [('fadc', 1)]
+    rows = tables.read(tmp_path / 'RUNS.csv')
+    assert len(rows) == 4 and rows[0]['iou'] == '1.00 -' and list(rows[0]) == list(compare.COLUMNS)
+    ran.clear()
+    assert compare.main([*args, '--steps', '40']) == 0 and len(ran) == 4
+    assert len(tables.read(tmp_path / 'RUNS.csv')) == 4
+    text = ' '.join(command(PRESETS['cpu'], BY_NAME['fadc'], 3, 40))
+    assert '--variant fadc' in text and '--steps 40 --seed 3' in text
