@@ -4,7 +4,7 @@ Paper: `Deformable ConvNets v2: More Deformable, Better Results` - https://arxiv
 """
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ class DeformConv2d(nn.Conv2d):
             raise ValueError(
                 f'DeformConv2d pads with zeros, a number of pixels; got {self.padding_mode}, {self.padding}')
         self.taps = self.kernel_size[0] * self.kernel_size[1]
-        self.steps = cast(Any, (self.stride, self.padding, self.dilation))
+        self.steps: dict[str, Any] = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
         size: Any = self.kernel_size
         self.offset = nn.Conv2d(
-            self.in_channels, 3 * self.taps, size, *self.steps, device=self.weight.device, dtype=self.weight.dtype)
+            self.in_channels, 3 * self.taps, size, **self.steps, device=self.weight.device, dtype=self.weight.dtype)
         nn.init.zeros_(self.offset.weight)
         assert self.offset.bias is not None
         nn.init.zeros_(self.offset.bias)
@@ -51,5 +51,5 @@ class DeformConv2d(nn.Conv2d):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.weight.dtype
             y = deform_conv2d(
-                x.to(dtype), offset.to(dtype), self.weight, self.bias, *self.steps, mask=mask.to(dtype))
+                x.to(dtype), offset.to(dtype), self.weight, self.bias, mask=mask.to(dtype), **self.steps)
         return y.to(o.dtype)

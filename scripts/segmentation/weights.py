@@ -103,7 +103,7 @@ def load_backbone(net: nn.Module, initial: Initial) -> str:
                and not key.endswith('num_batches_tracked')]
     children = {name for name, _ in net.named_children()}
     left = [key for key, name in names.items() if name not in own]
-    unexpected = [key for key in left if names[key].partition('.')[0] in children]
+    unexpected = [key for key in left if children & {key.partition('.')[0], names[key].partition('.')[0]}]
     if missing or unexpected:
         raise RuntimeError(
             f'{initial.source} does not fit the backbone: missing keys: {", ".join(missing) or "none"}; '
