@@ -27,7 +27,8 @@ CREDIT = 'NASA Blue Marble Next Generation; Köppen-Geiger zones: Rubel et al. 2
 
 def share_table(world: World) -> str:
     """A Markdown table of the class shares in percent."""
-    lines = ['| split | tiles | ' + ' | '.join((*CLASSES, 'ignored')) + ' |', '| --- |' + ' ---: |' * (len(CLASSES) + 2)]
+    columns = ('tiles', *CLASSES, 'ignored')
+    lines = [f'| split | {" | ".join(columns)} |', '| --- |' + ' ---: |' * len(columns)]
     for i, (split, shares) in enumerate(zip(SPLITS, class_shares(world))):
         cells = ' | '.join(f'{100 * share:.2f}' for share in shares)
         lines.append(f'| {split} | {(world.splits == i).sum()} | {cells} |')
@@ -51,7 +52,7 @@ def telling(world: World, split: int, count: int) -> list[int]:
 def figure(world: World, rgb: np.ndarray) -> Figure:
     """Map of the splits above, tiles with their labels below."""
     fig = Figure(figsize=(12, 11.2), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(5.1, 6.1))
+    top, bottom = fig.subfigures(2, 1, squeeze=False, height_ratios=(5.1, 6.1))[:, 0]
     ax = top.subplots()
     end = ROWS * TILE
     ax.imshow(rgb[:end], extent=(0, WIDTH, end, 0), interpolation='antialiased')

@@ -1,4 +1,5 @@
 """The data half of the segmentation scripts: layouts and their errors, the Blue Marble task, transforms, scores."""
+import colorsys
 import re
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ class TestLayouts:
         data = open_data('folder', str(make_folder(tmp_path, ('train', 'val', 'test'))))
         assert np.array_equal(data.test[0][0], picture_of(20))
 
-    @pytest.mark.parametrize('stored', ('palette', 'uint16', 'int32', 'bool'))
+    @pytest.mark.parametrize('stored', ('palette', 'uint16', 'bool'))
     def test_masks_of_other_modes(self, tmp_path, stored):
         root = make_folder(tmp_path)
         path = root / 'train' / 'masks' / 'a.png'
@@ -235,10 +236,10 @@ class TestErrors:
         self.reads_not(root, root / 'train' / 'masks' / 'a.png', 'wrong label 3 at row 2, column 5',
                        '4 wrong pixels, and also 17, 254', 'allowed are 0 to 2 (classes.txt) and 255')
 
-    @pytest.mark.parametrize('value, dtype', ((1000, np.uint16), (70000, np.int32), (256, np.uint16)))
-    def test_large_label(self, root, value, dtype):
-        put(root / 'train' / 'masks' / 'a.png', np.full((6, 8), value, dtype=dtype))
-        self.reads_not(root, f'wrong label {value if value < 65536 else 65535} ')
+    @pytest.mark.parametrize('value', (256, 1000, 65535))
+    def test_large_label(self, root, value):
+        put(root / 'train' / 'masks' / 'a.png', np.full((6, 8), value, dtype=np.uint16))
+        self.reads_not(root, f'wrong label {value} ')
 
     def test_wrong_label_of_ade20k(self, tmp_path):
         make_ade20k(tmp_path)
@@ -462,26 +463,21 @@ class TestTransforms:
         assert (x[:, ~there] == 0).all()
         exact = (x[0] * 255 - y * 40).abs() < 1
         assert exact[there].float().mean() > 0.8
-        # where it is not, a border of areas is next to it
+        # Where it is not, a border of areas is next to it, if only in what was cropped off.
         flat = torch.nn.functional.max_pool2d(y[None].float(), 5, 1, 2) == -torch.nn.functional.max_pool2d(
             -y[None].float(), 5, 1, 2)
-        assert exact[flat[0] & there].all()
+        assert exact[1:-1, 1:-1][(flat[0] & there)[1:-1, 1:-1]].all()
 
-    @pytest.mark.parametrize('factor', (0.5, 0.75, 1.3, 2.0))
+    @pytest.mark.parametrize('factor', (3 / 5, 5 / 3))  # with these no sample lies just between two pixels
     def test_resize_is_centred(self, factor):
-        """Image and mask of a step keep it at the same place: half a pixel of shift would show."""
-        width = 64
-        mask = np.zeros((8, width), dtype=np.uint8)
-        mask[:, width // 2:] = 1
-        image = np.repeat((mask * 255)[..., None], 3, 2)
-        options = {**PLAIN, 'scale': (factor, factor), 'cat_max_ratio': 1}
-        x, y = TrainTransform(round(width * factor), 2, **options)(image, mask, np.random.default_rng(0))
-        rows = round(8 * factor)
-        assert torch.equal((x[0, :rows] > 0.5).long(), y[:rows])
-        assert y[0].sum() == y.shape[1] // 2
-        mirrored = TrainTransform(round(width * factor), 2, **options)(
-            image[:, ::-1].copy(), mask[:, ::-1].copy(), np.random.default_rng(0))
-        assert torch.allclose(mirrored[0].flip(2), x, atol=1e-2)
+        """A step lands at the same column of image and mask, wherever it is: half a pixel of shift would show."""
+        width = round(60 * factor)
+        transform = TrainTransform(width, 2, **{**PLAIN, 'scale': (factor, factor), 'cat_max_ratio': 1})
+        for step in range(1, 60):
+            mask = np.zeros((5, 60), dtype=np.uint8)
+            mask[:, step:] = 1
+            x, y = transform(np.repeat((mask * 255)[..., None], 3, 2), mask, np.random.default_rng(0))
+            assert torch.equal((x[0, 0] > 0.5).long(), y[0]) and abs(y[0].sum() - (60 - step) * factor) < 0.51
 
     def test_flip(self):
         image, mask = smooth_pair(40, 40)
@@ -592,25 +588,24 @@ class TestTransforms:
 
     def test_photometric(self):
         """Every change stays in its published range; half of the images get each."""
-        grey = torch.full((3, 4, 4), 0.5)
-        values = torch.stack([photometric_distortion(grey, np.random.default_rng(s)) for s in range(400)])[:, :, 0, 0]
+        grey, rng = torch.full((3, 1, 1), 0.5), np.random.default_rng(0)
+        values = torch.stack([photometric_distortion(grey, rng).flatten() for _ in range(2000)])
         assert torch.allclose(values[:, :1], values, atol=1e-5)  # grey stays grey
         v = values[:, 0]
         low, high = (0.5 - 32 / 255) * 0.5, (0.5 + 32 / 255) * 1.5
         assert low <= v.min() < low + 0.1 and high - 0.1 < v.max() <= high
-        assert 0.17 < (v - 0.5).abs().lt(1e-6).float().mean() < 0.33  # neither brightness nor contrast
+        assert 0.22 < (v - 0.5).abs().lt(1e-6).float().mean() < 0.28  # neither brightness nor contrast
 
     def test_hue(self, monkeypatch):
         """Up to 36 degrees either way, at constant saturation and value."""
-        import colorsys
-
         import segmentation.transforms as module
         monkeypatch.setattr(module, 'BRIGHTNESS', 0)
         monkeypatch.setattr(module, 'CONTRAST', (1, 1))
         monkeypatch.setattr(module, 'SATURATION', (1, 1))
         colour = torch.tensor(colorsys.hsv_to_rgb(0.4, 0.7, 0.8)).view(3, 1, 1)
-        hsv = np.array([colorsys.rgb_to_hsv(*photometric_distortion(colour, np.random.default_rng(s)).flatten().tolist())
-                        for s in range(200)])
+        rng = np.random.default_rng(0)
+        colours = [photometric_distortion(colour, rng).flatten().tolist() for _ in range(200)]
+        hsv = np.array([colorsys.rgb_to_hsv(*c) for c in colours])
         shift = 360 * (hsv[:, 0] - 0.4)
         assert np.allclose(hsv[:, 1:], (0.7, 0.8), atol=1e-3)
         assert -36.1 < shift.min() < -30 and 30 < shift.max() < 36.1
@@ -618,7 +613,6 @@ class TestTransforms:
 
     @pytest.mark.parametrize('factor', (0, 0.5, 1, 1.5, 9))
     def test_saturation(self, factor):
-        import colorsys
         image = torch.rand(3, 5, 5)
         image[:, 0, 0], image[:, 0, 1], image[:, 0, 2] = 0, 1, torch.tensor([1.0, 0, 0])
         result = adjust_saturation(image, factor)
