@@ -392,8 +392,9 @@ class TestBlueMarble:
             one, other = getattr(data, split), getattr(again, split)
             assert len(one) == len(other) > 0
             for i in range(len(one)):
-                assert one.name(i) == other.name(i)
+                assert one.name(i) == other.name(i) and re.fullmatch(r'\d\d[NS]_\d{3}[EW]', one.name(i))
                 assert all(np.array_equal(a, b) for a, b in zip(one[i], other[i]))
+            assert len({one.name(i) for i in range(len(one))}) == len(one)
         next(folder.iterdir()).unlink()
         open_data('bluemarble', folder)
         assert next(folder.iterdir()).read_bytes() == first  # deterministic

@@ -66,7 +66,7 @@ class Tiles(Dataset[Sample]):
         centres = (world.places[chosen] + 0.5) * TILE
         latitudes, longitudes = 90 - 180 * centres[:, 0] / HEIGHT, 360 * centres[:, 1] / WIDTH - 180
         self.names = [
-            f'{abs(y):04.1f}{"NS"[int(y < 0)]}_{abs(x):05.1f}{"EW"[int(x < 0)]}' for y, x in zip(latitudes, longitudes)]
+            f'{abs(y):02.0f}{"NS"[int(y < 0)]}_{abs(x):03.0f}{"EW"[int(x < 0)]}' for y, x in zip(latitudes, longitudes)]
 
     def __len__(self) -> int:
         return len(self.names)
