@@ -129,6 +129,13 @@ class World:
             value /= self.size
         return value.item()
 
+    def share(self, module: nn.Module) -> nn.Module:
+        """Give all processes the buffers of the first: statistics of batch norms that are not synchronised."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+        return module
+
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context of the network's calls."""
@@ -262,7 +269,7 @@ def train(
             if bar.disable:
                 world.say(f'step {done} loss {mean:.4f} lr {lr:.3g} norm {norm.item():.3g} {row["seconds"]:.0f} s')
         if eval_every and validate is not None and done % eval_every == 0 and done < recipe.steps:
-            validate(ema.module if ema else model, done)
+            validate(world.share(ema.module if ema else model), done)
         if saves:
             save(done)
-    return ema.module if ema else model
+    return world.share(ema.module if ema else model)
