@@ -190,7 +190,7 @@ def training_step(options: list[str], classes: int, crop: int) -> tuple[Objectiv
     auxiliary = None
     if recipe.aux_loss:
         auxiliary = Auxiliary.for_model(built.model, args.decoder_channels or 256, classes, 0)
-    objective = Objective(built.model, auxiliary, recipe.aux_loss).to(args.device).train()
+    objective = Objective(built.model, auxiliary, recipe.aux_loss, recipe.dilation_loss).to(args.device).train()
     x = torch.randn(recipe.batch, 3, crop, crop, device=args.device)
     y = torch.randint(classes, (recipe.batch, crop, crop), device=args.device)
     if args.channels_last:

@@ -168,7 +168,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     auxiliary = None
     if recipe.aux_loss:
         auxiliary = Auxiliary.for_model(model, args.decoder_channels or 256, len(data.classes), recipe.seed)
-    objective = Objective(model, auxiliary, recipe.aux_loss).to(world.device)
+    objective = Objective(model, auxiliary, recipe.aux_loss, recipe.dilation_loss).to(world.device)
     if args.channels_last:
         objective = objective.to(memory_format=torch.channels_last)
     objective = synchronized(objective, world)

@@ -28,6 +28,7 @@ from segmentation.variants import VARIANTS, added_keys, apply_variant  # noqa: E
 from segmentation.weights import Initial, load_backbone  # noqa: E402
 
 import fadc_timm  # noqa: E402
+import fadc_timm.losses  # noqa: E402
 from fadc_timm.models.cost import module_cost  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -326,6 +327,17 @@ def test_loss():
     expected = (np.log1p(np.exp(-2.0)) + np.log(2.0)) / 3
     assert Objective._loss(logits, y).item() == pytest.approx(expected)
     assert Objective._loss(logits, torch.full_like(y, 255)).item() == 0
+
+
+def test_dilation_loss():
+    model = Small().eval()
+    x, y = torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+    with fadc_timm.losses.record_dilations(model) as records:
+        plain = Objective(model)(x, y)
+    extra = fadc_timm.losses.dilation_frequency_loss(records)
+    torch.testing.assert_close(Objective(model, dilation_loss=0.5)(x, y), plain + 0.5 * extra)
+    with pytest.raises(ValueError, match='a loss for AdaDR, which this network has not'):
+        Objective(Small('dcnv2'), dilation_loss=0.5)
 
 
 # slide inference

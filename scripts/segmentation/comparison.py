@@ -41,6 +41,7 @@ REMEDIES = (
     Setting('fadc_dilation1.5', 'fadc', 'FADC, dilation 1.5 at the start', ('--fadc', 'eps=0.5')),
     Setting('fadc_replicate', 'fadc', "FADC, padding by replication as in the authors' code",
             ('--fadc', 'padding_mode=replicate')),
+    Setting('fadc_dilation_loss', 'fadc', "FADC, with the dilation loss, weight 0.01", ('--dilation-loss', '0.01')),
     Setting('plain_longer', 'plain', 'plain, twice the steps', longer=2.0),
     Setting('fadc_longer', 'fadc', 'FADC, twice the steps', longer=2.0, against='plain_longer'),
 )

@@ -17,6 +17,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fadc_timm import AdaDR
+from fadc_timm.losses import dilation_frequency_loss, record_dilations
+
 from .batches import Samples, seed_of, step_batches
 from .checkpoint import Log, load_checkpoint, save_checkpoint
 from .optimizer import poly_schedule, rate_groups
@@ -39,6 +42,7 @@ class Recipe:
     power: Of the polynomial decay.
     warmup: Steps of linear warm-up.
     aux_loss: Weight of the auxiliary head's loss, 0 for no head.
+    dilation_loss: Weight of `fadc_timm.losses.dilation_frequency_loss`.
     amp: '', 'bfloat16' or 'float16'.
     ema: Decay of the averaged weights, 0 for none.
     seed: Of everything random.
@@ -52,6 +56,7 @@ class Recipe:
     power: float = 1.0
     warmup: int = 1500
     aux_loss: float = 0.4
+    dilation_loss: float = 0.0
     amp: str = ''
     ema: float = 0.0
     seed: int = 0
@@ -61,7 +66,7 @@ class Recipe:
         for name in ('steps', 'batch', 'lr'):
             if not getattr(self, name) > 0:
                 raise ValueError(f'{name} must be above 0, got {getattr(self, name)!r}')
-        for name in ('fadc_lr', 'weight_decay', 'clip', 'power', 'warmup', 'aux_loss'):
+        for name in ('fadc_lr', 'weight_decay', 'clip', 'power', 'warmup', 'aux_loss', 'dilation_loss'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name} must be finite and not negative, got {getattr(self, name)!r}')
         if self.amp and self.amp not in AMP_DTYPES:
@@ -77,11 +82,23 @@ class Recipe:
 
 
 class Objective(nn.Module):
-    """A network with its loss: cross entropy, and that of an auxiliary head on the encoder's map before the last."""
+    """A network with its loss: cross entropy, that of an auxiliary head on the map at stride 16, and AdaDR's.
 
-    def __init__(self, model: nn.Module, auxiliary: nn.Module | None = None, aux_loss: float = 0.0) -> None:
+    Raises:
+        ValueError: There is a weight for AdaDR's loss, and no AdaDR.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            auxiliary: nn.Module | None = None,
+            aux_loss: float = 0.0,
+            dilation_loss: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.model, self.auxiliary, self.aux_loss = model, auxiliary, aux_loss
+        self.model, self.auxiliary, self.aux_loss, self.dilation_loss = model, auxiliary, aux_loss, dilation_loss
+        if dilation_loss and not any(isinstance(m, AdaDR) for m in model.modules()):
+            raise ValueError('dilation_loss is a loss for AdaDR, which this network has not')
         self._feature: Tensor | None = None
         if auxiliary is not None:
             model.get_submodule('encoder').register_forward_hook(self._keep)
@@ -92,7 +109,12 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of images (B, 3, H, W) and labels (B, H, W); the mean over all pixels, ignored ones counting as 0."""
-        loss = self._loss(self.model(x), y)
+        if self.dilation_loss:
+            with record_dilations(self.model) as records:
+                logits = self.model(x)
+            loss = self._loss(logits, y) + self.dilation_loss * dilation_frequency_loss(records)
+        else:
+            loss = self._loss(self.model(x), y)
         if self.auxiliary is not None:
             assert self._feature is not None
             logits = self.auxiliary(self._feature)
