@@ -255,12 +255,13 @@ def main() -> int:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    # a case has up to six compiled networks alive, and one that silently fell back to eager would be timed as compiled
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     cases = select_cases(args)
     if not cases:
         raise SystemExit('The table has no such case: give --batch and --size for one of your own.')
+    if any(c.compile for c in cases):
+        # a case has up to six compiled networks alive, and one that fell back to eager would be timed as compiled
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     jobs = [(f'{c.name}, {c.what}', functools.partial(measure, c, args)) for c in cases]
     return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
 

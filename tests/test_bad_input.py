@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 
 import fadc_timm
@@ -262,6 +263,10 @@ def contents(folder):
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+
+
+if Version(timm.__version__) < Version('1.0.31'):
+    del CASES['plain_path']  # timm 1.0.28 takes the end of a path for a name
 
 
 @pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')

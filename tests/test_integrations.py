@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from cases import error
+from conftest import needs_dynamo
 from PIL import Image
 from test_models import create_fadc, photos
 from torch import nn
@@ -215,6 +216,7 @@ STAGES = [LAST, pytest.param(dict(num_classes=10), marks=pytest.mark.sweep)]
 
 
 @uses('torch', 'torch.export: any batch, any multiple of 32')
+@needs_dynamo
 @models
 @pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 
 __all__ = ['block', 'is_interpreted', 'unavailable', 'why_not_on']
 
-MINIMUM = (3, 2)  # torch 2.6 brings it
+MINIMUM = (3, 5)  # torch 2.9 brings it; 3.2 and 3.3 lack float64 products, and fail in other places
 
 
 @functools.cache
