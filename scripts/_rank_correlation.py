@@ -3,14 +3,9 @@ import math
 from typing import Tuple
 
 import numpy as np
+from scipy import stats
 
 UNDEFINED = (math.nan, math.nan, math.nan)
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(values.shape)]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -18,7 +13,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     out = []
     for x, y in zip(a.reshape(len(a), -1), b.reshape(len(b), -1)):
         if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:
-            out.append(float(np.corrcoef(ranks(x), ranks(y))[0, 1]))
+            out.append(float(stats.spearmanr(x, y).statistic))
     return float(np.mean(out)) if out else float('nan')
 
 

@@ -18,28 +18,9 @@ from segmentation.comparison import (  # noqa: E402
     command,
     mean_and_deviation,
     paired_difference,
-    t_quantile,
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-# 97.5% quantiles, from printed tables
-PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 9: 2.262, 10: 2.228, 29: 2.045, 120: 1.980}
-
-
-@pytest.mark.parametrize('df', PRINTED)
-def test_t_quantile(df):
-    assert t_quantile(0.975, df) == pytest.approx(PRINTED[df], abs=5.1e-4)
-
-
-def test_t_quantile_exact():
-    """One degree of freedom is Cauchy's distribution, two have a closed form."""
-    for p in (0.6, 0.9, 0.975, 0.995):
-        assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
-        assert t_quantile(p, 2) == pytest.approx((2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p))), rel=1e-9)
-    with pytest.raises(ValueError, match='df at least 1'):
-        t_quantile(0.975, 0)
-
 
 def test_paired_difference():
     """Differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3, and three degrees of freedom."""

@@ -243,8 +243,8 @@ def test_no_triton(fresh, monkeypatch):
 
 
 def test_old_triton(fresh, monkeypatch):
-    monkeypatch.setattr(triton, '__version__', '3.1.0')
-    with pytest.raises(NotImplementedError, match=r'Triton 3\.1\.0 is too old.*3\.2'):
+    monkeypatch.setattr(triton, '__version__', '3.3.1')
+    with pytest.raises(NotImplementedError, match=r'Triton 3\.3\.1 is too old.*3\.5'):
         run(backend='triton')
 
 

@@ -9,6 +9,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from .few_outputs import convolve
+
 __all__ = ['DILATION_ACTS', 'AdaDR']
 
 DILATION_ACTS = ('abs', 'relu', 'zero')
@@ -97,7 +99,7 @@ class AdaDR(nn.Module):
         """
         if self.crop > 0:
             x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
-        y = self.conv(x)
+        y = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
         o = y[:, :self.dilation_groups]
         o = o if o.dtype == torch.float64 else o.float()
         # unlike abs() and relu() with a gradient at zero, should eps be that
@@ -112,6 +114,10 @@ class AdaDR(nn.Module):
         else:
             mask = y[:, self.dilation_groups:]
         return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor) -> Tensor:
+        return convolve(self.conv, x)
 
     def extra_repr(self) -> str:
         return f'dilation={self.dilation}, dilation_groups={self.dilation_groups}, dilation_act={self.dilation_act!r}'

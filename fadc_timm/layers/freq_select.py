@@ -6,10 +6,10 @@ https://arxiv.org/abs/2403.05369
 from typing import Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mix_bands
+from .few_outputs import convolve
 
 __all__ = ['FreqSelect']
 
@@ -83,20 +83,7 @@ class FreqSelect(nn.Module):
 
     @torch.jit.unused
     def _convolve(self, x: Tensor) -> Tensor:
-        """`self.conv(x)`: where its outputs are few, one product for all taps, which are then shifted into place."""
-        conv = self.conv
-        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-        untouched = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
-        if (x.device.type != 'cpu' or not exact or not untouched or conv.groups > 1 or torch.compiler.is_compiling()
-                or torch.onnx.is_in_onnx_export()):
-            return conv(x)
-        # F.fold moves a tap to the pixels that it reaches, a convolution reads from them
-        taps = conv.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, self.in_channels)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2) if channels_last else x.flatten(2)
-        maps = F.fold(taps @ pixels, x.shape[2:], 3, padding=1)
-        assert conv.bias is not None
-        return maps + conv.bias[:, None, None]
+        return convolve(self.conv, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""

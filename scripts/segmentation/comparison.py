@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scipy import stats
+
 
 class Setting(NamedTuple):
     """A row of the comparison.
@@ -78,38 +80,6 @@ def command(preset: Preset, setting: Setting, seed: int, steps: int = 0) -> list
             str(total), '--seed', str(seed), *preset.options, *setting.options]
 
 
-def _t_cdf(t: float, df: int) -> float:
-    """Student's t distribution for integer degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    theta = math.atan(t / math.sqrt(df))
-    cos2 = math.cos(theta) ** 2
-    term, total = 1.0, 0.0
-    if df % 2:
-        term = math.cos(theta)
-        for k in range(1, df - 1, 2):
-            total += term
-            term *= cos2 * (k + 1) / (k + 2)
-        two_sided = 2 / math.pi * (theta + math.sin(theta) * total)
-    else:
-        for k in range(0, df - 1, 2):
-            total += term
-            term *= cos2 * (k + 1) / (k + 2)
-        two_sided = math.sin(theta) * total
-    return (1 + two_sided) / 2
-
-
-def t_quantile(p: float, df: int) -> float:
-    """Quantile of Student's t distribution, by bisection; 0.5 < p < 1."""
-    if not (0.5 < p < 1 and df >= 1):
-        raise ValueError(f'p must be between 0.5 and 1 and df at least 1, got {p!r}, {df!r}.')
-    low, high = 0.0, 1.0
-    while _t_cdf(high, df) < p:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
-
-
 class Difference(NamedTuple):
     """Mean of paired differences with its 95% t interval, which one pair alone has not (NaN)."""
     n: int
@@ -128,7 +98,7 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
     if not differences:
         raise ValueError('There is no seed that both settings were run with.')
     mean, n = statistics.fmean(differences), len(differences)
-    half = t_quantile(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
     return Difference(n, mean, mean - half, mean + half)
 
 
