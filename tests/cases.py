@@ -286,19 +286,28 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return difference.nan_to_num(nan=float('inf')).item()
 
 
-def conditioned(actual: Dict[str, Tensor], inputs: Dict[str, Tensor]) -> List[str]:
-    """The names of those results of random cases of which a relative error says something.
-
-    Not of so few numbers that all of them may have cancelled to anything. Nor are the gradients of the low gains where
-    the kernels' means have: those multiply them, and are rounded relative to the taps.
-    """
-    kernels = inputs['weight'].detach().double().flatten(2)
-    cancelled = kernels.abs().mean(2).norm() > 25 * kernels.mean(2).norm()  # one of random_case's first 300
-    return [name for name, t in actual.items() if t.numel() >= 8 and not (cancelled and name.startswith('low_'))]
-
-
 def tolerance(name: str, dtype: torch.dtype) -> float:
     return TOLERANCES[dtype]['gain' if name in GAINS else name]
+
+
+def conditioned(case: OpCase, inputs: Dict[str, Tensor], expected: Dict[str, Tensor], dtype: torch.dtype) -> List[str]:
+    """The names of those results of random cases of which a relative error says something.
+
+    Not of so few numbers that all of them may have cancelled to anything; nor are the gradients of the gains, where
+    another rounding of the map, the mask and the kernel would change them by more than is tolerated, as a part of the
+    kernel has cancelled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(dtype).eps
+    moved = {}
+    for name, t in inputs.items():
+        t = t.detach().double()
+        if name in ('x', 'weight', 'mask'):
+            t = t * (1 + eps * (2 * torch.randint(2, t.shape, generator=generator) - 1))
+        moved[name] = t
+    changed = oracle_results(case, moved)
+    return [name for name, t in expected.items()
+            if t.numel() >= 8 and (name not in GAINS or error(changed[name], t) <= tolerance(name, dtype))]
 
 
 def main(samples: int = 0) -> None:
@@ -313,7 +322,7 @@ def main(samples: int = 0) -> None:
                 if backend == 'reference' or why_not(case, inputs, backend):
                     continue
                 actual = results(case, inputs, backend)
-                for name in conditioned(actual, inputs) if samples else actual:
+                for name in conditioned(case, inputs, expected, dtype) if samples else actual:
                     key = 'gain' if name in GAINS else name, backend
                     e = error(actual[name], expected[name])
                     largest[key] = max(largest.get(key, (0., '')), (e, case.name))

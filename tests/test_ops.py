@@ -153,8 +153,8 @@ def test_random_case(backend, seed):
     for dtype in DTYPES:
         inputs = cases.make_inputs(case, dtype)
         skip_unless_runs(case, inputs, backend)
-        actual = cases.results(case, inputs, backend)
-        check(case, inputs, actual, cases.oracle(case, dtype), dtype, cases.conditioned(actual, inputs))
+        actual, expected = cases.results(case, inputs, backend), cases.oracle(case, dtype)
+        check(case, inputs, actual, expected, dtype, cases.conditioned(case, inputs, expected, dtype))
 
 
 @pytest.mark.parametrize('name', INPUTS)

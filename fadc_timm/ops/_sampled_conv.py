@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._tiles import Scatter, Tiling, bags_of_total, corner_dots
+from .case import split_kernel
 
 __all__ = ['sampled_conv2d']
 
@@ -41,8 +42,8 @@ def _center(taps: Tensor, total: Tensor) -> None:
 
 def _split(weight: Tensor, centres_samples: bool) -> Tuple[Tensor, Tensor]:
     """The kernel (O, C, k, k) for the samples, and its mean (O, C, 1, 1)."""
-    mean = weight.mean((2, 3), keepdim=True)
-    return weight if centres_samples else weight - mean, mean
+    mean, rest = split_kernel(weight)
+    return weight if centres_samples else rest, mean
 
 
 class _Gains:

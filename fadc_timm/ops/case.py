@@ -9,6 +9,21 @@ Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Ten
 NO_GAINS: Gains = (None, None, None, None)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """A kernel (O, C/groups, k, k) as its mean over the taps (O, C/groups, 1, 1) and the rest, in its dtype.
+
+    The rest may be small beside the kernel, so half precisions are split in float32 and then rounded.
+    """
+    exact = weight.to(accumulation_dtype(weight.dtype))
+    mean = exact.mean(dim=(2, 3), keepdim=True)
+    return mean.to(weight.dtype), (exact - mean).to(weight.dtype)
+
+
 class Case(NamedTuple):
     """Arguments of :func:`adaptive_dilated_conv2d` after checking.
 
@@ -50,8 +65,7 @@ class Case(NamedTuple):
 
     def split_weight(self) -> Tuple[Tensor, Tensor]:
         """AdaKern's parts: the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
-        mean = self.weight.mean(dim=(2, 3), keepdim=True)
-        return mean, self.weight - mean
+        return split_kernel(self.weight)
 
     def sample_kernels(self) -> Tensor:
         """(B, O, C/groups, k, k): the gains applied to the kernel, which makes one for each sample."""
@@ -85,8 +99,3 @@ def match_layout(y: Tensor, x: Tensor) -> Tensor:
     """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
