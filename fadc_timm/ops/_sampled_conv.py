@@ -42,8 +42,10 @@ def _center(taps: Tensor, total: Tensor) -> None:
 
 def _split(weight: Tensor, centres_samples: bool) -> Tuple[Tensor, Tensor]:
     """The kernel (O, C, k, k) for the samples, and its mean (O, C, 1, 1)."""
+    if centres_samples:  # the rest is as large as the kernel, and not wanted
+        return weight, weight.mean((2, 3), keepdim=True)
     mean, rest = split_kernel(weight)
-    return weight if centres_samples else rest, mean
+    return rest, mean
 
 
 class _Gains:
