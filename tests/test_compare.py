@@ -50,6 +50,18 @@ def test_settings():
         assert setting.name == 'plain_longer' or BY_NAME[setting.against].longer == setting.longer
 
 
+def test_gmacs():
+    """Each setting can be counted; what a variant adds costs, and a fixed dilation costs nothing."""
+    pytest.importorskip('segmentation_models_pytorch')
+    import compare
+
+    gmacs = {s.name: compare.gmacs_of(command(PRESETS['cpu'], s, 0), 7, 64) for s in SETTINGS + REMEDIES}
+    plain, fadc = gmacs['plain'], gmacs['fadc']
+    assert gmacs['dilation2'] == gmacs['plain_longer'] == plain
+    assert plain < gmacs['adadr'] < gmacs['adadr_adakern'] < gmacs['fadc_no_fs4'] < fadc == gmacs['fadc_longer']
+    assert plain < gmacs['dcnv2'] < 2 * plain
+
+
 ROW = dict(accuracy='70', mean_accuracy='60', iou='1 2', loss='0.5', added='0', images='20', seconds='9',
            device='cpu: X', torch='2', timm='1', commit='abc', date='2026-01-01', command='c', steps='300',
            preset='cpu')

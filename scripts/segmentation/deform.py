@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from fadc_timm.ops.low_pass import without_autocast
+
 
 class DeformConv2d(nn.Conv2d):
     """A convolution with an offset and a modulation for each tap and position, predicted by a convolution.
@@ -48,7 +50,7 @@ class DeformConv2d(nn.Conv2d):
         o = self.offset(x)
         offset, mask = o[:, :2 * self.taps], 2 * torch.sigmoid(o[:, 2 * self.taps:])
         # positions want float32, and torchvision's operator one dtype for all: the autocast ends here
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dtype = self.weight.dtype
             y = deform_conv2d(
                 x.to(dtype), offset.to(dtype), self.weight, self.bias, mask=mask.to(dtype), **self.steps)
