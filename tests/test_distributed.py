@@ -1,7 +1,4 @@
 """Several processes: torchrun with gloo on this machine. SyncBatchNorm in training needs GPUs, its conversion not."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +7,15 @@ import torch
 from cases import error
 from distributed_worker import build
 from torch import nn
+from torchrun import torchrun
 
-import fadc_timm
 from fadc_timm import FADConv2d
 
 WORKER = Path(__file__).parent / 'distributed_worker.py'
 
 
 def run(task, folder, processes=2, **env):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=1']
-    environment = {**os.environ, **env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(
-        [str(Path(fadc_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-    # torchrun keeps one store for all restarts, where new processes find the addresses of the dead (pytorch#135712)
-    environment['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
-    done = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), task, str(folder)], env=environment,
-        capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(WORKER, task, folder, processes=processes, **env)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):

@@ -26,6 +26,7 @@ from segmentation.optimizer import poly_schedule, rate_groups  # noqa: E402
 from segmentation.slide import slide, windows  # noqa: E402
 from segmentation.variants import VARIANTS, added_keys, apply_variant  # noqa: E402
 from segmentation.weights import Initial, load_backbone  # noqa: E402
+from torchrun import torchrun  # noqa: E402
 
 import fadc_timm  # noqa: E402
 import fadc_timm.losses  # noqa: E402
@@ -577,6 +578,43 @@ def test_script(folder, tmp_path, capsys):
     assert main(*args, '--output', tmp_path / 'whole') == 0
     assert main(*args, '--output', tmp_path / 'whole', '--lr', '1e-2') == 1
     assert 'is of another run: lr is 0.01, was 0.001' in capsys.readouterr().err
+
+
+# the script, killed once in the middle of writing the checkpoint of step 4, where that is asked for
+WORKER = '''
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import train_segmentation
+from segmentation import checkpoint
+save = checkpoint.torch.save
+def save_half(state, part):
+    save(state, part)
+    if state['step'] == 4 and not os.path.exists(os.environ['KILLED']):
+        open(os.environ['KILLED'], 'w').close()
+        os.truncate(part, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+if 'KILLED' in os.environ:
+    checkpoint.torch.save = save_half
+sys.exit(train_segmentation.main())
+'''
+
+
+def test_two_processes(folder, tmp_path):
+    """Under torchrun one process writes, each sees its half of the crops, and a killed run goes on by itself."""
+    pytest.importorskip('segmentation_models_pytorch')
+    worker, args = tmp_path / 'worker.py', [*OPTIONS, '--batch', '4', '--root', folder, '--output']
+    worker.write_text(WORKER.format(scripts=str(SCRIPT.parent)))
+    out = torchrun(worker, *args, tmp_path / 'whole')
+    assert out.count('5 convolutions replaced') == 1 and out.count('statistics of each process for itself') == 1
+    out = torchrun(worker, *args, tmp_path / 'killed', KILLED=str(tmp_path / 'mark'))
+    assert (tmp_path / 'mark').exists() and out.count('after 2 of 6 steps') == 1
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'killed')]
+    assert results[0] == results[1] and results[0]['step'] == 6 and results[0]['images'] == 2
+    # one process of the same batch has other norms and dropout, but not another problem
+    torchrun(worker, *args, tmp_path / 'one', processes=1)
+    for one, two in zip(losses(tmp_path / 'one'), losses(tmp_path / 'whole'), strict=True):
+        assert float(one['loss']) == pytest.approx(float(two['loss']), rel=0.5) and one['loss'] != two['loss']
 
 
 def test_script_errors(folder, tmp_path, capsys):
