@@ -15,6 +15,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import timm
 import torch
 import torchvision
+from _files import write_csv
 from _subjects import Setting
 
 RESULTS = Path(__file__).parent / 'results'
@@ -130,16 +131,7 @@ def replace_rows(path: Path, new: Sequence[Row]) -> None:
     """Write rows into a CSV file: each in the place of the one with its key, or at the end."""
     rows = {key(row): row for row in read_rows(path)}
     rows.update({key(row): row for row in new})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        with temporary.open('w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows.values())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_csv(path, COLUMNS, rows.values())
 
 
 class Comparison(NamedTuple):

@@ -31,12 +31,12 @@ from pathlib import Path
 import timm
 import torch
 from _bench import Clock, interleave, peak_memory
+from _files import write_csv
 from _rows import RESULTS, commit, device_name, quartiles
 from _segmentation_tables import PLOT, RUNS, TIMES, draw, read, segmentation
 from segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
 from segmentation.data import open_data
 from segmentation.engine import Objective
-from segmentation.files import write_atomically
 from segmentation.model import Auxiliary
 from segmentation.optimizer import rate_groups
 from torch import nn
@@ -60,14 +60,7 @@ def store(path: Path, columns: Sequence[str], keys: Sequence[str], new: Row) -> 
     """Put a row in the place of the one with its key, or at the end."""
     rows = {tuple(row[k] for k in keys): row for row in read(path)}
     rows[tuple(new[k] for k in keys)] = new
-
-    def write(part: Path) -> None:
-        with part.open('w', newline='') as file:
-            writer = csv.DictWriter(file, columns, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows.values())
-
-    write_atomically(path, write)
+    write_csv(path, columns, rows.values())
 
 
 def is_finished(rows: Sequence[Row], preset: str, setting: str, seed: int, text: str) -> bool:

@@ -12,14 +12,13 @@ adds and the rest. Runs of a seed see the same crops. Writes scripts/results/fad
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-import os
 import sys
 from pathlib import Path
 
 import timm
 import torch
+from _files import write_csv
 from bluemarble import CACHE_DIR, CLASS_NAMES, load_rasters, split_tiles
 from PIL import Image
 from segmentation.optimizer import rate_groups
@@ -103,13 +102,7 @@ def main() -> int:
                 **describe(model, some), 'finite': 'yes' if finite else 'no', **versions})
             print(*rows[-1].values(), flush=True)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix('.tmp')
-    with partial.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, args.output)
+    write_csv(args.output, list(rows[0]), rows)
     print(f'wrote {args.output}')
     return 0
 

@@ -20,8 +20,6 @@ Rows of the table:
 """
 import argparse
 import copy
-import csv
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import timm
 import torch
+from _files import write_csv
 from _rank_correlation import bootstrap, over_draws, spearman
 from bluemarble import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
 from PIL import Image
@@ -267,13 +266,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'dilation_frequency: {e}', file=sys.stderr)
         return 2
     source = f'{args.model} ({args.checkpoint.name})' if args.checkpoint else args.model
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix('.tmp')
-    with partial.open('w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS, restval='', lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({'model': source, 'images': what, **row} for row in rows)
-    os.replace(partial, args.output)
+    write_csv(args.output, FIELDS, ({'model': source, 'images': what, **row} for row in rows))
     fig = draw(maps, rows, f'{source}: dilation by high-frequency power, {what}')
     plot = save(fig, args.output.with_suffix('.png'))
     for row in rows:

@@ -12,7 +12,8 @@ from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import torch
 import triton
-from inspect_kernels import inspect, write_rows
+from _files import write_csv
+from inspect_kernels import RESULTS, inspect
 
 from fadc_timm.ops import _triton_bands
 
@@ -93,7 +94,7 @@ def main() -> int:
     if args.variants:
         return 0
     if not args.only:
-        write_rows('kernels_bands.csv', rows)
+        write_csv(RESULTS / 'kernels_bands.csv', list(rows[0]), rows)
     failed = [row for row in rows if row['stack_bytes'] or not row['programs_a_multiprocessor']]
     for row in failed:
         print('SPILLS OR DOES NOT FIT', *row.values(), sep=', ')

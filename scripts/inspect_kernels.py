@@ -8,8 +8,6 @@ With --variants other calls of the same kernels are compiled, which shows that t
 the tests run, accepts programs that the compiler does not.
 """
 import argparse
-import csv
-import os
 import re
 import subprocess
 import tempfile
@@ -19,6 +17,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import triton
+from _files import write_csv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,6 +25,7 @@ from fadc_timm.ops import _triton_launch as launch
 from fadc_timm.ops._triton_call import Call
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'scripts' / 'results'
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.float64: '*fp64',
             torch.int32: '*i32', torch.int64: '*i64'}
@@ -148,17 +148,6 @@ def inspect(kernel: Any, args: Tuple[Any, ...], constants: Dict[str, Any], confi
             'stages': options['num_stages']}
 
 
-def write_rows(name: str, rows: List[Dict]) -> None:
-    """Rows of equal keys to a CSV file in scripts/results, as a whole."""
-    path = ROOT / 'scripts' / 'results' / name
-    partial = path.with_suffix('.tmp')
-    with partial.open('w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', type=int, default=90, help='compute capability, 90 for H100 and H200')
@@ -178,7 +167,7 @@ def main() -> None:
                 print(*row.values(), sep=', ', flush=True)
                 rows.append(row)
     if not args.only and not args.variants:
-        write_rows('kernels.csv', rows)
+        write_csv(RESULTS / 'kernels.csv', list(rows[0]), rows)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from typing import Callable, Dict, List
 import _segmentation_tables
 import _speed_tables
 import timm
+from _files import write_atomically
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import fadc_timm  # noqa: F401  registers the models
@@ -77,9 +78,7 @@ def main() -> int:
     if args.check:
         print('README.md is up to date' if new == old else 'README.md differs: run scripts/readme_tables.py')
         return int(new != old)
-    temporary = README.with_suffix('.tmp')
-    temporary.write_text(new)
-    temporary.rename(README)
+    write_atomically(README, lambda part: part.write_text(new))
     return 0
 
 

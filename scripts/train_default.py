@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from _files import write_atomically
 from bluemarble import CACHE_DIR, CELL, CLASS_NAMES, REACH, TILE, Tiles, crop, load_rasters, split_tiles
 from PIL import Image
 from safetensors.torch import save_file
@@ -185,15 +185,12 @@ def train(
 
 
 def save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a state dict as safetensors, under a temporary name until it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
+    """Write a state dict as safetensors."""
+    def write(part: Path) -> None:
         save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, part, metadata=metadata)
         part.chmod(0o644)  # safetensors makes it readable for its owner only
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 def parse_args() -> argparse.Namespace:

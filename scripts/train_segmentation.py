@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _files import write_atomically
 from segmentation.batches import Samples
 from segmentation.checkpoint import Log
 from segmentation.data import DATA_SETS, open_data
 from segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
 from segmentation.evaluation import evaluate
-from segmentation.files import write_atomically
 from segmentation.metrics import table
 from segmentation.model import Auxiliary, Built, build, split_name
 from segmentation.transforms import EvalTransform, TrainTransform

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
+from _files import write_csv
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'scripts' / 'results' / 'works_with.csv'
+
+COLUMNS = ('package', 'version', 'what', 'models', 'tests', 'date', 'commit')
 
 Line = Tuple[str, str]
 
@@ -66,23 +69,21 @@ def main() -> int:
     for line in sorted(collector.left_out & set(collector.passed)):
         print(f'Not written, as not all tests were selected of: {": ".join(line)}', file=sys.stderr)
         return 1
-    kept: Dict[Line, List[str]] = {}
+    kept: Dict[Line, Dict[str, object]] = {}
     if collector.left_out:
         with open(RESULTS, newline='') as file:
-            kept = {(row[0], row[2]): row for row in list(csv.reader(file))[1:]}
+            kept = {(old['package'], old['what']): {**old} for old in csv.DictReader(file)}
         kept = {line: row for line, row in kept.items() if line in collector.left_out}
     commit = subprocess.run(
         ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    temporary = RESULTS.with_suffix('.tmp')
-    with open(temporary, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['package', 'version', 'what', 'models', 'tests', 'date', 'commit'])
-        for line in sorted({*collector.passed, *kept}):
-            package, what = line
-            writer.writerow(kept.get(line) or [
-                package, version(package).partition('+')[0], what, ' '.join(collector.models[line]),
-                collector.passed[line], date.today(), commit])
-    temporary.rename(RESULTS)
+
+    def row(line: Line) -> Dict[str, object]:
+        package, what = line
+        return kept.get(line) or dict(
+            package=package, version=version(package).partition('+')[0], what=what,
+            models=' '.join(collector.models[line]), tests=collector.passed[line], date=date.today(), commit=commit)
+
+    write_csv(RESULTS, COLUMNS, map(row, sorted({*collector.passed, *kept})))
     print(f'wrote {RESULTS.relative_to(ROOT)}')
     return 0
 

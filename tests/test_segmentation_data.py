@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 
 import bluemarble as sources  # noqa: E402
 import bluemarble_segmentation as picture  # noqa: E402
+from _files import write_atomically  # noqa: E402
 from segmentation import bluemarble  # noqa: E402
 from segmentation.data import IGNORE, DataError, open_data  # noqa: E402
-from segmentation.files import write_atomically  # noqa: E402
 from segmentation.layouts import CITYSCAPES  # noqa: E402
 from segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay  # noqa: E402
 from segmentation.transforms import (  # noqa: E402

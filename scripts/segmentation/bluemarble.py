@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _files import write_atomically
 from bluemarble import (
     BLOCK,
     CACHE_DIR,
@@ -31,7 +32,6 @@ from bluemarble import (
 )
 from torch.utils.data import Dataset
 
-from .files import write_atomically
 from .pairs import IGNORE, DataError, Sample, SegmentationData
 
 CLASSES = (*CLASS_NAMES, 'lake')

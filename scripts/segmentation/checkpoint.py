@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from .files import write_atomically
+from _files import write_atomically, write_csv
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -70,13 +69,7 @@ class Log:
                 rows = [row for row in csv.DictReader(file)
                         if None not in row.values() and row['step'].isdigit() and int(row['step']) <= step]
 
-        def write(part: Path) -> None:
-            with part.open('w', newline='') as file:
-                writer = csv.DictWriter(file, columns, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_atomically(path, write)
+        write_csv(path, columns, rows)
         self.path, self.columns, self.last = path, columns, {} if not rows else rows[-1]
 
     def add(self, row: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _files import write_atomically
 from PIL import Image
 from torch import Tensor
 
-from .files import write_atomically
 from .pairs import IGNORE
 
 
