@@ -1,7 +1,7 @@
 """Bad input and faults: each gives one clear error that names the cause, and leaves files as they were.
 
-More such tables stand beside what they are about: arguments of the operator (test_ops.py), of the layers
-(test_layers.py), of lift_model (test_lift.py), of the command line (test_cli.py), and keys of checkpoints
+More such tables stand beside what they are about: arguments of the operator (test_ops_contract.py), of the
+layers (test_layers.py), of lift_model (test_lift.py), of the command line (test_cli.py), and keys of checkpoints
 (test_models.py, test_official.py).
 """
 import json

@@ -1,0 +1,31 @@
+"""What the tests of the operator share: its cases by name, and how a result is checked against the oracle's."""
+import cases
+import pytest
+import torch
+from cases import CASES, INPUTS, OpCase
+
+from fadc_timm.ops import list_backends
+
+BACKEND_NAMES = [name for name in list_backends() if name != 'reference']
+CASE = {case.name: case for case in CASES}
+
+
+def ids(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix('torch.')
+    return value.name if isinstance(value, OpCase) else None
+
+
+def skip_unless_runs(case, inputs, backend):
+    reason = cases.why_not(case, inputs, backend)
+    if reason:
+        pytest.skip(f'{backend}: {reason}')
+
+
+def check(case, inputs, actual, expected, dtype, names=('out', *INPUTS)):
+    errors = {name: cases.error(actual[name], expected[name]) for name in actual if name in names}
+    too_large = {n: f'{e:.1e} > {cases.tolerance(n, dtype):.1e}' for n, e in errors.items()
+                 if not e <= cases.tolerance(n, dtype)}
+    assert not too_large, f'{case}: {too_large}'
+    for name, t in inputs.items():
+        assert actual[name].dtype == t.dtype and actual[name].shape == t.shape, name
