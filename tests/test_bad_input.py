@@ -2,7 +2,7 @@
 
 More such tables stand beside what they are about: arguments of the operator (test_ops_contract.py), of the
 layers (test_layers.py), of lift_model (test_lift.py), of the command line (test_cli.py), and keys of checkpoints
-(test_models.py, test_official.py).
+(test_models_checkpoints.py, test_official.py).
 """
 import json
 import os

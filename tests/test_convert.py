@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from cases import error
-from test_models import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from test_official import VECTORS, assert_features, mini_backbone
 
 from fadc_timm.models.derive import fadc_keys

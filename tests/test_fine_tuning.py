@@ -9,8 +9,8 @@ import math
 import pytest
 import timm
 import torch
+from backbones import PACKAGE
 from PIL import Image
-from test_models import PACKAGE
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3

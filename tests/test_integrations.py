@@ -10,10 +10,10 @@ import time
 import pytest
 import timm
 import torch
+from backbones import create_fadc, photos
 from cases import error
 from conftest import needs_dynamo
 from PIL import Image
-from test_models import create_fadc, photos
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping, quantize_dynamic
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx

@@ -5,8 +5,8 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from backbones import LOSSLESS, awaken, photos
 from cases import error
-from test_models import LOSSLESS, awaken, photos
 from torch import nn
 from torch.nn.utils import prune
 

@@ -10,8 +10,8 @@ import cases
 import pytest
 import timm
 import torch
+from backbones import create_fadc, load, photos, trained
 from cases import CASES, error
-from test_models import create_fadc, load, photos, trained
 from torch import nn
 
 import fadc_timm

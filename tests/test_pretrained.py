@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from cases import error
 from hub_client import clients, load
 from hub_server import TOKEN, Hub, oid_of
 from huggingface_hub import errors
-from test_models import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
 
 import fadc_timm  # noqa: F401  registers the models

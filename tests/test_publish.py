@@ -11,12 +11,12 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from backbones import LOSSLESS, photos, trained
 from cases import error
 from hub_client import clients, execute, load, script
 from hub_server import TOKEN, Hub, oid_of
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from test_models import LOSSLESS, photos, trained
 from timm.models import get_pretrained_cfg
 
 import fadc_timm
