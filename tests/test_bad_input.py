@@ -14,13 +14,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from op_checks import operator
 from packaging.version import Version
 from torch import nn
 
 import fadc_timm
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
 from fadc_timm.__main__ import main
-from fadc_timm.ops import adaptive_dilated_conv2d, list_backends
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -152,13 +152,6 @@ def conv(**kwargs):
     return lambda: FADConv2d(4, 4, 3, **{'padding': 1, **kwargs})
 
 
-def operator(**kwargs):
-    def call(*_):
-        args = dict(x=torch.ones(1, 4, 6, 6), weight=torch.ones(4, 4, 3, 3), dilation=torch.ones(1, 1, 6, 6))
-        adaptive_dilated_conv2d(**{**args, **kwargs})
-    return call
-
-
 CASES = {
     # names and tags
     'tag': (create('resnet18_fadc.nope'), RuntimeError, 'Invalid pretrained tag .nope. for resnet18_fadc'),
@@ -288,55 +281,3 @@ def test_what_is_not_wrong(files):
         assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
     timm.create_model(f'local-dir:{files / "whole"}', pretrained=True)
     operator()()
-
-
-# values that are not finite, which no call looks at
-
-
-def runs(backend):
-    try:
-        operator(backend=backend)()
-    except NotImplementedError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
-@pytest.mark.parametrize('groups', [1, 4])
-@pytest.mark.parametrize('backend', [name for name in list_backends() if runs(name)])
-def test_operator_passes_on_what_is_not_finite(backend, groups, value):
-    """As a convolution: outputs that read the value are not finite, and no other sample is touched."""
-    def call(**changed):
-        torch.manual_seed(0)
-        args = dict(x=torch.randn(3, 4, 9, 9), weight=torch.randn(4, 4 // groups, 3, 3),
-                    dilation=torch.rand(3, 1, 9, 9) + 1.1, mask=torch.rand(3, 9, 9, 9))
-        for name, index in changed.items():
-            args[name][index] = value
-        return adaptive_dilated_conv2d(**args, groups=groups, backend=backend)
-
-    clean = call()
-    assert clean.isfinite().all()
-    for changed in (dict(x=(1, 0, 4, 4)), dict(mask=(1, 4, 4, 4)), dict(x=(1, 0, 4, 4), mask=(1, 4, 4, 4))):
-        y = call(**changed)
-        assert torch.equal(y[[0, 2]], clean[[0, 2]])
-        assert not y[1, 0, 4, 4].isfinite() and y[1, 0, 0, 0].isfinite()
-    assert not call(weight=(0, 0, 1, 1))[:, 0, 4, 4].isfinite().any()
-    if value != value:  # an infinite dilation lies outside of the map, or has no place at all
-        y = call(dilation=(1, 0, 4, 4))
-        assert torch.equal(y[[0, 2]], clean[[0, 2]]) and y[1, :, 4, 4].isnan().all()
-        assert y.isnan().sum() == 4
-
-
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
-@pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc'])
-@torch.no_grad()
-def test_network_passes_on_what_is_not_finite(name, value):
-    """One bad pixel shows in that image's logits, as in the base, and in no other image's."""
-    net = timm.create_model(name, num_classes=10).eval()
-    x = torch.randn(3, 3, 64, 64)
-    clean = net(x)
-    x[1, 0, 30, 30] = value
-    y = net(x)
-    assert not y[1].isfinite().any()
-    torch.testing.assert_close(y[[0, 2]], clean[[0, 2]])
-    assert not timm.create_model(name.removesuffix('_fadc'), num_classes=10).eval()(x)[1].isfinite().any()
