@@ -4,7 +4,9 @@ import os
 import pytest
 import torch
 
-pytest.register_assert_rewrite('layer_cases', 'op_checks')  # their assertions show values, as those of test files
+# their assertions show values, as those of test files
+pytest.register_assert_rewrite(
+    'band_cases', 'cases', 'hub_client', 'layer_cases', 'official_cases', 'op_checks', 'processes')
 
 # Triton's kernels run in its interpreter where there is no GPU for them, which is settled when they are first imported.
 if not torch.cuda.is_available():

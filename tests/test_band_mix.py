@@ -1,12 +1,13 @@
 """FreqSelect's mix of bands: the fused form against the definition, with every gradient, at every size."""
 import pytest
 import torch
+from band_cases import check, definition, make_inputs
 from conftest import needs_dynamo
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import band_mix, low_pass, mix_bands
+from fadc_timm.ops import band_mix, mix_bands
 from fadc_timm.ops.band_mix import mix_low_passes, mix_low_passes_backward, multiply_adds
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -16,36 +17,10 @@ SIDES = [*range(1, 10), 12, 14, 28, 33]
 FACTORS = [[2, 4, 8], [2], [3, 1, 16, 2]]
 
 
-def make_inputs(h, w, count, groups=1, dtype=torch.float64, b=2, c=4):
-    generator = torch.Generator().manual_seed(h * 100 + w)
-    x = torch.randn(b, c, h, w, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weights = torch.rand(b, count, groups, h, w, generator=generator, dtype=torch.float64) * 2
-    return x, weights.to(dtype).requires_grad_()
-
-
-def definition(x, weights, factors):
-    """Bands as differences of low-passes, weighed and added up, in double precision."""
-    x, weights = x.double(), weights.double()
-    maps = [x, *low_pass(x, factors, 'fft')]
-    bands = [maps[i] - maps[i + 1] for i in range(len(factors))] + [maps[-1]]
-    groups = weights.shape[2]
-    y = torch.zeros_like(x)
-    for i, band in enumerate(bands):
-        weight = weights[:, i].repeat_interleave(x.shape[1] // groups, 1) if i < weights.shape[1] else 1.
-        y = y + band * weight
-    return y
-
-
 def results(f, x, weights, *args):
     y = f(x, weights, *args)
     grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
     return y.detach(), *torch.autograd.grad(y, (x, weights), grad)
-
-
-def check(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert (a - e).abs().max() <= tolerance * max(1., e.abs().max())
 
 
 # largest error measured, relative to the largest number: 4.0e-7, 1.1e-15

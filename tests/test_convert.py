@@ -15,7 +15,7 @@ import timm
 import torch
 from backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from cases import error
-from test_official import VECTORS, assert_features, mini_backbone
+from official_cases import VECTORS, assert_features, mini_backbone
 
 from fadc_timm.models.derive import fadc_keys
 

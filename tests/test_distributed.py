@@ -6,8 +6,8 @@ import timm
 import torch
 from cases import error
 from distributed_worker import build
+from processes import torchrun
 from torch import nn
-from torchrun import torchrun
 
 from fadc_timm import FADConv2d
 

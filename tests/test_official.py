@@ -1,39 +1,17 @@
 """The authors' layers and checkpoints against vectors of their own code, see official_vectors/README.md."""
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from official_cases import VECTORS, assert_features, close, load, mini_backbone, part
 
 import fadc_timm  # noqa: F401  registers the models
 from fadc_timm.official import convert_checkpoint, convert_layer, load_layer
 from fadc_timm.ops import BACKENDS
 
-VECTORS = Path(__file__).parent / 'official_vectors'
 LAYERS = sorted(p.stem for p in VECTORS.glob('*.safetensors') if p.stem != 'mini_backbone')
-
-# Relative Frobenius error. Measured on all vectors and backends: output 1.4e-6, input gradient 2.2e-6, weights'
-# gradients 2.7e-6, one-dimensional gradients 2.4e-6 (of the norm of their convolution's weight gradient).
-TOLERANCE = 1e-5
-
-
-def load(name):
-    with safe_open(VECTORS / f'{name}.safetensors', 'pt') as f:
-        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  not iterable otherwise
-
-
-def part(tensors, prefix):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def close(a, b, norm=None):
-    """Whether a is b up to the tolerance, which is of the norm of b or of another tensor; all zeros want zeros."""
-    with torch.no_grad():
-        return bool((a - b).norm() <= TOLERANCE * (b if norm is None else norm).norm())
-
 
 def layer_of(name):
     meta, tensors = load(name)
@@ -125,17 +103,6 @@ def test_unsupported_layers_are_named():
         load_layer('AdaptiveDilatedDWConv', {**depthwise, 'fs_cfg': dict(k_list=[2, 4])}, {})
     with pytest.raises(NotImplementedError, match='dilation=2'):
         load_layer('AdaptiveDilatedDWConv', {**depthwise, 'kernel_decompose': None, 'dilation': 2}, {})
-
-
-def mini_backbone():
-    meta, tensors = load('mini_backbone')
-    return json.loads(meta['timm_resnet_kwargs']), part(tensors, 'state.'), tensors
-
-
-def assert_features(features, tensors):
-    assert len(features) == 4
-    for i, feature in enumerate(features):
-        assert close(feature, tensors[f'io.feature{i}']), i  # measured 3.4e-7
 
 
 @pytest.mark.parametrize('wrapped', [False, True])

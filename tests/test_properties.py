@@ -7,11 +7,11 @@ import math
 import cases
 import pytest
 import torch
+from band_cases import definition
 from cases import DTYPES, GAINS, OPTIONAL, OpCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layer_cases import AT_START, EXACT, off_identity
-from test_band_mix import definition
 from torch import nn
 
 from fadc_timm import FADConv2d, lift_model

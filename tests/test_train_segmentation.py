@@ -17,10 +17,10 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'scripts'))
 
+from processes import torchrun  # noqa: E402
 from segmentation.batches import Samples  # noqa: E402
 from segmentation.engine import Objective, Recipe, World, train  # noqa: E402
 from segmentation.variants import apply_variant  # noqa: E402
-from torchrun import torchrun  # noqa: E402
 
 import fadc_timm  # noqa: E402
 import fadc_timm.losses  # noqa: E402

@@ -3,8 +3,6 @@
 Its results are tested with those of the other backends, in test_ops.py.
 """
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import timm
 import torch
 from cases import CASES, GAINS, OpCase
+from processes import python
 
 pytest.importorskip('triton')
 
@@ -252,12 +251,6 @@ def test_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(_triton_support, 'is_interpreted', lambda: False)
     with pytest.raises(NotImplementedError, match='does not run on cpu.*TRITON_INTERPRET=1'):
         run(backend='triton')
-
-
-def python(code, **env):
-    environment = {n: v for n, v in os.environ.items() if n != 'TRITON_INTERPRET'}
-    return subprocess.run([sys.executable, '-c', code], env={**environment, **env}, cwd=ROOT, capture_output=True,
-                          text=True, check=True).stdout
 
 
 def test_import_leaves_triton_alone():

@@ -6,8 +6,8 @@ from typing import NamedTuple, Tuple
 
 import pytest
 import torch
+from band_cases import check, definition, make_inputs
 from conftest import needs_dynamo
-from test_band_mix import check, definition, make_inputs
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,7 +1,7 @@
 """FreqSelect's band mix in Triton, around its kernels: tuning, when it is chosen, no Triton, compilation for a GPU."""
 import pytest
 import torch
-from test_triton import python
+from processes import python
 
 from fadc_timm.ops import _triton_bands
 from fadc_timm.ops.band_mix import FORMS, choose_form

@@ -1,10 +1,12 @@
-"""A script in several processes of this machine."""
+"""Scripts in processes of their own."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import fadc_timm
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def torchrun(*arguments, processes=2, **env):
@@ -19,3 +21,10 @@ def torchrun(*arguments, processes=2, **env):
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def python(code, **env):
+    """Run code from the root of the checkout, with Triton's kernels compiled, and give what it prints."""
+    environment = {n: v for n, v in os.environ.items() if n != 'TRITON_INTERPRET'}
+    return subprocess.run([sys.executable, '-c', code], env={**environment, **env}, cwd=ROOT, capture_output=True,
+                          text=True, check=True).stdout
