@@ -36,7 +36,8 @@ class Recipe:
     steps: Number of steps.
     batch: Batch size, over all processes.
     lr: Learning rate of AdamW, its betas being 0.9 and 0.999.
-    fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network.
+    fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network: 1 at the published rate, less
+        at higher ones, where AdaDR's dilation grows past the map.
     weight_decay: None on 1-D parameters.
     clip: Largest norm of the gradient, 0 for no clipping.
     power: Of the polynomial decay.
