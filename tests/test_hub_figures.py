@@ -23,10 +23,10 @@ def test_fixed_input_tells_models_apart():
     expected = torch.tensor(config.expected_logits)
     measured = error(publishing.fixed_logits(model, size), expected)
     assert measured < 1e-6  # 1.2e-7
-    for name, p in model.named_parameters():  # a twentieth of a pixel in one layer is seen
-        if name.endswith('layer3.0.conv2.ada_dr.conv.bias'):
+    for name, p in model.named_parameters():  # a twentieth of a pixel in the last layer is seen
+        if name.endswith('layer4.0.conv2.ada_dr.conv.bias'):
             p.data += 0.05
-    assert error(publishing.fixed_logits(model, size), expected) > 10 * SAME  # 3.2e-4
+    assert error(publishing.fixed_logits(model, size), expected) > 10 * SAME  # 8.7e-4
 
 
 def test_sample_of_the_logits():

