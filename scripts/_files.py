@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, flushes it to the disk, then gives it its name.
+    """Write a file under a temporary name, flush it to the disk, then give it its name.
 
     Args:
         path: The file; its folder is made if it does not exist.

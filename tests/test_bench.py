@@ -3,22 +3,18 @@ import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import _bench
+import _rows
+import _speed_tables
+import _subjects
+import bench_model
+import bench_op
 import pytest
 import torch
+from processes import ROOT
 from small_model import MODEL
 from torch import nn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import _bench  # noqa: E402
-import _rows  # noqa: E402
-import _speed_tables  # noqa: E402
-import _subjects  # noqa: E402
-import bench_model  # noqa: E402
-import bench_op  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,7 +1,8 @@
 """What the benchmark scripts compare: that today's way is our function, and that all networks have the same weights."""
-import sys
-from pathlib import Path
 
+import _subjects
+import _today
+import bench_model
 import pytest
 import timm
 import torch
@@ -9,13 +10,6 @@ from small_model import MODEL
 from torch import nn
 
 from fadc_timm import FADConv2d
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import _subjects  # noqa: E402
-import _today  # noqa: E402
-import bench_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

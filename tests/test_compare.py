@@ -1,16 +1,10 @@
 """compare.py: statistics against values computed by hand, what is run again, and the tables."""
 import csv
 import math
-import sys
-from pathlib import Path
 
+import _segmentation_tables as tables
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import _segmentation_tables as tables  # noqa: E402
-from segmentation.comparison import (  # noqa: E402
+from segmentation.comparison import (
     BY_NAME,
     PRESETS,
     REMEDIES,

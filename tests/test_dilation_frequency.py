@@ -1,23 +1,19 @@
 """scripts/dilation_frequency.py: rank correlation, its interval, and what is undefined."""
 import csv
 import math
-import sys
 from pathlib import Path
 
+import dilation_frequency
 import numpy as np
 import pytest
 import timm
 import torch
+from _rank_correlation import bootstrap, spearman
 from PIL import Image
 from safetensors.torch import save_file
 
-import fadc_timm
 from fadc_timm.layers import FADConv2d
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
-
-sys.path.insert(0, str(Path(fadc_timm.__file__).parents[1] / 'scripts'))
-import dilation_frequency
-from _rank_correlation import bootstrap, spearman
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MODEL = 'test_resnet_fadc'

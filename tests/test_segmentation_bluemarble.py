@@ -1,18 +1,12 @@
 """The Blue Marble segmentation task: its labels, tiles and splits, and its cache on disk."""
 import re
-import sys
-from pathlib import Path
 
+import bluemarble as sources
+import bluemarble_segmentation as picture
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import bluemarble as sources  # noqa: E402
-import bluemarble_segmentation as picture  # noqa: E402
-from segmentation import bluemarble  # noqa: E402
-from segmentation.data import IGNORE, DataError, open_data  # noqa: E402
+from segmentation import bluemarble
+from segmentation.data import IGNORE, DataError, open_data
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,17 +1,11 @@
 """The files of a segmentation run, its checkpoint and its log, whenever it is killed."""
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation import checkpoint as files  # noqa: E402
-from segmentation.checkpoint import Log, load_checkpoint, save_checkpoint  # noqa: E402
+from segmentation import checkpoint as files
+from segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,19 +1,13 @@
 """The layouts of segmentation data on disk, and the errors of files that do not fit them."""
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segmentation.data import DataError, open_data
+from segmentation.layouts import CITYSCAPES
 from segmentation_cases import mask_of, picture_of
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.data import DataError, open_data  # noqa: E402
-from segmentation.layouts import CITYSCAPES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

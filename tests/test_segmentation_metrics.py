@@ -1,19 +1,13 @@
 """Segmentation scores, their table and overlays, written as a whole or not at all."""
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _files import write_atomically
 from PIL import Image
+from segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay
 from segmentation_cases import mask_of, picture_of
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from _files import write_atomically  # noqa: E402
-from segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

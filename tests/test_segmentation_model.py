@@ -1,19 +1,13 @@
 """The networks of train_segmentation.py: a backbone's initial weights, and decoders of segmentation_models_pytorch."""
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from segmentation.variants import VARIANTS, apply_variant
+from segmentation.weights import Initial, load_backbone
 from segmentation_cases import BACKBONES, awake, backbone
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.variants import VARIANTS, apply_variant  # noqa: E402
-from segmentation.weights import Initial, load_backbone  # noqa: E402
-
-import fadc_timm  # noqa: E402
+import fadc_timm
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

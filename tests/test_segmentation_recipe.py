@@ -1,19 +1,13 @@
 """What a step of train_segmentation.py is made with: its recipe, its learning rates and its batch."""
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from segmentation.batches import Samples, step_batches
+from segmentation.engine import Recipe
+from segmentation.optimizer import poly_schedule, rate_groups
+from segmentation.variants import added_keys, apply_variant
 from segmentation_cases import Pictures, backbone, transform
 from torch import nn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.batches import Samples, step_batches  # noqa: E402
-from segmentation.engine import Recipe  # noqa: E402
-from segmentation.optimizer import poly_schedule, rate_groups  # noqa: E402
-from segmentation.variants import added_keys, apply_variant  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,14 +1,8 @@
 """Segmentation of an image in overlapping windows."""
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.slide import slide, windows  # noqa: E402
+from segmentation.slide import slide, windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,25 +1,19 @@
 """The transforms of segmentation data: image and mask stay together, and the random number generator decides all."""
 import colorsys
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from segmentation_cases import mask_of, picture_of
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.data import IGNORE  # noqa: E402
-from segmentation.metrics import ConfusionMatrix  # noqa: E402
-from segmentation.transforms import (  # noqa: E402
+from segmentation.data import IGNORE
+from segmentation.metrics import ConfusionMatrix
+from segmentation.transforms import (
     EvalTransform,
     TrainTransform,
     adjust_saturation,
     fitted_size,
     photometric_distortion,
 )
+from segmentation_cases import mask_of, picture_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,21 +1,15 @@
 """What the variants of train_segmentation.py put in place of a backbone's convolutions."""
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from segmentation.deform import DeformConv2d
+from segmentation.variants import VARIANTS, added_keys, apply_variant
 from segmentation_cases import BACKBONES, backbone
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from segmentation.deform import DeformConv2d  # noqa: E402
-from segmentation.variants import VARIANTS, added_keys, apply_variant  # noqa: E402
-
-import fadc_timm  # noqa: E402
-from fadc_timm.models.cost import module_cost  # noqa: E402
+import fadc_timm
+from fadc_timm.models.cost import module_cost
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -5,25 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT, torchrun
+from segmentation.batches import Samples
+from segmentation.engine import Objective, Recipe, World, train
+from segmentation.variants import apply_variant
 from segmentation_cases import Pictures, backbone, transform
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-from processes import torchrun  # noqa: E402
-from segmentation.batches import Samples  # noqa: E402
-from segmentation.engine import Objective, Recipe, World, train  # noqa: E402
-from segmentation.variants import apply_variant  # noqa: E402
-
-import fadc_timm  # noqa: E402
-import fadc_timm.losses  # noqa: E402
+import fadc_timm
+import fadc_timm.losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -145,8 +140,8 @@ def main(*args):
     return train_segmentation.main([str(a) for a in args])
 
 
-# kills itself in the middle of writing the checkpoint of step 4
-KILLED = '''
+# the script, killed once in the middle of writing the checkpoint of step 4, where that is asked for
+WORKER = '''
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
 import train_segmentation
@@ -154,23 +149,35 @@ from segmentation import checkpoint
 save = checkpoint.torch.save
 def save_half(state, part):
     save(state, part)
-    if state['step'] == 4:
+    if state['step'] == 4 and not os.path.exists(os.environ['KILLED']):
+        open(os.environ['KILLED'], 'w').close()
         os.truncate(part, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.torch.save = save_half
-train_segmentation.main({args!r})
+if 'KILLED' in os.environ:
+    checkpoint.torch.save = save_half
+sys.exit(train_segmentation.main())
 '''
 
 
-def test_script(folder, tmp_path, capsys):
+@pytest.fixture
+def worker(tmp_path):
+    """Path of the script as `WORKER` changes it."""
+    pytest.importorskip('segmentation_models_pytorch')
+    path = tmp_path / 'worker.py'
+    path.write_text(WORKER.format(scripts=str(SCRIPT.parent)))
+    return path
+
+
+def test_script(folder, worker, tmp_path, capsys):
     """Killed and resumed as left alone; then tested, with the averaged weights, again by --eval."""
     args = [*OPTIONS, '--root', folder]
     assert main(*args, '--output', tmp_path / 'whole', '--eval-every', 3, '--overlays', 1) == 0
     out = capsys.readouterr().out
     assert 'upernet over test_resnet, fadc' in out and '5 convolutions replaced' in out and 'folder: 4 images' in out
-    code = KILLED.format(scripts=str(SCRIPT.parent), args=[str(a) for a in (*args, '--output', tmp_path / 'killed')])
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={
-        **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    command = [sys.executable, worker, *args, '--output', tmp_path / 'killed']
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={
+        **os.environ, 'OMP_NUM_THREADS': '1', 'KILLED': str(tmp_path / 'mark'),
+        'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert [row['step'] for row in losses(tmp_path / 'killed')] == ['1', '2', '3', '4']
     assert main(*args, '--output', tmp_path / 'killed') == 0
@@ -199,30 +206,9 @@ def test_script(folder, tmp_path, capsys):
     assert 'is of another run: lr is 0.01, was 0.001' in capsys.readouterr().err
 
 
-# the script, killed once in the middle of writing the checkpoint of step 4, where that is asked for
-WORKER = '''
-import os, signal, sys
-sys.path.insert(0, {scripts!r})
-import train_segmentation
-from segmentation import checkpoint
-save = checkpoint.torch.save
-def save_half(state, part):
-    save(state, part)
-    if state['step'] == 4 and not os.path.exists(os.environ['KILLED']):
-        open(os.environ['KILLED'], 'w').close()
-        os.truncate(part, 1000)
-        os.kill(os.getpid(), signal.SIGKILL)
-if 'KILLED' in os.environ:
-    checkpoint.torch.save = save_half
-sys.exit(train_segmentation.main())
-'''
-
-
-def test_two_processes(folder, tmp_path):
+def test_two_processes(folder, worker, tmp_path):
     """Under torchrun one process writes, each sees its half of the crops, and a killed run goes on by itself."""
-    pytest.importorskip('segmentation_models_pytorch')
-    worker, args = tmp_path / 'worker.py', [*OPTIONS, '--batch', '4', '--root', folder, '--output']
-    worker.write_text(WORKER.format(scripts=str(SCRIPT.parent)))
+    args = [*OPTIONS, '--batch', '4', '--root', folder, '--output']
     out = torchrun(worker, *args, tmp_path / 'whole')
     assert out.count('5 convolutions replaced') == 1 and out.count('statistics of each process for itself') == 1
     out = torchrun(worker, *args, tmp_path / 'killed', KILLED=str(tmp_path / 'mark'))

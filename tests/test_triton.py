@@ -4,7 +4,6 @@ Its results are tested with those of the other backends, in test_ops.py.
 """
 import copy
 import sys
-from pathlib import Path
 
 import cases
 import pytest
@@ -24,7 +23,6 @@ from fadc_timm.ops._triton_sampling import offset
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-ROOT = Path(__file__).resolve().parent.parent
 CASE = {case.name: case for case in CASES}
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 
