@@ -38,11 +38,16 @@ def _ratio(row: Row) -> str:
     return f'{float(row["ratio"]):.2f} ({float(row["ratio_q25"]):.2f} to {float(row["ratio_q75"]):.2f})'
 
 
+def _value(row: Row) -> str:
+    value = float(row['median'])
+    return f'{value:.0f} {row["unit"]}' if value >= 1000 else f'{value:.3g} {row["unit"]}'
+
+
 def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = '') -> List[str]:
     """The line of one case and quantity, from the rows of one device, of which it may have none."""
     found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, compiled)}
     against_eager = what.endswith('/eager')
-    base, today, fadc = (found.get(v) for v in ('fadc eager' if against_eager else 'plain', 'today', 'fadc'))
+    plain, today, fadc = (found.get(v) for v in ('plain', 'today', 'fadc'))
     triton = found.get('triton')
     quantity = what.removesuffix('/eager') + (', compiled' if compiled == 'yes' else '')
     quantity += ', against itself eager' if against_eager else ''
@@ -51,7 +56,7 @@ def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = ''
     unit = ' s' if what == 'import' else ''
     return [
         case, quantity,
-        NOT_MEASURED if base is None else f'{float(base["median"]):.3g} {base["unit"]}',
+        NOT_MEASURED if plain is None else _ratio(plain) if against_eager else _value(plain),
         '' if what == 'import' or against_eager else NOT_MEASURED if today is None else _ratio(today),
         NOT_MEASURED if fadc is None else _ratio(fadc) + ('' if triton is None else f'; Triton: {_ratio(triton)}'),
         f'<= {target}{unit}' if target else '',
@@ -92,7 +97,7 @@ def operator() -> str:
         lines = []
         for case, what in dict.fromkeys((r['case'], r['what']) for r in rows):
             plain = cells.get((case, what, 'plain'))
-            line = [case, what, NOT_MEASURED if plain is None else f'{float(plain["median"]):.3g} ms']
+            line = [case, what, NOT_MEASURED if plain is None else _value(plain)]
             for variant in variants:
                 row = cells.get((case, what, variant))
                 line.append('' if row is None else f'{float(row["ratio"]):.2f}')

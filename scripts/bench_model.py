@@ -13,7 +13,7 @@ parameters are off the identity, and before a case is timed, all but `plain` mus
 
 * inference: a batch, in milliseconds;
 * train: forward, loss, backward and a step of SGD;
-* inference/eager, train/eager: the compiled FADC network, its ratio is that to itself without compiling;
+* inference/eager, train/eager: the compiled network, its ratio is that to itself without compiling;
 * memory: the largest number of megabytes of tensors during a training step;
 * per-pixel: the time of a pixel at one size over that at 224, its ratio is the growth over that of the plain network;
 * import: `import timm` and `import fadc_timm` in new processes, the ratio is the *difference in seconds*.
@@ -136,16 +136,16 @@ def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> Lis
 
     for variant, model in models.items():
         add(variant, model, setting)
-    eager = case.compile and 'fadc' in models
-    if eager:
-        add('fadc eager', models['fadc'], setting._replace(compile=False))
+    to_eager = [v for v in ('plain', 'fadc') if case.compile and v in models]
+    for variant in to_eager:
+        add(f'{variant} eager', models[variant], setting._replace(compile=False))
     samples = interleave(steps, clock, args.repeats, args.max_time)
     env = environment(setting)
     rows = make_rows(case.name, case.what, {v: samples[v] for v in models}, formats, env, targets(case))
-    if eager:
-        target = {} if case.eager_target is None else {'fadc': case.eager_target}
-        rows += make_rows(
-            case.name, f'{case.what}/eager', {v: samples[v] for v in ('fadc eager', 'fadc')}, formats, env, target)
+    eager_targets = {} if case.eager_target is None else {'fadc': case.eager_target}
+    for variant in to_eager:
+        pair = {v: samples[v] for v in (f'{variant} eager', variant)}
+        rows += make_rows(case.name, f'{case.what}/eager', pair, formats, env, eager_targets)
     return rows
 
 
