@@ -150,6 +150,25 @@ def test_ada_kern(kernel_decompose, depthwise, batch, training):
     assert_same(grads(y, inputs), grads(expected, inputs), EXACT)  # 7e-15
 
 
+@pytest.mark.parametrize('kernel_decompose,depthwise', [('both', False), ('both', True), ('low', False)])
+def test_ada_kern_reparameterized(kernel_decompose, depthwise):
+    """The same gains without the norm, also in training, and scripted; and one again when they are reset."""
+    m = AdaKern(6, 6, kernel_decompose, depthwise, min_channels=4, dtype=torch.float64)
+    off_identity(m).eval()
+    with torch.no_grad():
+        m.norm.weight.uniform_(-1, 2)
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    expected = m(x)
+    for _ in range(2):
+        m.reparameterize()
+        assert not any(isinstance(n, nn.BatchNorm2d) for n in m.modules())
+        assert_same(m(x), expected, EXACT)
+    assert_same(torch.jit.script(m)(x), expected, EXACT)
+    assert_same(m.train()(x[:1]), [None if g is None else g[:1] for g in expected], EXACT)
+    m.reset_parameters()
+    assert all(g is None or torch.equal(g, torch.ones_like(g)) for g in m(x))
+
+
 def test_ada_kern_gains_at_start_and_at_the_ends():
     m = AdaKern(4, 6)
     x = torch.randn(3, 4, 5, 5)

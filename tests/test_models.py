@@ -47,6 +47,18 @@ def test_symbolic_trace(base):
         assert torch.equal(traced(x), model(x))
 
 
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_reparameterize(base):
+    """timm's --reparam: AdaKern's norms are folded, in a copy."""
+    model = create_fadc(f'{base}_fadc')
+    expected = model(photos())
+    folded = timm.utils.reparameterize_model(model)
+    for m, norm in ((model, nn.BatchNorm2d), (folded, nn.Identity)):
+        assert all(type(layer.ada_kern.norm) is norm for layer in fad_convs(m).values())
+    assert error(folded(photos()), expected) < 1e-5
+
+
 @pytest.mark.parametrize('base', SMALL)
 @torch.no_grad()
 def test_intermediates(base):

@@ -3,12 +3,14 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_linear_bn_weights
 
 __all__ = ['AdaKern']
 
@@ -57,7 +59,7 @@ class AdaKern(nn.Module):
         heads = in_channels if depthwise else in_channels + out_channels
         # the trunks of both parts read the same vector: one product, low before high; so do the heads of a part
         self.fc = nn.Linear(in_channels, parts * width, bias=False, **dd)
-        self.norm = nn.BatchNorm2d(parts * width, **dd)
+        self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
         self.act = nn.ReLU()
         self.low = None if kernel_decompose == 'high' else nn.Linear(width, heads, **dd)
         self.high = None if kernel_decompose == 'low' else nn.Linear(width, heads, **dd)
@@ -66,11 +68,26 @@ class AdaKern(nn.Module):
     def reset_parameters(self) -> None:
         """Back to gains of one."""
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out', nonlinearity='relu')
-        self.norm.reset_parameters()
+        if self.fc.bias is not None:
+            nn.init.zeros_(self.fc.bias)
+        if isinstance(self.norm, _BatchNorm):
+            self.norm.reset_parameters()
         for head in (self.low, self.high):
             if head is not None:
                 for parameter in head.parameters():
                     nn.init.zeros_(parameter)
+
+    def reparameterize(self) -> None:
+        """Fold the norm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
+
+        Once folded, there is no norm in training either, and nothing is left to fold.
+        """
+        norm = self.norm
+        if isinstance(norm, _BatchNorm):
+            assert norm.running_mean is not None and norm.running_var is not None
+            self.fc.weight, self.fc.bias = fuse_linear_bn_weights(
+                self.fc.weight, self.fc.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            self.norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """
@@ -100,7 +117,7 @@ class AdaKern(nn.Module):
         """The norm, but in training on one value a channel, which has no variance, with the running statistics."""
         norm = self.norm
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-        if x.shape[0] > 1 or not norm.training or synced:
+        if not isinstance(norm, _BatchNorm) or x.shape[0] > 1 or not norm.training or synced:
             return norm(x)
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
 
