@@ -192,9 +192,33 @@ def test_speed_tables(tmp_path, monkeypatch):
     assert ('| resnet50_fadc 4x224 | inference | 10 ms | 5.00 (5.00 to 5.00) | 1.30 (1.30 to 1.30) | <= 1.2 | missed |'
             in speed)
     assert '| resnet50_fadc 1x512 | inference | not measured |' in speed
+    against_eager = '| resnet50_fadc 4x224 | inference, compiled, against itself eager |'
+    assert f'{against_eager} not measured |  | not measured | <= 1 |' in speed
     assert 'Y (cuda)' in speed and 'CUDA: not measured.' not in speed
     _rows.replace_rows(bench_op.OUTPUT, make_rows([13., 26., 13.], 'r 8@7'))
     assert '| r 8@7 | inference | 10 ms | 5.00 | 1.30 |' in _speed_tables.operator()
+
+    env = {**ENV, 'compile': 'yes'}
+    for eager, compiled, name in ((1000., 1100., 'plain'), (2000., 1800., 'fadc')):
+        pair = {f'{name} eager': [eager], name: [compiled]}
+        _rows.replace_rows(bench_model.OUTPUT, _rows.make_rows(
+            'resnet50_fadc 4x224', 'inference/eager', pair, {}, env, {'fadc': 1.}))
+    assert (f'{against_eager} 1.10 (1.10 to 1.10) |  | 0.90 (0.90 to 0.90) | <= 1 | yes |'
+            in _speed_tables.speed())
+
+
+def test_compiled_against_eager(monkeypatch):
+    """Each network to itself; what inductor makes of them is not of interest here."""
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: compiled.append(model) or model)
+    args = bench_model.parse_args(['--variants', 'fadc', '--repeats', '3'])
+    case = bench_model.Case(MODEL, 'inference', 1, 64, target=9., compile=True, eager_target=8.)
+    rows = bench_model.measure_times(case, args, _subjects.Setting(compile=True))
+    assert len(compiled) == 2
+    assert [(r['what'], r['variant'], r['target']) for r in rows] == [
+        ('inference', 'plain', ''), ('inference', 'fadc', '9'), ('inference/eager', 'plain eager', ''),
+        ('inference/eager', 'plain', ''), ('inference/eager', 'fadc eager', ''), ('inference/eager', 'fadc', '8')]
+    assert {r['ratio'] for r in rows if r['variant'].endswith('eager')} == {'1'}
 
 
 def test_readme_has_the_markers():

@@ -1,5 +1,4 @@
 """What the benchmark scripts compare: that today's way is our function, and that all networks have the same weights."""
-
 import _subjects
 import _today
 import bench_model

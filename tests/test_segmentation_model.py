@@ -1,5 +1,4 @@
 """The networks of train_segmentation.py: a backbone's initial weights, and decoders of segmentation_models_pytorch."""
-
 import pytest
 import timm
 import torch

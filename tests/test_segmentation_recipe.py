@@ -1,5 +1,4 @@
 """What a step of train_segmentation.py is made with: its recipe, its learning rates and its batch."""
-
 import pytest
 import torch
 from segmentation.batches import Samples, step_batches

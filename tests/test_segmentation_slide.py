@@ -1,5 +1,4 @@
 """Segmentation of an image in overlapping windows."""
-
 import pytest
 import torch
 from segmentation.slide import slide, windows

@@ -1,5 +1,4 @@
 """What the variants of train_segmentation.py put in place of a backbone's convolutions."""
-
 import pytest
 import timm
 import torch

@@ -59,6 +59,7 @@ class AdaKern(nn.Module):
         heads = in_channels if depthwise else in_channels + out_channels
         # the trunks of both parts read the same vector: one product, low before high; so do the heads of a part
         self.fc = nn.Linear(in_channels, parts * width, bias=False, **dd)
+        # Any, as SyncBatchNorm may replace it, and reparameterize() does
         self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
         self.act = nn.ReLU()
         self.low = None if kernel_decompose == 'high' else nn.Linear(width, heads, **dd)
