@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .layers import FADConv2d
 from .layers.watch import LayerCall, watch_layers
-from .ops.case import accumulation_dtype
-from .ops.low_pass import without_autocast
+from .ops.runtime import accumulation_dtype, without_autocast
 
 __all__ = ['DilationRecord', 'dilation_frequency_loss', 'high_frequency_power', 'power_at_outputs', 'record_dilations']
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Time of the forms of FreqSelect's band mix, against a copy of the map, which is the least that memory allows.
+"""Time of the backends of FreqSelect's band mix, against a copy of the map, which is the least that memory allows.
 
     python scripts/bench_bands.py --device cuda --amp float16 --batch 64 [--shapes '*@28'] [--check]
 
-`fused` is the default, `written_out` the form with an FFT, `triton` the Triton kernels where they can run. The
+`fused` is the default, `written_out` the backend with an FFT, `triton` the Triton kernels where they can run. The
 map and the weights are channels_last, in the dtype of --amp; forward, or forward+backward with both gradients. A
 copy forward+backward is two copies. Rows go to scripts/results/bench_bands.csv, as those of bench_model.py.
 With FADC_TIMM_AUTOTUNE=1 in the environment the Triton kernels take the fastest of their configurations.
@@ -21,8 +21,8 @@ from _subjects import AMP_DTYPES, Setting, Step
 from torch import Tensor
 
 from fadc_timm.ops import mix_bands
-from fadc_timm.ops._triton_bands import why_not
-from fadc_timm.ops.band_mix import FORMS
+from fadc_timm.ops.band_mix.functional import BACKENDS
+from fadc_timm.ops.band_mix.triton import why_not
 
 OUTPUT = RESULTS / 'bench_bands.csv'
 FACTORS = [2, 4, 8]
@@ -44,17 +44,17 @@ def make_steps(shape: Tuple[int, int], what: str, batch: int, setting: Setting) 
     weights = weights.unsqueeze(2)
     leaf_x, leaf_weights = (t.detach().requires_grad_() for t in (x, weights))
 
-    def forward(form: str) -> Tensor:
+    def forward(backend: str) -> Tensor:
         with torch.inference_mode():
-            return mix_bands(x, weights, FACTORS, form)
+            return mix_bands(x, weights, FACTORS, backend)
 
-    def both(form: str) -> Tuple[Tensor, ...]:
-        return torch.autograd.grad(mix_bands(leaf_x, leaf_weights, FACTORS, form), (leaf_x, leaf_weights), grad)
+    def both(backend: str) -> Tuple[Tensor, ...]:
+        return torch.autograd.grad(mix_bands(leaf_x, leaf_weights, FACTORS, backend), (leaf_x, leaf_weights), grad)
 
     steps: Dict[str, Step] = {'copy': x.clone if what == 'forward' else lambda: (x.clone(), grad.clone())}
-    for form in FORMS:
-        if form != 'triton' or why_not(x) is None:
-            steps[form] = functools.partial(forward if what == 'forward' else both, form)
+    for backend in BACKENDS:
+        if backend != 'triton' or why_not(x) is None:
+            steps[backend] = functools.partial(forward if what == 'forward' else both, backend)
     return steps
 
 

@@ -15,7 +15,7 @@ import triton
 from _files import write_csv
 from inspect_kernels import RESULTS, inspect
 
-from fadc_timm.ops import _triton_bands
+from fadc_timm.ops.band_mix import triton as bands
 
 HALF, ALL = (torch.float16, torch.bfloat16), (torch.float16, torch.bfloat16, torch.float32)
 
@@ -61,12 +61,12 @@ def launches(m: Map, dtype: torch.dtype) -> List[Tuple[Any, ...]]:
     weights = torch.empty(m.b, m.groups * m.weights, m.h, m.w, dtype=dtype, device='meta').to(
         memory_format=m.memory_format).unflatten(1, (m.groups, m.weights)).transpose(1, 2)
     found: List[Tuple[Any, ...]] = []
-    original, _triton_bands.run = _triton_bands.run, lambda *args: found.append(args)
+    original, bands.run = bands.run, lambda *args: found.append(args)
     try:
-        y = _triton_bands.mix_bands_fused._init_fn(x, weights, list(m.factors))
-        _triton_bands.mix_bands_fused_backward._init_fn(y, x, weights, list(m.factors))
+        y = bands.mix_bands_fused._init_fn(x, weights, list(m.factors))
+        bands.mix_bands_fused_backward._init_fn(y, x, weights, list(m.factors))
     finally:
-        _triton_bands.run = original
+        bands.run = original
     return found
 
 

@@ -21,8 +21,8 @@ from _files import write_csv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fadc_timm.ops import _triton_launch as launch
-from fadc_timm.ops._triton_call import Call
+from fadc_timm.ops.sampled_conv.triton import launch
+from fadc_timm.ops.sampled_conv.triton.call import Call
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'scripts' / 'results'
@@ -160,7 +160,7 @@ def main() -> None:
             continue
         for dtype in layer.dtypes:
             for kernel, _, arguments, constants, config in launches(layer, dtype):
-                name = f'{kernel.fn.__module__.rpartition("_")[2]} {kernel.fn.__name__}'
+                name = f'{kernel.fn.__module__.rpartition(".")[2]} {kernel.fn.__name__}'
                 row = {'layer': layer.name, 'kernel': name, 'dtype': str(dtype).removeprefix('torch.'),
                        'arch': args.arch, 'triton': triton.__version__,
                        **inspect(kernel, arguments, constants, config, args.arch)}

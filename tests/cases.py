@@ -16,7 +16,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from fadc_timm.ops import BACKENDS, adaptive_dilated_conv2d, list_backends
-from fadc_timm.ops.case import Case
+from fadc_timm.ops.sampled_conv.arguments import ConvArgs
 
 GAINS = ('low_in', 'low_out', 'high_in', 'high_out')
 OPTIONAL = ('mask', 'bias') + GAINS
@@ -200,10 +200,10 @@ def call(case: OpCase, inputs: Dict[str, Tensor], backend: Optional[str]) -> Ten
         stride=case.stride, padding=case.padding, groups=case.groups, backend=backend)
 
 
-def checked(case: OpCase, inputs: Dict[str, Tensor]) -> Case:
+def checked(case: OpCase, inputs: Dict[str, Tensor]) -> ConvArgs:
     """The call as a backend receives it."""
     low_in, low_out, high_in, high_out = (inputs.get(name) for name in GAINS)
-    return Case(
+    return ConvArgs(
         inputs['x'], inputs['weight'], inputs['dilation'], inputs.get('mask'), inputs.get('bias'),
         (low_in, low_out, high_in, high_out), case.stride, case.padding or (case.k // 2, case.k // 2), case.groups)
 

@@ -1,4 +1,4 @@
-"""FreqSelect's mix of bands: the fused form against the definition, with every gradient, at every size."""
+"""FreqSelect's mix of bands: the fused backend against the definition, with every gradient, at every size."""
 import pytest
 import torch
 from band_cases import check, definition, make_inputs
@@ -7,12 +7,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import band_mix, mix_bands
-from fadc_timm.ops.band_mix import mix_low_passes, mix_low_passes_backward, multiply_adds
+from fadc_timm.ops import mix_bands
+from fadc_timm.ops.band_mix import fused
+from fadc_timm.ops.band_mix.fused import mix_low_passes, mix_low_passes_backward, multiply_adds
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-FORMS = ['fused', 'written_out']
+BACKENDS = ['fused', 'written_out']
 SIDES = [*range(1, 10), 12, 14, 28, 33]
 FACTORS = [[2, 4, 8], [2], [3, 1, 16, 2]]
 
@@ -29,14 +30,14 @@ TOLERANCES = {torch.float32: 1e-6, torch.float64: 2e-15}
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('h', SIDES)
-@pytest.mark.parametrize('form', FORMS)
-def test_definition(form, h, dtype):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_definition(backend, h, dtype):
     for w in SIDES:
         for factors in FACTORS:
             x, weights = make_inputs(h, w, len(factors) + w % 2, dtype=dtype)
             expected = results(definition, x.detach().double().requires_grad_(),
                                weights.detach().double().requires_grad_(), factors)
-            check(results(mix_bands, x, weights, factors, form), expected, TOLERANCES[dtype])
+            check(results(mix_bands, x, weights, factors, backend), expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize('tile', [1, 3000, 20_000])
@@ -44,54 +45,54 @@ def test_tiles(tile, monkeypatch):
     """A tile may be some samples, one, or some rows of one."""
     x, weights = make_inputs(13, 11, 3, b=5)
     expected = results(mix_bands, x, weights, [2, 4, 8])
-    monkeypatch.setattr(band_mix, '_TILE_BYTES', tile)
+    monkeypatch.setattr(fused, '_TILE_BYTES', tile)
     check(results(mix_bands, x, weights, [2, 4, 8]), expected, 1e-15)
 
 
 @pytest.mark.parametrize('groups', [2, 4])
-@pytest.mark.parametrize('form', FORMS)
-def test_groups(form, groups):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_groups(backend, groups):
     x, weights = make_inputs(9, 14, 4, groups)
-    check(results(mix_bands, x, weights, [2, 4, 8], form), results(definition, x, weights, [2, 4, 8]), 2e-15)
+    check(results(mix_bands, x, weights, [2, 4, 8], backend), results(definition, x, weights, [2, 4, 8]), 2e-15)
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_ones_are_the_identity(form):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_ones_are_the_identity(backend):
     for n in SIDES:
         x, _ = make_inputs(n, n, 3, dtype=torch.float32)
-        assert torch.equal(mix_bands(x, torch.ones(2, 3, 1, n, n), [2, 4, 8], form), x)
+        assert torch.equal(mix_bands(x, torch.ones(2, 3, 1, n, n), [2, 4, 8], backend), x)
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed', 'sliced'])
-def test_layout(layout, form):
+def test_layout(layout, backend):
     x, weights = make_inputs(10, 10, 3)
     x = {'contiguous': x, 'channels_last': x.contiguous(memory_format=torch.channels_last),
          'transposed': x.transpose(2, 3), 'sliced': x[:, ::2, 1:, ::2]}[layout]
     weights = weights[..., :x.shape[2], :x.shape[3]]
-    y = mix_bands(x, weights, [2, 4], form)
+    y = mix_bands(x, weights, [2, 4], backend)
     check([y], [definition(x, weights, [2, 4])], 2e-15)
     assert y.is_contiguous(memory_format=torch.channels_last if layout == 'channels_last' else torch.contiguous_format)
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(dtype, form):
+def test_half_precision(dtype, backend):
     """Computed in float32 and rounded once; autocast changes nothing."""
     x, weights = make_inputs(14, 9, 3, dtype=dtype)
     expected = definition(x, weights, [2, 4, 8]).to(dtype)
     for enabled in (False, True):
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            y = mix_bands(x, weights, [2, 4, 8], form)
+            y = mix_bands(x, weights, [2, 4, 8], backend)
         assert y.dtype == dtype
         torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('shape', [(0, 4, 9, 7), (2, 0, 9, 7)], ids=str)
-def test_empty(form, shape):
+def test_empty(backend, shape):
     x, weights = torch.randn(shape, requires_grad=True), torch.rand(shape[0], 3, 1, *shape[2:], requires_grad=True)
-    y, grad_x, grad_weights = results(mix_bands, x, weights, [2, 4, 8], form)
+    y, grad_x, grad_weights = results(mix_bands, x, weights, [2, 4, 8], backend)
     assert y.shape == grad_x.shape == shape and torch.equal(grad_weights, torch.zeros_like(weights))
 
 
@@ -148,6 +149,6 @@ def test_flops():
     assert made.multiply_adds == multiply_adds(x.shape, [2, 4, 8])
 
 
-def test_unknown_form():
+def test_unknown_backend():
     with pytest.raises(ValueError, match="'fft'.*fused, written_out"):
         mix_bands(*make_inputs(4, 4, 2), [2, 4], 'fft')

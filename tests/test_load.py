@@ -16,7 +16,8 @@ from torch import nn
 
 import fadc_timm
 from fadc_timm import FADConv2d
-from fadc_timm.ops import band_mix, list_backends
+from fadc_timm.ops import list_backends
+from fadc_timm.ops.band_mix import fused
 
 SMALL = ('test_resnet_fadc', 'test_convnext_fadc')
 CASE = {case.name: case for case in CASES}
@@ -148,7 +149,7 @@ def test_memory_of_many_sizes():
 @torch.no_grad()
 def test_axes_in_the_cache_are_few(one_thread):
     """More sizes than the cache holds: still right, and no more of them kept."""
-    limit = band_mix._axis.cache_info().maxsize
+    limit = fused._axis.cache_info().maxsize
     m = FADConv2d(2, 2, 3, padding=1, ada_dr=False, kernel_decompose='none')
     with torch.no_grad():
         m.freq_select.conv.weight.normal_()
@@ -156,7 +157,7 @@ def test_axes_in_the_cache_are_few(one_thread):
     expected = m(x)
     for n in range(1, limit + 20):
         m(torch.randn(1, 2, 2, n))
-    assert band_mix._axis.cache_info().currsize == limit
+    assert fused._axis.cache_info().currsize == limit
     assert torch.equal(m(x), expected)
 
 

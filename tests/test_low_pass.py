@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from fadc_timm.ops import low_pass
-from fadc_timm.ops.low_pass import _round_half_even
+from fadc_timm.ops.band_mix.low_pass import _round_half_even
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -6,7 +6,7 @@ from backbones import REPRESENTATIVES, fad_convs
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops.band_mix import multiply_adds
+from fadc_timm.ops.band_mix.fused import multiply_adds
 from fadc_timm.ops.flops import fvcore_handlers
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -7,7 +7,9 @@ import torch
 from cases import CASES, DTYPES, GAINS, INPUTS, OpCase
 from op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless_runs
 
-from fadc_timm.ops import _tiles, _torchvision, list_backends
+from fadc_timm.ops import list_backends
+from fadc_timm.ops.sampled_conv import torchvision
+from fadc_timm.ops.sampled_conv.gather import tiles
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -218,7 +220,7 @@ def test_autocast_leaves_float64(backend):
     'everything', 'k7_stride2', 'groups2', 'dilation_groups_across', 'depthwise', 'batch37', 'one_pixel_k7'])
 def test_tiles(name, tile, monkeypatch):
     """A tile may be some samples, one, or some rows of one; the result is the same."""
-    monkeypatch.setattr(_tiles, '_TILE_BYTES', tile)
+    monkeypatch.setattr(tiles, '_TILE_BYTES', tile)
     case = CASE[name]
     inputs = cases.make_inputs(case, torch.float64)
     check(case, inputs, cases.results(case, inputs, 'gather'), cases.oracle(case, torch.float64), torch.float64)
@@ -235,9 +237,9 @@ def test_torchvision_rounds(b, parts):
         counts.append(args[0].shape[0])
         return deform_conv2d(*args)
 
-    deform_conv2d = _torchvision.deform_conv2d
+    deform_conv2d = torchvision.deform_conv2d
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_torchvision, 'deform_conv2d', count)
+        patch.setattr(torchvision, 'deform_conv2d', count)
         actual = cases.results(case, inputs, 'torchvision')
     check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
     assert len(counts) == parts * (1 if b == 1 else 2)  # gains: both parts of the kernel, but of one sample its own

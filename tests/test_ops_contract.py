@@ -7,7 +7,8 @@ from conftest import needs_dynamo
 from op_checks import CASE, skip_unless_runs
 from torch.utils._pytree import tree_map
 
-from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, list_backends, registry, set_backend
+from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, list_backends, set_backend
+from fadc_timm.ops.sampled_conv import backends
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -47,7 +48,7 @@ def test_set_backend(monkeypatch):
     """Before the environment, which comes before the device; in a block until its end, and otherwise for good."""
     seen = []
     for name in ('gather', 'grid_sample', 'torchvision', 'reference'):
-        monkeypatch.setitem(registry.BACKENDS, name, registry.BACKENDS[name]._replace(
+        monkeypatch.setitem(backends.BACKENDS, name, backends.BACKENDS[name]._replace(
             forward=lambda case, name=name: seen.append(name) or torch.zeros(1)))
 
     def used(**kwargs):

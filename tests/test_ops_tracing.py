@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fadc_timm.ops import adaptive_dilated_conv2d, list_backends
-from fadc_timm.ops.scripted import scripted_conv2d
+from fadc_timm.ops.sampled_conv.scripted import scripted_conv2d
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

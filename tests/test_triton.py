@@ -17,9 +17,10 @@ pytest.importorskip('triton')
 import triton
 import triton.language as tl
 
-from fadc_timm.ops import _triton_launch, _triton_support, adaptive_dilated_conv2d, set_backend
-from fadc_timm.ops._triton_call import Call
-from fadc_timm.ops._triton_sampling import offset
+from fadc_timm.ops import adaptive_dilated_conv2d, set_backend, triton_support
+from fadc_timm.ops.sampled_conv.triton import launch
+from fadc_timm.ops.sampled_conv.triton.call import Call
+from fadc_timm.ops.sampled_conv.triton.sampling import offset
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -31,7 +32,7 @@ DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 def skip_unless_runs(request):
     """On a machine with a GPU kernels are not interpreted, and run there alone."""
     if 'device' in request.fixturenames:
-        reason = _triton_support.why_not_on(request.getfixturevalue('device'))
+        reason = triton_support.why_not_on(request.getfixturevalue('device'))
         if reason:
             pytest.skip(reason)
 
@@ -39,9 +40,9 @@ def skip_unless_runs(request):
 @pytest.fixture
 def fresh():
     """The answers to whether there is a Triton, forgotten before and after."""
-    _triton_support.unavailable.cache_clear()
+    triton_support.unavailable.cache_clear()
     yield
-    _triton_support.unavailable.cache_clear()
+    triton_support.unavailable.cache_clear()
 
 
 def errors(case, device, dtype=torch.float32):
@@ -57,7 +58,7 @@ def errors(case, device, dtype=torch.float32):
     OpCase('blocks_depthwise', (3, 4, 5, 4), 4, groups=4)], ids=lambda case: case.name)
 def test_blocks_of_positions(case, positions, device, monkeypatch):
     """Blocks that end within samples and that hold several."""
-    monkeypatch.setattr(_triton_launch, '_BLOCK_P', dict.fromkeys(_triton_launch._BLOCK_P, positions))
+    monkeypatch.setattr(launch, '_BLOCK_P', dict.fromkeys(launch._BLOCK_P, positions))
     assert max(errors(case, device).values()) <= 1
 
 
@@ -77,7 +78,7 @@ def test_blocks_of_channels(case, device):
 def test_splits(programs, device, monkeypatch):
     """The kernel's gradient in one part, or a part for each piece of a sample."""
     case = OpCase('splits', (2, 4, 19, 17), 6)
-    monkeypatch.setattr(_triton_launch, '_PROGRAMS', programs)
+    monkeypatch.setattr(launch, '_PROGRAMS', programs)
     assert max(errors(case, device).values()) <= 1
 
 
@@ -216,10 +217,10 @@ def test_no_copy_of_a_channels_last_map():
 
 
 def test_tuning_space_is_bounded():
-    from fadc_timm.ops import _triton_dense
-    for kernel in (_triton_dense.forward, _triton_dense.backward_samples):
+    from fadc_timm.ops.sampled_conv.triton import dense
+    for kernel in (dense.forward, dense.backward_samples):
         default = tuple({'BLOCK_P': 64, 'BLOCK_C': 32, 'BLOCK_O': 64, 'num_warps': 8, 'num_stages': 2}.items())
-        configs = _triton_launch._autotuned(kernel, default).configs
+        configs = launch._autotuned(kernel, default).configs
         assert 1 < len(configs) <= 18 and len({str(c) for c in configs}) == len(configs)
         assert all(c.kwargs['BLOCK_C'] == 32 and c.kwargs['BLOCK_O'] == 64 for c in configs)
 
@@ -246,7 +247,7 @@ def test_old_triton(fresh, monkeypatch):
 
 
 def test_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_triton_support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
     with pytest.raises(NotImplementedError, match='does not run on cpu.*TRITON_INTERPRET=1'):
         run(backend='triton')
 
@@ -254,8 +255,10 @@ def test_cpu_without_the_interpreter(monkeypatch):
 def test_import_leaves_triton_alone():
     """And works where there is none."""
     out = python('import sys; sys.modules["triton"] = None; import fadc_timm.ops\n'
-                 'print(*sorted(n.split("_")[-1] for n in sys.modules if n.startswith("fadc_timm.ops._triton_")))')
-    assert out.split() == ['bands', 'call', 'launch', 'support']
+                 'folder = "fadc_timm.ops.sampled_conv.triton."\n'
+                 'print(*sorted(n.removeprefix(folder) for n in sys.modules if n.startswith(folder)))\n'
+                 'print("fadc_timm.ops.band_mix.triton.kernels" in sys.modules)')
+    assert out.split() == ['call', 'launch', 'False']
 
 
 @pytest.mark.parametrize('only', [

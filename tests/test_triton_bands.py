@@ -11,14 +11,15 @@ from conftest import needs_dynamo
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import _triton_bands, _triton_support, mix_bands
-from fadc_timm.ops._triton_bands import mix_bands_fused, mix_bands_fused_backward
-from fadc_timm.ops.band_mix import multiply_adds
+from fadc_timm.ops import mix_bands, triton_support
+from fadc_timm.ops.band_mix import triton as bands
+from fadc_timm.ops.band_mix.fused import multiply_adds
+from fadc_timm.ops.band_mix.triton import mix_bands_fused, mix_bands_fused_backward
 
 triton = pytest.importorskip('triton')
 import triton.language as tl  # noqa: E402
 
-from fadc_timm.ops._triton_bands_kernels import offset  # noqa: E402
+from fadc_timm.ops.band_mix.triton.kernels import offset  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -30,7 +31,7 @@ SIDES = [*range(1, 10), 12, 14, 28, 33, 64, 65, 70]
 def skip_where_compiled(request):
     """With a GPU there is no interpreter for the cases on a CPU."""
     callspec = getattr(request.node, 'callspec', None)
-    if callspec and callspec.params.get('device') == 'cpu' and not _triton_support.is_interpreted():
+    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
         pytest.skip('the kernels are compiled here, see pytest -m gpu')
 
 
@@ -85,7 +86,7 @@ def test_definition(case, dtype, device):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('h', SIDES)
 def test_definition_everywhere(h, dtype):
-    device = 'cpu' if _triton_support.is_interpreted() else 'cuda'
+    device = 'cpu' if triton_support.is_interpreted() else 'cuda'
     for w in SIDES:
         test_definition(Case(h, w, 3 + w % 2), dtype, device)
 
@@ -157,8 +158,8 @@ def test_layout(layout, device):
 def test_two_passes_are_the_same(most, device, monkeypatch):
     x, weights = Case(28, 14, 4).inputs(torch.float64, device)
     expected = results(mix_bands, x, weights, [2, 4, 8], 'triton')
-    monkeypatch.setattr(_triton_bands, '_ONE_PASS', 0)
-    monkeypatch.setattr(_triton_bands, '_MOST_BLOCKS', most)
+    monkeypatch.setattr(bands, '_ONE_PASS', 0)
+    monkeypatch.setattr(bands, '_MOST_BLOCKS', most)
     check(results(mix_bands, x, weights, [2, 4, 8], 'triton'), expected, 1e-15)
 
 
@@ -254,10 +255,10 @@ def test_compile(device):
 def test_cuda_graph(size, warm, device):
     """A captured graph follows its inputs, and what it makes while it is captured is not used outside of it."""
     x, weights = (t.float().requires_grad_() for t in Case(*size).inputs(torch.float32, device))
-    _triton_bands._cached_filters.cache_clear()
+    bands._cached_filters.cache_clear()
     mix_bands(x, weights, [2, 4, 8], 'triton').sum().backward()  # the kernels are compiled
     if not warm:
-        _triton_bands._cached_filters.cache_clear()
+        bands._cached_filters.cache_clear()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -280,7 +281,7 @@ def test_meta():
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_flops(device):
-    """Those of the form for CPUs: what a padded block does more is not counted."""
+    """Those of the backend for CPUs: what a padded block does more is not counted."""
     x, weights = (t.requires_grad_() for t in Case(12, 10, 4).inputs(torch.float32, device))
     with FlopCounterMode(display=False) as counter:
         y = mix_bands(x, weights, [2, 4, 8], 'triton')
@@ -295,9 +296,9 @@ def test_named_form_says_why_it_cannot_run(monkeypatch):
     x, weights = (t.float() for t in Case(4, 4).inputs(torch.float32))
     with pytest.raises(NotImplementedError, match='float16, bfloat16, float32, float64, not int32'):
         mix_bands(x.int(), weights, [2, 4, 8], 'triton')
-    monkeypatch.setattr(_triton_support, 'is_interpreted', lambda: False)
-    with pytest.raises(NotImplementedError, match="form='triton'.*does not run on cpu.*TRITON_INTERPRET=1"):
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    with pytest.raises(NotImplementedError, match="backend='triton'.*does not run on cpu.*TRITON_INTERPRET=1"):
         mix_bands(x, weights, [2, 4, 8], 'triton')
-    monkeypatch.setattr(_triton_support, 'unavailable', lambda: 'Triton is not installed (no module)')
-    with pytest.raises(NotImplementedError, match="form='triton'.*not installed"):
+    monkeypatch.setattr(triton_support, 'unavailable', lambda: 'Triton is not installed (no module)')
+    with pytest.raises(NotImplementedError, match="backend='triton'.*not installed"):
         mix_bands(x, weights, [2, 4, 8], 'triton')

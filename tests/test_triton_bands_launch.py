@@ -3,8 +3,8 @@ import pytest
 import torch
 from processes import python
 
-from fadc_timm.ops import _triton_bands
-from fadc_timm.ops.band_mix import FORMS, choose_form
+from fadc_timm.ops.band_mix import triton as bands
+from fadc_timm.ops.band_mix.functional import BACKENDS, choose_backend
 
 pytest.importorskip('triton')
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def test_tuning():
     """Once for a key, among few, without those that the device cannot hold."""
     from triton.runtime.errors import OutOfResources
-    default = _triton_bands.default_config(28, 28, 128, 16, True)
-    assert len(_triton_bands.candidates(default)) <= 18 and _triton_bands.candidates(default)[0] == default
+    default = bands.default_config(28, 28, 128, 16, True)
+    assert len(bands.candidates(default)) <= 18 and bands.candidates(default)[0] == default
     ran = []
 
     def run(config):
@@ -28,16 +28,16 @@ def test_tuning():
         return abs(ran[-1]['CB'] - 8) + ran[-1]['num_warps']
 
     for _ in range(2):
-        chosen = _triton_bands._choose_config(('test',), default, run, measure)
+        chosen = bands._choose_config(('test',), default, run, measure)
         assert chosen == {**default, 'CB': 8, 'num_warps': 4}
-    assert len(ran) == len(_triton_bands.candidates(default))
-    del _triton_bands._tuned['test',]
+    assert len(ran) == len(bands.candidates(default))
+    del bands._tuned['test',]
 
 
 def test_never_the_default():
     """Until it has been measured to be faster."""
-    assert 'triton' in FORMS
-    assert choose_form(torch.empty(0, device='meta')) == 'fused'
+    assert 'triton' in BACKENDS
+    assert choose_backend(torch.empty(0, device='meta')) == 'fused'
 
 
 def test_without_triton():
@@ -54,7 +54,7 @@ try:
 except NotImplementedError as e:
     print(e)
 ''')
-    assert "form='triton' cannot mix these bands: Triton is not installed" in out
+    assert "backend='triton' cannot mix these bands: Triton is not installed" in out
 
 
 @pytest.mark.parametrize('only', ['one pixel', pytest.param('', marks=pytest.mark.sweep)], ids=['one pixel', 'all'])

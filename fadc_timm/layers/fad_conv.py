@@ -10,8 +10,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, list_backends
-from ..ops.case import Gains, scale_channels
-from ..ops.scripted import scripted_conv2d
+from ..ops.sampled_conv.arguments import Gains, scale_channels
+from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
 from .ada_kern import AdaKern
 from .freq_select import FreqSelect

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.low_pass import is_exporting
+from ..ops.runtime import is_exporting
 
 __all__ = ['convolve']
 

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-from ..ops.case import NO_GAINS, Gains
+from ..ops.sampled_conv.arguments import NO_GAINS, Gains
 from .fad_conv import FADConv2d
 
 __all__ = ['LayerCall', 'watch_layers']

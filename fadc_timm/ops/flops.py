@@ -9,8 +9,8 @@ import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _sampled_conv, _triton  # noqa: F401  register torch.ops.fadc_timm
-from .band_mix import multiply_adds
+from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
+from .band_mix.fused import multiply_adds
 
 __all__ = ['fvcore_handlers']
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.watch import LayerCall
-from ..ops.case import Case, accumulation_dtype
+from ..ops.runtime import accumulation_dtype
+from ..ops.sampled_conv.arguments import ConvArgs
 from ._common import GREY, INK, run_watched, stage_name
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
 def _adapted_kernels(call: LayerCall) -> Tensor:
     """(B, O, C/groups, k, k)."""
     layer = call.layer
-    return Case(
+    return ConvArgs(
         call.selected, layer.weight.float(), call.selected[:, :1], None, None,
         tuple(None if g is None else g.float() for g in call.gains),  # type: ignore[arg-type]  # of four, as Gains
         (1, 1), (0, 0), layer.groups).sample_kernels()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from fadc_timm.ops.low_pass import without_autocast
+from fadc_timm.ops.runtime import without_autocast
 
 
 class DeformConv2d(nn.Conv2d):

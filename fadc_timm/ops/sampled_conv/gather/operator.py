@@ -12,8 +12,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ._tiles import Scatter, Tiling, bags_of_total, corner_dots
-from .case import split_kernel
+from ..arguments import split_kernel
+from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
 __all__ = ['sampled_conv2d']
 

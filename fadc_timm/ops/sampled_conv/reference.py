@@ -4,11 +4,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .case import Case, match_layout
+from ..runtime import match_layout
+from .arguments import ConvArgs
 
 
-def why_not(case: Case) -> Optional[str]:
-    return None if case.x.device.type != 'mps' else 'it computes in float64, which MPS does not have'
+def why_not(args: ConvArgs) -> Optional[str]:
+    return None if args.x.device.type != 'mps' else 'it computes in float64, which MPS does not have'
 
 
 def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -28,18 +29,18 @@ def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return y
 
 
-def forward(case: Case) -> Tensor:
-    dtype = case.x.dtype
-    x, weight, dilation = case.x.double(), case.weight.double(), case.dilation.double()
-    low_in, low_out, high_in, high_out = (None if g is None else g.double() for g in case.gains)
+def forward(args: ConvArgs) -> Tensor:
+    dtype = args.x.dtype
+    x, weight, dilation = args.x.double(), args.weight.double(), args.dilation.double()
+    low_in, low_out, high_in, high_out = (None if g is None else g.double() for g in args.gains)
     b, c, _, _ = x.shape
     o, per_group, k, _ = weight.shape
-    r, groups, (out_h, out_w) = k // 2, case.dilation_groups, dilation.shape[2:]
+    r, groups, (out_h, out_w) = k // 2, args.dilation_groups, dilation.shape[2:]
 
     # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
     full = torch.zeros(o, c, k, k, dtype=torch.float64, device=x.device)
-    for g in range(case.groups):
-        rows = slice(g * o // case.groups, (g + 1) * o // case.groups)
+    for g in range(args.groups):
+        rows = slice(g * o // args.groups, (g + 1) * o // args.groups)
         full[rows, g * per_group:(g + 1) * per_group] = weight[rows]
     mean = full.mean(dim=(2, 3), keepdim=True)
     low, high = mean.expand(b, o, c, k, k), (full - mean).expand(b, o, c, k, k)
@@ -53,8 +54,8 @@ def forward(case: Case) -> Tensor:
         high = high * high_out[:, :, None, None, None]
     kernel = low + high
 
-    centre_rows = torch.arange(out_h, device=x.device)[:, None] * case.stride[0] + r - case.padding[0]
-    centre_cols = torch.arange(out_w, device=x.device)[None, :] * case.stride[1] + r - case.padding[1]
+    centre_rows = torch.arange(out_h, device=x.device)[:, None] * args.stride[0] + r - args.padding[0]
+    centre_cols = torch.arange(out_w, device=x.device)[None, :] * args.stride[1] + r - args.padding[1]
     y = x.new_zeros(b, o, out_h, out_w)
     for g in range(groups):
         channels = slice(g * c // groups, (g + 1) * c // groups)
@@ -62,9 +63,9 @@ def forward(case: Case) -> Tensor:
             for j in range(k):
                 d = dilation[:, g]
                 sample = bilinear(x[:, channels], centre_rows + d * (i - r), centre_cols + d * (j - r))
-                if case.mask is not None:
-                    sample = sample * case.mask[:, g * k * k + i * k + j, None].double()
+                if args.mask is not None:
+                    sample = sample * args.mask[:, g * k * k + i * k + j, None].double()
                 y = y + torch.einsum('boc,bchw->bohw', kernel[:, :, channels, i, j], sample)
-    if case.bias is not None:
-        y = y + case.bias.double()[:, None, None]
-    return match_layout(y.to(dtype), case.x)
+    if args.bias is not None:
+        y = y + args.bias.double()[:, None, None]
+    return match_layout(y.to(dtype), args.x)

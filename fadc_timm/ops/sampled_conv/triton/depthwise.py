@@ -8,7 +8,7 @@ Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous, kernel (B 
 import triton
 import triton.language as tl
 
-from ._triton_sampling import corner_values, offset, sample, scatter, slopes, tap
+from .sampling import corner_values, offset, sample, scatter, slopes, tap
 
 __all__ = ['backward', 'forward']
 

@@ -10,9 +10,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torch import Tensor
 
-from ._triton_call import Bundles, Call, Scatter, bound, sampling_gradients
-from ._triton_support import block
-from .case import accumulation_dtype
+from ...runtime import accumulation_dtype
+from ...triton_support import block
+from .call import Bundles, Call, Scatter, bound, sampling_gradients
 
 __all__ = ['dense_backward', 'dense_forward', 'depthwise_backward', 'depthwise_forward']
 
@@ -71,11 +71,11 @@ def _blocks_of(call: Call, bundles: Bundles) -> Dict[str, int]:
 
 def dense_forward(call: Call, bias: Optional[Tensor], gains: Gains, y: Tensor) -> None:
     """Into y (B, H', W', O)."""
-    from . import _triton_dense
+    from . import dense
     bundles, split = Bundles(call), gains[0] is not None
     kernel, mean = _kernels(call, bundles, split)
     config = _blocks_of(call, bundles)
-    run(_triton_dense.forward,
+    run(dense.forward,
         lambda meta: (-(-call.positions // meta['BLOCK_P']), -(-bundles.out_width // meta['BLOCK_O']), bundles.count),
         (*call.tensors(), kernel, mean, bias, *gains, y, call.positions, *call.geometry, *call.strides[0],
          *call.strides[1], *bundles.channels),
@@ -91,7 +91,7 @@ def dense_backward(
         need_kernel: bool,
 ) -> List[Optional[Tensor]]:
     """Gradients of x, dilation, mask, weight and gains from grad (B, H', W', O)."""
-    from . import _triton_dense
+    from . import dense
     bundles, split = Bundles(call), gains[0] is not None
     kernel, mean = _kernels(call, bundles, split)
     inputs = (grad, *call.tensors(), kernel, mean, *gains)
@@ -108,7 +108,7 @@ def dense_backward(
 
         scatter = Scatter(call, largest)
         parts = grad.new_empty(pieces, call.k ** 2 + 1, call.positions, dtype=accumulation_dtype(call.x.dtype))
-        run(_triton_dense.backward_samples, lambda meta: (-(-call.positions // meta['BLOCK_P']), pieces),
+        run(dense.backward_samples, lambda meta: (-(-call.positions // meta['BLOCK_P']), pieces),
             (*inputs, scatter.into, parts, scatter.scale, call.positions, *call.geometry, *call.strides[0],
              *call.grad_strides, *call.strides[1], *bundles.channels),
             {**constants, 'FIXED': scatter.fixed, 'INDEX': call.index(config['BLOCK_P'])}, config)
@@ -126,7 +126,7 @@ def _kernel_gradients(
         split: bool,
 ) -> List[Optional[Tensor]]:
     """Of the weight and the gains."""
-    from . import _triton_dense
+    from . import dense
     taps, wide = call.k ** 2, accumulation_dtype(call.x.dtype)
     block_c, block_o = block(bundles.slice_width, 16, 64), block(bundles.out_width, 16, 64)
     config = {'BLOCK_P': _BLOCK_P['kernel'], 'BLOCK_C': block_c, 'BLOCK_O': block_o, 'num_warps': 8, 'num_stages': 2}
@@ -146,7 +146,7 @@ def _kernel_gradients(
     for_gains = [x.new_empty(rows, units if split else 0, n, dtype=wide)
                  for rows, n in ((rows_in, call.c), (rows_in, call.c), (rows_out, call.o), (rows_out, call.o))]
     high_in, low_in, high_out, low_out = for_gains
-    run(_triton_dense.backward_kernel, (pieces * o_blocks, taps, splits),
+    run(dense.backward_kernel, (pieces * o_blocks, taps, splits),
         (*inputs, kernels[0], kernels[-1], high_in, low_in, high_out, low_out, call.b, chunks, chunk, a_split,
          *call.geometry, *call.strides[0], *call.strides[1], *bundles.channels), constants, config)
     grad_weight = bundles.unpack(kernels[0].sum(0), call.weight)
@@ -172,11 +172,11 @@ def _depthwise(call: Call, block_p: int) -> Tuple[Tensor, Tuple[int, ...], Tuple
 
 def depthwise_forward(call: Call, bias: Optional[Tensor], gains: Gains, y: Tensor) -> None:
     """Into y (B, H', W', C). There are no gains, they are in the kernel."""
-    from . import _triton_depthwise
+    from . import depthwise
     config = {'BLOCK_P': _BLOCK_P['depthwise'], 'BLOCK_C': block(call.dilation_width, 16, 64), 'num_warps': 4,
               'num_stages': 2}
     kernel, channels, (units, parts, chunks) = _depthwise(call, config['BLOCK_P'])
-    run(_triton_depthwise.forward, (units, parts),
+    run(depthwise.forward, (units, parts),
         (*call.tensors(), kernel, bias, y, chunks, *call.geometry, *call.strides[0], *call.strides[1], *channels),
         {**call.constants(), 'HAS_BIAS': bias is not None}, config)
 
@@ -189,14 +189,14 @@ def depthwise_backward(
         need_kernel: bool,
 ) -> List[Optional[Tensor]]:
     """Gradients of x, dilation, mask and weight from grad (B, H', W', C); they are made together."""
-    from . import _triton_depthwise
+    from . import depthwise
     config = {'BLOCK_P': _BLOCK_P['depthwise_backward'], 'BLOCK_C': block(call.dilation_width, 16, 32), 'num_warps': 8,
               'num_stages': 1}
     kernel, channels, (units, parts, chunks) = _depthwise(call, config['BLOCK_P'])
     scatter = Scatter(call, lambda: bound(grad, kernel[..., None], call.mask))
     sampling = grad.new_empty(parts, call.k ** 2 + 1, call.positions, dtype=accumulation_dtype(call.x.dtype))
     grad_kernel = grad.new_empty(units, call.k ** 2, call.c, dtype=accumulation_dtype(call.x.dtype))
-    run(_triton_depthwise.backward, (units, parts),
+    run(depthwise.backward, (units, parts),
         (grad, *call.tensors(), kernel, scatter.into, sampling, grad_kernel, scatter.scale, call.positions, chunks,
          *call.geometry, *call.strides[0], *call.grad_strides, *call.strides[1], *channels),
         {**call.constants(), 'FIXED': scatter.fixed}, config)

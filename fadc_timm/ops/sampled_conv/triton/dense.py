@@ -11,7 +11,7 @@ mean (bundles, bundle_in, bundle_out), gains (B, C) and (B, O).
 import triton
 import triton.language as tl
 
-from ._triton_sampling import corner_values, dot, locate, offset, sample, scatter, slopes, tap
+from .sampling import corner_values, dot, locate, offset, sample, scatter, slopes, tap
 
 __all__ = ['backward_kernel', 'backward_samples', 'forward']
 

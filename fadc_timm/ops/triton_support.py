@@ -21,12 +21,15 @@ def unavailable() -> Optional[str]:
     return None
 
 
+@functools.cache
 def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on a CPU. That is settled when they are first imported."""
-    from triton.runtime import JITFunction
+    """Whether the kernels run in Triton's interpreter, on a CPU. That is settled at the first call."""
+    import triton
 
-    from ._triton_sampling import offset
-    return not isinstance(offset, JITFunction)
+    def probe():
+        pass
+
+    return not isinstance(triton.jit(probe), triton.runtime.JITFunction)
 
 
 @torch.compiler.assume_constant_result

@@ -16,9 +16,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor
 
-from ._frequencies import frequencies
-from ._triton_support import block, is_interpreted, why_not_on
-from .case import accumulation_dtype
+from ...runtime import accumulation_dtype
+from ...triton_support import block, is_interpreted, why_not_on
+from ..frequencies import frequencies
 
 __all__ = ['forward', 'mix_bands_fused', 'mix_bands_fused_backward', 'why_not']
 
@@ -47,7 +47,7 @@ def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     """Of `mix_bands`, or NotImplementedError with the reason."""
     reason = why_not(x)
     if reason is not None:
-        raise NotImplementedError(f"form='triton' cannot mix these bands: {reason}.")
+        raise NotImplementedError(f"backend='triton' cannot mix these bands: {reason}.")
     return mix_bands_fused(x, weights, factors)
 
 
@@ -246,7 +246,7 @@ def mix_bands_fused(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     Returns:
         (B, C, H, W), channels_last where x is that, else contiguous.
     """
-    from . import _triton_bands_kernels as kernels
+    from . import kernels
     if not x.numel():
         return _empty_like(x, x.dtype)
     call = _Call(x, weights, factors)
@@ -270,7 +270,7 @@ def _(x, weights, factors):
 def mix_bands_fused_backward(
         grad: Tensor, x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_bands_fused` for x and weights. The low-passes are self-adjoint."""
-    from . import _triton_bands_kernels as kernels
+    from . import kernels
     if not x.numel():
         return _empty_like(x, x.dtype), weights.new_zeros(weights.shape)
     call = _Call(x, weights, factors)

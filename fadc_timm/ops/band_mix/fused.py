@@ -5,20 +5,17 @@ analysis onto the cosines and sines of the widest filter, of which a quarter rem
 step of the synthesis, along the rows, takes the weights in with it, so that no low-pass is ever written out.
 """
 from functools import lru_cache
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from . import _triton_bands
-from ._frequencies import frequencies
-from .case import accumulation_dtype, match_layout
-from .low_pass import edges, is_exporting, low_pass, without_autocast
-from .registry import named_backend
+from .frequencies import frequencies
+from .low_pass import edges
 
-__all__ = ['mix_bands']
+__all__ = ['forward', 'mix_low_passes', 'mix_low_passes_backward', 'multiply_adds']
 
-# Bytes of the map in a tile; see _sampled_conv.py.
+# Bytes of the map in a tile; see ../sampled_conv/gather/tiles.py.
 _TILE_BYTES = 4 * 2 ** 20
 
 
@@ -225,79 +222,10 @@ def _by_groups(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).flatten(0, 1)
 
 
-def _fused(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+def forward(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    """:func:`mix_low_passes` for steps (B, 1 + M, S, H, W) of S groups of channels."""
     groups = steps.shape[2]
     if groups == 1:
         return mix_low_passes(x, steps[:, :, 0], factors)
     y = mix_low_passes(_by_groups(x, groups), steps.transpose(1, 2).flatten(0, 1), factors)
     return y.unflatten(0, (-1, groups)).flatten(1, 2)
-
-
-def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
-    b, c, h, w = x.shape
-    groups = steps.shape[2]
-    y = x.reshape(b, groups, c // groups, h, w) * steps[:, 0, :, None]
-    for i, low in enumerate(low_pass(x, factors)):
-        y = y + low.reshape(b, groups, c // groups, h, w) * steps[:, i + 1, :, None]
-    return y.reshape(b, c, h, w)
-
-
-_FORMS = {'fused': _fused, 'written_out': _written_out}
-FORMS = [*_FORMS, 'triton']
-
-
-def choose_form(x: Tensor) -> str:
-    """The form that `form=None` takes: Triton's where that backend is set, as on CUDA it has not been measured yet."""
-    if named_backend() == 'triton':
-        return 'triton'
-    return 'written_out' if is_exporting() else 'fused'
-
-
-def _exact(x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
-    """x in the dtype to compute in, and what each of x and its low-passes is multiplied by (B, 1 + M, S, H, W)."""
-    exact = x.to(accumulation_dtype(x.dtype)) if not torch.jit.is_scripting() else (
-        x.float() if x.dtype != torch.float64 else x)
-    weights = weights.to(exact.dtype)
-    if weights.shape[1] == len(factors):
-        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
-    # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
-    return exact, torch.cat([weights[:, :1], weights[:, 1:] - weights[:, :-1]], dim=1)
-
-
-@torch.jit.unused
-def _eager(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str]) -> Tensor:
-    if form is None:
-        form = choose_form(x)
-    if form not in FORMS:
-        raise ValueError(f'There is no form {form!r} of the band mix, the forms are {", ".join(FORMS)}.')
-    if form == 'triton':
-        return _triton_bands.forward(x, weights, factors)
-    exact, steps = _exact(x, weights, factors)
-    with without_autocast(x):
-        return _FORMS[form](exact, steps, factors)
-
-
-def mix_bands(x: Tensor, weights: Tensor, factors: List[int], form: Optional[str] = None) -> Tensor:
-    """Split a map at 1/f of the Nyquist frequency for each factor, weigh each band at every position, and add up.
-
-    FADC paper, section 3 (FreqSelect).
-
-    Args:
-        x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
-        weights: (B, M, S, H, W): M bands from high to low frequency, S groups of channels. There is one band more than
-            factors; without weights for the last, the lowest, it passes unweighted.
-        factors: Where the spectrum is split, f >= 1, from high to low.
-        form: 'fused', 'written_out' (in operators that every runtime has), 'triton' (for CUDA; the matrix products of
-            half dtypes accumulate in float32, see `_triton_bands.py`), or None: :func:`choose_form`.
-
-    Returns:
-        (B, C, H, W) in the dtype and memory format of x.
-
-    Raises:
-        ValueError: There is no such form.
-        NotImplementedError: 'triton' cannot run: Triton is missing or too old, or the device or dtype is not for it.
-    """
-    if torch.jit.is_scripting():
-        exact, steps = _exact(x, weights, factors)
-        return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
-    return match_layout(_eager(x, weights, factors, form).to(x.dtype), x)

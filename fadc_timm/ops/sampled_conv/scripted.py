@@ -4,8 +4,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ._torchvision import deform_conv2d
-from .case import scale_channels
+from .arguments import scale_channels
+from .torchvision import deform_conv2d
 
 
 def scripted_conv2d(

@@ -7,8 +7,9 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from .case import NO_GAINS, Case, Gains
-from .registry import BACKENDS, check_name, choose_backend, named_backend
+from ..settings import check_name, named_backend
+from .arguments import NO_GAINS, ConvArgs, Gains
+from .backends import BACKENDS, choose_backend
 
 __all__ = ['adaptive_dilated_conv2d']
 
@@ -136,7 +137,7 @@ def adaptive_dilated_conv2d(
     Raises:
         TypeError: An argument is not a tensor, or has another dtype than x.
         ValueError: A shape or device does not fit the other arguments, or there is no such backend.
-        NotImplementedError: The named backend, or the one that is set, cannot run this case.
+        NotImplementedError: The named backend, or the one that is set, cannot run this args.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
@@ -155,17 +156,17 @@ def adaptive_dilated_conv2d(
         dilation = _autocast(dilation, torch.float32)
     _check(x, weight, dilation, mask, bias, gains, groups)
     r = weight.shape[-1] // 2  # in torch.jit.trace a tensor
-    case = Case(
+    args = ConvArgs(
         x, weight, dilation, mask, bias, tuple(gains), _pair('stride', stride, 1),  # type: ignore[arg-type]
         (r, r) if padding is None else _pair('padding', padding), groups)
     name = named_backend() if backend is None else check_name(backend)
     if name is None:
-        name = choose_backend(case)
+        name = choose_backend(args)
     else:
-        reason = BACKENDS[name].why_not(case)
+        reason = BACKENDS[name].why_not(args)
         if reason:
-            raise NotImplementedError(f'The backend {name!r} cannot run this case: {reason}.')
+            raise NotImplementedError(f'The backend {name!r} cannot run this args: {reason}.')
     if not autocast:
-        return BACKENDS[name].forward(case)
+        return BACKENDS[name].forward(args)
     with torch.autocast(device_type, enabled=False):
-        return BACKENDS[name].forward(case)
+        return BACKENDS[name].forward(args)

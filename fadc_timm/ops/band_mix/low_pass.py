@@ -4,13 +4,12 @@ The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an 
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
 masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with a projection of each axis.
 """
-from contextlib import nullcontext
-from typing import ContextManager, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .case import accumulation_dtype
+from ..runtime import accumulation_dtype, is_exporting, without_autocast
 
 __all__ = ['low_pass']
 
@@ -75,21 +74,6 @@ def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
 
 
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being made for other runtimes, which know neither our operators nor every FFT."""
-    # torch has is_exporting from 2.7 on
-    exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-    return torch.onnx.is_in_onnx_export() or exporting()
-
-
-def without_autocast(x: Tensor) -> ContextManager[None]:
-    """A context in which the products of x are taken in its own precision."""
-    device_type = x.device.type
-    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 @torch.jit.unused

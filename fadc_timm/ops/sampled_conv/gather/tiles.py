@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._table import SamplingTable
-from .case import accumulation_dtype
+from ...runtime import accumulation_dtype
+from .table import SamplingTable
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
 

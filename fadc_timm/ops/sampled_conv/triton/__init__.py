@@ -8,15 +8,16 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import _triton_launch as launch
-from ._triton_call import Call
-from ._triton_support import why_not_on
-from .case import Case, match_layout
+from ...runtime import match_layout
+from ...triton_support import why_not_on
+from ..arguments import ConvArgs
+from . import launch
+from .call import Call
 
 __all__ = ['forward', 'fused_conv2d', 'why_not']
 
 
-def why_not(case: Case) -> Optional[str]:
+def why_not(case: ConvArgs) -> Optional[str]:
     return why_not_on(case.x.device.type)
 
 
@@ -141,7 +142,7 @@ def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
 fused_conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(case: Case) -> Tensor:
+def forward(case: ConvArgs) -> Tensor:
     weight, gains = case.weight, case.gains
     if case.has_gains and case.is_depthwise:
         weight, gains = case.sample_kernels(), (None,) * 4

@@ -5,8 +5,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ._triton_support import is_interpreted
-from .case import accumulation_dtype
+from ...runtime import accumulation_dtype
+from ...triton_support import is_interpreted
 
 __all__ = ['Bundles', 'Call', 'Scatter', 'bound', 'sampling_gradients']
 

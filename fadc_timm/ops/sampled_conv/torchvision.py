@@ -14,12 +14,13 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
-from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels
+from ..runtime import accumulation_dtype, match_layout
+from .arguments import ConvArgs, combine_parts, scale_channels
 
 
-def why_not(case: Case) -> Optional[str]:
-    if case.x.device.type not in ('cpu', 'cuda'):
-        return f'torchvision.ops.deform_conv2d does not run on {case.x.device.type}'
+def why_not(args: ConvArgs) -> Optional[str]:
+    if args.x.device.type not in ('cpu', 'cuda'):
+        return f'torchvision.ops.deform_conv2d does not run on {args.x.device.type}'
     return None
 
 
@@ -75,16 +76,16 @@ def _at_a_time(b: int) -> int:
     return b if b <= rounds * divisor else -(-b // rounds)
 
 
-def forward(case: Case) -> Tensor:
-    dtype = accumulation_dtype(case.x.dtype)
+def forward(args: ConvArgs) -> Tensor:
+    dtype = accumulation_dtype(args.x.dtype)
 
     def cast(t: Optional[Tensor]) -> Optional[Tensor]:
         return None if t is None else t.to(dtype)
 
-    low_in, low_out, high_in, high_out = (cast(g) for g in case.gains)
-    full = case._replace(
-        x=case.x.to(dtype), weight=case.weight.to(dtype), dilation=case.dilation.to(dtype), mask=cast(case.mask),
-        bias=cast(case.bias), gains=(low_in, low_out, high_in, high_out))
+    low_in, low_out, high_in, high_out = (cast(g) for g in args.gains)
+    full = args._replace(
+        x=args.x.to(dtype), weight=args.weight.to(dtype), dilation=args.dilation.to(dtype), mask=cast(args.mask),
+        bias=cast(args.bias), gains=(low_in, low_out, high_in, high_out))
     b = full.x.shape[0]
 
     def conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,4 +107,4 @@ def forward(case: Case) -> Tensor:
         y = conv(full.x, full.sample_kernels()[0] if full.has_gains else full.weight)
         if full.bias is not None:
             y = y + full.bias[:, None, None]
-    return match_layout(y.to(case.x.dtype), case.x)
+    return match_layout(y.to(args.x.dtype), args.x)

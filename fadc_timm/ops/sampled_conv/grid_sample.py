@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import Case, accumulation_dtype, combine_parts, match_layout, scale_channels
+from ..runtime import accumulation_dtype, match_layout
+from .arguments import ConvArgs, combine_parts, scale_channels
 
 
-def why_not(case: Case) -> Optional[str]:
+def why_not(args: ConvArgs) -> Optional[str]:
     return None
 
 
@@ -29,22 +30,22 @@ def _merge(t: Tensor) -> Tensor:
     return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
 
 
-def forward(case: Case) -> Tensor:
-    b, c, h, w = case.x.shape
-    k, groups, out_h = case.kernel_size, case.dilation_groups, case.dilation.shape[2]
-    dtype = accumulation_dtype(case.x.dtype)
-    d = case.dilation.to(dtype)
-    rows = [_coordinates(d, tap, h, case.stride[0], case.padding[0], k, 2) for tap in range(k)]
-    cols = [_coordinates(d, tap, w, case.stride[1], case.padding[1], k, 3) for tap in range(k)]
+def forward(args: ConvArgs) -> Tensor:
+    b, c, h, w = args.x.shape
+    k, groups, out_h = args.kernel_size, args.dilation_groups, args.dilation.shape[2]
+    dtype = accumulation_dtype(args.x.dtype)
+    d = args.dilation.to(dtype)
+    rows = [_coordinates(d, tap, h, args.stride[0], args.padding[0], k, 2) for tap in range(k)]
+    cols = [_coordinates(d, tap, w, args.stride[1], args.padding[1], k, 3) for tap in range(k)]
 
     # one below the other, (B, G, k*k*H', W') each; by cat, as a reshape would ask about symbolic sizes
     taps = range(k * k)
     grid = torch.stack((torch.cat([cols[t % k] for t in taps], 2), torch.cat([rows[t // k] for t in taps], 2)), dim=-1)
 
-    x = case.x.to(dtype)
-    mean, kernel = case.split_weight() if case.has_gains else (None, case.weight)
+    x = args.x.to(dtype)
+    mean, kernel = args.split_weight() if args.has_gains else (None, args.weight)
     if mean is not None:
-        x = torch.cat((scale_channels(x, case.gains[2]), scale_channels(x, case.gains[0])), dim=1)
+        x = torch.cat((scale_channels(x, args.gains[2]), scale_channels(x, args.gains[0])), dim=1)
     # the channels of a dilation group together: (B, n*C, H, W) -> (B*G, n*C/G, H, W)
     n = x.shape[1] // c
     if groups > 1:
@@ -52,15 +53,15 @@ def forward(case: Case) -> Tensor:
         x = x.flatten(0, 1)
     samples = F.grid_sample(x, _merge(grid), mode='bilinear', padding_mode='zeros', align_corners=False)
     samples = samples.unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
-    if case.mask is not None:
-        samples = samples * _merge(case.mask.to(dtype).unflatten(1, (groups, 1, k * k)))
+    if args.mask is not None:
+        samples = samples * _merge(args.mask.to(dtype).unflatten(1, (groups, 1, k * k)))
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).unflatten(2, (n, -1)).transpose(1, 2).flatten(2, 3).flatten(1, 2)
-    samples = samples.to(case.x.dtype)
+    samples = samples.to(args.x.dtype)
     # the taps of a channel are channels of their own, in the order of the kernel's
-    high = F.conv2d(samples[:, :c].flatten(1, 2), kernel.flatten(1)[:, :, None, None], groups=case.groups)
+    high = F.conv2d(samples[:, :c].flatten(1, 2), kernel.flatten(1)[:, :, None, None], groups=args.groups)
     if mean is None:
-        y = high if case.bias is None else high + case.bias[:, None, None]
+        y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        y = combine_parts(high, F.conv2d(samples[:, c:].sum(2), mean, groups=case.groups), case)
-    return match_layout(y, case.x)
+        y = combine_parts(high, F.conv2d(samples[:, c:].sum(2), mean, groups=args.groups), args)
+    return match_layout(y, args.x)

@@ -1,17 +1,14 @@
-"""One checked call of the operator, as every backend receives it."""
+"""The checked arguments of one call, as every backend receives them."""
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..runtime import accumulation_dtype
+
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 NO_GAINS: Gains = (None, None, None, None)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
@@ -24,7 +21,7 @@ def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.to(weight.dtype), (exact - mean).to(weight.dtype)
 
 
-class Case(NamedTuple):
+class ConvArgs(NamedTuple):
     """Arguments of :func:`adaptive_dilated_conv2d` after checking.
 
     Shapes: x (B, C, H, W), weight (O, C/groups, k, k), dilation (B, G, H', W'), mask (B, G*k*k, H', W') or None,
@@ -89,13 +86,7 @@ def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
     return x if gain is None else x * gain[:, :, None, None]
 
 
-def combine_parts(high: Tensor, low: Tensor, case: Case) -> Tensor:
+def combine_parts(high: Tensor, low: Tensor, args: ConvArgs) -> Tensor:
     """Output gains and bias on the two parts (B, O, H', W')."""
-    y = scale_channels(high, case.gains[3]) + scale_channels(low, case.gains[1])
-    return y if case.bias is None else y + case.bias[:, None, None]
-
-
-def match_layout(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    y = scale_channels(high, args.gains[3]) + scale_channels(low, args.gains[1])
+    return y if args.bias is None else y + args.bias[:, None, None]

@@ -1,0 +1,5 @@
+"""FreqSelect's operator: a map's frequency bands, weighed at every position and summed; and ideal low-pass filters."""
+from .functional import mix_bands
+from .low_pass import low_pass
+
+__all__ = ['low_pass', 'mix_bands']

@@ -1,0 +1,81 @@
+"""Mixing of frequency bands: the signature, and the choice of a backend (FADC paper, section 3, FreqSelect)."""
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..runtime import accumulation_dtype, is_exporting, match_layout, without_autocast
+from ..settings import named_backend
+from . import fused, triton
+from .low_pass import low_pass
+
+__all__ = ['BACKENDS', 'choose_backend', 'mix_bands']
+
+
+def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    b, c, h, w = x.shape
+    groups = steps.shape[2]
+    y = x.reshape(b, groups, c // groups, h, w) * steps[:, 0, :, None]
+    for i, low in enumerate(low_pass(x, factors)):
+        y = y + low.reshape(b, groups, c // groups, h, w) * steps[:, i + 1, :, None]
+    return y.reshape(b, c, h, w)
+
+
+BACKENDS = ['fused', 'written_out', 'triton']
+
+
+def choose_backend(x: Tensor) -> str:
+    """The one that `backend=None` takes: Triton's where that is set, as on CUDA it has not been measured yet."""
+    if named_backend() == 'triton':
+        return 'triton'
+    return 'written_out' if is_exporting() else 'fused'
+
+
+def _exact(x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
+    """x in the dtype to compute in, and what each of x and its low-passes is multiplied by (B, 1 + M, S, H, W)."""
+    exact = x.to(accumulation_dtype(x.dtype)) if not torch.jit.is_scripting() else (
+        x.float() if x.dtype != torch.float64 else x)
+    weights = weights.to(exact.dtype)
+    if weights.shape[1] == len(factors):
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
+    # A_1 x + (A_2 - A_1) L_1 + (A_3 - A_2) L_2 + (1 - A_3) L_3: exactly x where every A is one
+    return exact, torch.cat([weights[:, :1], weights[:, 1:] - weights[:, :-1]], dim=1)
+
+
+@torch.jit.unused
+def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str]) -> Tensor:
+    if backend is None:
+        backend = choose_backend(x)
+    if backend not in BACKENDS:
+        raise ValueError(f'There is no backend {backend!r} of the band mix, the backends are {", ".join(BACKENDS)}.')
+    if backend == 'triton':
+        return triton.forward(x, weights, factors)
+    exact, steps = _exact(x, weights, factors)
+    with without_autocast(x):
+        return fused.forward(exact, steps, factors) if backend == 'fused' else _written_out(exact, steps, factors)
+
+
+def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str] = None) -> Tensor:
+    """Split a map at 1/f of the Nyquist frequency for each factor, weigh each band at every position, and add up.
+
+    FADC paper, section 3 (FreqSelect).
+
+    Args:
+        x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
+        weights: (B, M, S, H, W): M bands from high to low frequency, S groups of channels. There is one band more than
+            factors; without weights for the last, the lowest, it passes unweighted.
+        factors: Where the spectrum is split, f >= 1, from high to low.
+        backend: 'fused', 'written_out' (in operators that every runtime has), 'triton' (for CUDA; the matrix products
+            of half dtypes accumulate in float32, see `triton/__init__.py`), or None: :func:`choose_backend`.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of x.
+
+    Raises:
+        ValueError: There is no such backend.
+        NotImplementedError: 'triton' cannot run: Triton is missing or too old, or the device or dtype is not for it.
+    """
+    if torch.jit.is_scripting():
+        exact, steps = _exact(x, weights, factors)
+        return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
+    return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)

@@ -1,0 +1,34 @@
+"""Questions about dtypes, layouts and the running program that no operator owns."""
+from contextlib import nullcontext
+from typing import ContextManager
+
+import torch
+from torch import Tensor
+
+__all__ = ['accumulation_dtype', 'is_exporting', 'match_layout', 'without_autocast']
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def match_layout(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def is_exporting() -> bool:
+    """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
+    # torch has is_exporting from 2.7 on
+    exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+    return torch.onnx.is_in_onnx_export() or exporting()
+
+
+def without_autocast(x: Tensor) -> ContextManager[None]:
+    """A context in which torch computes the products of x in the precision of x."""
+    device_type = x.device.type
+    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,0 +1,5 @@
+"""Adaptive dilated convolution: a convolution over bilinear samples, with AdaKern's gains, and its backends."""
+from .backends import BACKENDS, choose_backend, list_backends
+from .functional import adaptive_dilated_conv2d
+
+__all__ = ['BACKENDS', 'adaptive_dilated_conv2d', 'choose_backend', 'list_backends']

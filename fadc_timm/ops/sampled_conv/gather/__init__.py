@@ -1,0 +1,26 @@
+"""Gather backend: samples looked up in a table of pixels, and a plain convolution over them.
+
+Default on a CPU. Indices and corner weights are shared by all channels of a dilation group, and the table is read in
+rows of channels, so the map is best channels_last; another layout costs one copy.
+"""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ...runtime import match_layout
+from ..arguments import NO_GAINS, ConvArgs
+from .operator import sampled_conv2d
+
+
+def why_not(args: ConvArgs) -> Optional[str]:
+    return None
+
+
+def forward(args: ConvArgs) -> Tensor:
+    split = args.has_gains and not args.is_depthwise
+    weight = args.sample_kernels() if args.has_gains and args.is_depthwise else args.weight
+    gains = args.gains if split else NO_GAINS
+    save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
+    y, _ = sampled_conv2d(args.x, args.dilation, args.mask, weight, args.bias, *gains, split, save, *args.geometry())
+    return match_layout(y, args.x)

@@ -1,0 +1,91 @@
+"""Settings of the process: the backend for calls that name none, and every environment variable of this package.
+
+The operators read each variable at every call.
+
+* `FADC_TIMM_BACKEND`: Name of the convolution's backend for all calls that name none; :class:`set_backend` comes first.
+  'triton' goes for FreqSelect's band mix too.
+* `FADC_TIMM_AUTOTUNE`: With 1 the Triton kernels measure a few configurations per shape and keep the fastest; without
+  it the configuration is a function of the shape.
+
+Not ours, and read by Triton when its kernels are first imported: with `TRITON_INTERPRET=1` they run on a CPU.
+"""
+import os
+from typing import Any, Collection, Optional
+
+__all__ = ['add_backends', 'check_name', 'is_autotuning', 'named_backend', 'set_backend']
+
+_BACKEND = 'FADC_TIMM_BACKEND'
+_AUTOTUNE = 'FADC_TIMM_AUTOTUNE'
+
+# The names that may be set. The convolution puts its registry here, as settings import no operator.
+_names: Collection[str] = ()
+
+
+def add_backends(names: Collection[str]) -> None:
+    """Declare the names that :class:`set_backend` takes. The collection itself is kept: names added later count."""
+    global _names
+    _names = names
+
+
+def check_name(name: Any) -> str:
+    """A backend's name, if it is one.
+
+    Raises:
+        ValueError: There is no such backend.
+    """
+    if name not in _names:
+        raise ValueError(f'There is no backend {name!r}, the backends are {", ".join(_names)}.')
+    return name
+
+
+# what set_backend was given last
+_override: Optional[str] = None
+
+
+class set_backend:
+    """Choose the backend for all calls that name none, from now on, or in a `with` block until its end.
+
+    It comes before the choice by device, and before that of the environment variable FADC_TIMM_BACKEND, which is read
+    at every call. As with every named backend, a case that it cannot run raises, and does not fall back. The setting is
+    the process's, for all of its threads. 'triton' goes for FreqSelect's band mix too.
+    """
+
+    def __init__(self, name: Optional[str]) -> None:
+        """
+        Args:
+            name: A name of :func:`list_backends`, or None to leave the choice to the environment and the device again.
+
+        Raises:
+            ValueError: There is no such backend.
+        """
+        global _override
+        self.previous = _override
+        _override = None if name is None else check_name(name)
+
+    def __enter__(self) -> 'set_backend':
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        global _override
+        _override = self.previous
+
+
+def named_backend() -> Optional[str]:
+    """The backend that :class:`set_backend` or else FADC_TIMM_BACKEND asks for, or None.
+
+    Raises:
+        ValueError: The environment variable names no backend.
+    """
+    if _override is not None:
+        return _override
+    name = os.environ.get(_BACKEND)
+    if not name:
+        return None
+    if name not in _names:
+        raise ValueError(f'The environment variable {_BACKEND} is {name!r}, it must be one of {", ".join(_names)}.')
+    return name
+
+
+def is_autotuning() -> bool:
+    """Whether FADC_TIMM_AUTOTUNE asks for measured configurations of the Triton kernels."""
+    return os.environ.get(_AUTOTUNE) == '1'
