@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import FADConv2d
-from .layers.watch import LayerCall, watch_layers
+from .layers.hooks import LayerCall, watch_layers
 from .ops.runtime import accumulation_dtype, without_autocast
 
 __all__ = ['DilationRecord', 'dilation_frequency_loss', 'high_frequency_power', 'power_at_outputs', 'record_dilations']

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import FADConv2d
-from .models.derive import fadc_keys
+from .models._family import fadc_keys
 
 __all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
 

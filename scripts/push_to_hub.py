@@ -19,7 +19,7 @@ from typing import List, Optional
 import fadc_timm  # noqa: F401  registers the models
 from fadc_timm import hub
 from fadc_timm.hub import HubConfig, Refused
-from fadc_timm.models.download import file_sha256
+from fadc_timm.models._download import file_sha256
 
 
 def prepare(config: HubConfig, folder: Path) -> None:

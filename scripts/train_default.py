@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.layers.watch import LayerCall, watch_layers
+from fadc_timm.layers.hooks import LayerCall, watch_layers
 
 WEIGHTS = Path(__file__).resolve().parents[1] / 'fadc_timm' / 'weights'
 SIZE = 160

@@ -17,7 +17,7 @@ from backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from cases import error
 from official_cases import VECTORS, assert_features, mini_backbone
 
-from fadc_timm.models.derive import fadc_keys
+from fadc_timm.models._family import fadc_keys
 
 SCRIPT = Path(__file__).parent.parent / 'scripts' / 'convert_weights.py'
 

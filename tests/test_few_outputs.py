@@ -4,7 +4,7 @@ import torch
 from cases import error
 from torch import nn
 
-from fadc_timm.layers.few_outputs import convolve
+from fadc_timm.layers.predictor_conv import convolve
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fadc_timm.layers import FADConv2d
-from fadc_timm.layers.watch import watch_layers
+from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.losses import dilation_frequency_loss, high_frequency_power, record_dilations
 
 pytestmark = pytest.mark.usefixtures('one_thread')

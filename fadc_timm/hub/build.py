@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from ..models.download import file_sha256
+from ..models._download import file_sha256
 from .config import REDISTRIBUTABLE, Base, HubConfig
 from .folder import WEIGHTS, fixed_logits, reload
 

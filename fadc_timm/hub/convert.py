@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from ..models.checkpoint import why_unreadable
-from ..models.derive import fadc_keys
+from ..models._checkpoint import why_unreadable
+from ..models._family import fadc_keys
 from ..official import convert_checkpoint
 
 __all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'read_checkpoint']

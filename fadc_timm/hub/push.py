@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Union
 
 from huggingface_hub import HfApi
 
-from ..models.download import file_sha256
+from ..models._download import file_sha256
 from .build import Refused
 from .folder import CARD, CONFIG, WEIGHTS
 

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .few_outputs import convolve
+from .predictor_conv import convolve
 
 __all__ = ['DILATION_ACTS', 'AdaDR']
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import mix_bands
-from .few_outputs import convolve
+from .predictor_conv import convolve
 
 __all__ = ['FreqSelect']
 

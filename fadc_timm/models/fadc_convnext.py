@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.convnext import checkpoint_filter_fn as base_filter_fn
 from torch import nn
 
-from .derive import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
+from ._family import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
 
 __all__ = ['FADCConvNeXt']
 

@@ -13,7 +13,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ..layers import FADConv2d
-from .derive import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
+from ._family import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
 
 __all__ = ['FADCResNet']
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Union
 import torch
 from torch import nn
 
-from ..layers.watch import LayerCall, watch_layers
+from ..layers.hooks import LayerCall, watch_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

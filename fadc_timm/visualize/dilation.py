@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers.watch import LayerCall
+from ..layers.hooks import LayerCall
 from ._common import GREY, INK, run_watched, stage_name, stride_of
 
 if TYPE_CHECKING:

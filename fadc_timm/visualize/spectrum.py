@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers.watch import LayerCall
+from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
 from ..ops.sampled_conv.arguments import ConvArgs
 from ._common import GREY, INK, run_watched, stage_name

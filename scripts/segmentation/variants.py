@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fadc_timm import lift_model
-from fadc_timm.models.derive import fadc_keys
+from fadc_timm.models._family import fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES
 
 from .deform import DeformConv2d

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
-from .checkpoint import check_source, check_values
-from .download import checked_download
+from ._checkpoint import check_source, check_values
+from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
