@@ -35,7 +35,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.hub.convert import convert, read_checkpoint
+from fadc_timm.checkpoints import convert, read_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
 from fadc_timm.visualize import save

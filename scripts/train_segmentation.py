@@ -8,7 +8,7 @@
 
 The output folder gets `last.pt`, from which a run resumes exactly, `log.csv` (loss), `val.csv` (mIoU in training) and
 `result.json` (test split, last weights; the averaged ones with --ema). `last.pt` is a checkpoint for --init too, and
-for scripts/convert_weights.py.
+for `fadc-timm convert`.
 """
 from __future__ import annotations
 

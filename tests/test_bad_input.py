@@ -20,7 +20,7 @@ from torch import nn
 
 import fadc_timm
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
-from fadc_timm.__main__ import main
+from fadc_timm.cli import main
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -14,7 +14,7 @@ from small_model import MODEL, make_model
 
 import fadc_timm
 from fadc_timm import visualize
-from fadc_timm.__main__ import main
+from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
 
 ROOT = Path(fadc_timm.__file__).parents[1]
@@ -246,5 +246,5 @@ def test_run_under_torchrun(tmp_path):
 
 
 def test_import_leaves_matplotlib_alone():
-    done = command('-c', 'import sys, fadc_timm.__main__, fadc_timm.visualize; print("matplotlib" in sys.modules)')
+    done = command('-c', 'import sys, fadc_timm.cli, fadc_timm.visualize; print("matplotlib" in sys.modules)')
     assert done.stdout.strip() == 'False', done.stderr

@@ -1,6 +1,5 @@
-"""scripts/convert_weights.py: checkpoints to folders, with an account of every key, whole or not at all."""
+"""`fadc-timm convert`: checkpoints to folders, with an account of every key, whole or not at all."""
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -17,25 +16,16 @@ from backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from cases import error
 from official_cases import VECTORS, assert_features, mini_backbone
 
+from fadc_timm.cli import main
 from fadc_timm.models._family import fadc_keys
-
-SCRIPT = Path(__file__).parent.parent / 'scripts' / 'convert_weights.py'
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture(scope='module')
-def script():
-    spec = importlib.util.spec_from_file_location('convert_weights', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def convert(script, capsys):
+def convert(capsys):
     def call(*args):
-        status = script.main([str(a) for a in args])
+        status = main(['convert', *map(str, args)])
         out, err = capsys.readouterr()
         return status, out if status == 0 else out + err
     return call
@@ -211,7 +201,7 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
 
     def refused(message, *args):
         status, err = convert(*args)
-        assert status == 2 and err.startswith('convert_weights: ') and re.search(message, err), err
+        assert status == 2 and err.startswith('fadc-timm: error: ') and re.search(message, err), err
         assert 'code from a pickle ran' not in err
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
@@ -242,9 +232,8 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
 
 KILLED = '''
 import os, signal, sys
-import fadc_timm.hub.folder as folder
-sys.path.insert(0, {scripts!r})
-import convert_weights
+import fadc_timm.checkpoints.folder as folder
+from fadc_timm.cli import main
 save, put, moment = folder.save_file, folder._put, {moment!r}
 def kill(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -258,7 +247,7 @@ elif moment == 'before the exchange':
     folder._put = kill
 else:
     folder._put = lambda *args: (put(*args), kill())
-convert_weights.main({args!r})
+main(['convert', *{args!r}])
 '''
 
 
@@ -271,7 +260,7 @@ def test_killed(convert, moment, tmp_path):
     torch.save(states[0], source)
     assert convert(*args)[0] == 0
     torch.save(states[1], source)
-    code = KILLED.format(scripts=str(SCRIPT.parent), moment=moment, args=args)
+    code = KILLED.format(moment=moment, args=args)
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={
         **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
     assert run.returncode == -signal.SIGKILL, run.stderr
@@ -286,7 +275,7 @@ def test_killed(convert, moment, tmp_path):
 
 def test_where_folders_cannot_be_exchanged(convert, tmp_path, monkeypatch):
     """Two renames; if the second fails, the first is undone."""
-    from fadc_timm.hub import folder
+    from fadc_timm.checkpoints import folder
     monkeypatch.setattr(folder, '_exchange', lambda *args: False)
     source, out = tmp_path / 'x.pth', tmp_path / 'out'
     torch.save(trained('test_resnet'), source)

@@ -6,7 +6,7 @@ import timm
 import torch
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.hub import fixed_input, reload, write_folder
+from fadc_timm.checkpoints import fixed_input, reload, write_folder
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.usefixtures('one_thread')

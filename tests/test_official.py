@@ -8,7 +8,7 @@ import torch
 from official_cases import VECTORS, assert_features, close, load, mini_backbone, part
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.official import convert_checkpoint, convert_layer, load_layer
+from fadc_timm.checkpoints.official import convert_checkpoint, convert_layer, load_layer
 from fadc_timm.ops import BACKENDS
 
 LAYERS = sorted(p.stem for p in VECTORS.glob('*.safetensors') if p.stem != 'mini_backbone')

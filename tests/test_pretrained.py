@@ -262,7 +262,7 @@ def test_offline(hub, client, tmp_path):
         assert failed['type'] == 'DownloadError'
         first, hint = failed['error'].split('\n')
         assert 'resnet50_fadc.a1_in1k' in first and 'timm/resnet50.a1_in1k' in first and 'HF_HUB_OFFLINE' in first
-        assert "'test_resnet_fadc'" in hint and "'local-dir:FOLDER'" in hint and 'convert_weights.py' in hint
+        assert "'test_resnet_fadc'" in hint and "'local-dir:FOLDER'" in hint and 'fadc-timm convert SOURCE' in hint
         # the base's file is enough; so is a folder, and the package
         assert offline.call(load, NAME, cache_dir=cached)['error'] is None
         assert offline.call(load, f'local-dir:{tmp_path / "saved"}')['error'] is None

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fadc_timm import visualize
-from fadc_timm.__main__ import main
+from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
 from fadc_timm.visualize import spectrum
 

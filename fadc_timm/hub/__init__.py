@@ -1,8 +1,8 @@
 """Publishing: configurations, folders, model cards, and the push to the Hub."""
+from ..checkpoints.folder import fixed_input, fixed_logits, is_model_folder, reload, write_folder
 from .build import Built, Refused, build, format_logits, sample_logits, verify, why_not
 from .card import build_card
 from .config import Base, ConfigError, HubConfig, Metric, check_config, parse_config, read_config
-from .folder import fixed_input, fixed_logits, is_model_folder, reload, write_folder
 from .push import Pushed, push_folder, uploads
 
 __all__ = [

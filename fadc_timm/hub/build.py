@@ -8,9 +8,9 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from ..checkpoints.folder import WEIGHTS, fixed_logits, reload
 from ..models._download import file_sha256
 from .config import REDISTRIBUTABLE, Base, HubConfig
-from .folder import WEIGHTS, fixed_logits, reload
 
 __all__ = ['Built', 'Refused', 'build', 'format_logits', 'sample_logits', 'verify', 'why_not']
 

@@ -66,7 +66,7 @@ class HubConfig(NamedTuple):
     datasets: Names on the Hub of the data that it was trained on.
     metrics: Figures and their sources.
     model_args: Arguments of `timm.create_model` that differ from the defaults.
-    expected_logits: Of the fixed input, see :func:`fadc_timm.hub.folder.fixed_logits`; None until the weights have
+    expected_logits: Of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the weights have
         been at hand once.
     """
     model: str

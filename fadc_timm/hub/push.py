@@ -4,9 +4,9 @@ from typing import List, NamedTuple, Union
 
 from huggingface_hub import HfApi
 
+from ..checkpoints.folder import CARD, CONFIG, WEIGHTS
 from ..models._download import file_sha256
 from .build import Refused
-from .folder import CARD, CONFIG, WEIGHTS
 
 __all__ = ['Pushed', 'push_folder', 'uploads']
 

@@ -19,8 +19,8 @@ _NETWORK_ERRORS: Tuple[Type[Exception], ...] = (OSError, *HfHubHTTPError.__bases
 
 _ALTERNATIVES = (
     "Without a network: timm.create_model('test_resnet_fadc', pretrained=True) has its weights in the package, and "
-    "timm.create_model('local-dir:FOLDER', pretrained=True) loads a saved model; in a checkout, "
-    'scripts/convert_weights.py makes such a folder from a checkpoint of the base.')
+    "timm.create_model('local-dir:FOLDER', pretrained=True) loads a saved model; "
+    '`fadc-timm convert SOURCE --model NAME --out DIR` makes such a folder from a checkpoint of the base.')
 
 
 class DownloadError(OSError):

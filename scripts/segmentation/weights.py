@@ -9,7 +9,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
-from fadc_timm.hub.convert import RELEASES, convert, read_checkpoint
+from fadc_timm.checkpoints import RELEASES, convert, read_checkpoint
 
 from .variants import added_keys
 

@@ -9,8 +9,8 @@ from typing import Any, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
-from .layers import FADConv2d
-from .models._family import fadc_keys
+from ..layers import FADConv2d
+from ..models._family import fadc_keys
 
 __all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
 

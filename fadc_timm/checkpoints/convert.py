@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..models._checkpoint import why_unreadable
 from ..models._family import fadc_keys
-from ..official import convert_checkpoint
+from .official import convert_checkpoint
 
-__all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'read_checkpoint']
+__all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'pretrained_cfg', 'read_checkpoint', 'report']
 
 StateDict = Dict[str, Tensor]
 
@@ -209,3 +209,19 @@ def pretrained_cfg(name: str, official: bool) -> Dict[str, Any]:
     elif '.' not in name:
         out.update(dict.fromkeys(('tag', 'license', 'paper_ids', 'origin_url', 'description', 'notes', 'label_names')))
     return out
+
+
+def report(checkpoint: Checkpoint, converted: Converted) -> List[str]:
+    """A line per key (taken, added or left), then their numbers."""
+    lines = []
+    for key, sources in converted.taken.items():
+        source = ' + '.join(sources)
+        lines.append(f'taken  {source}' + (f' -> {key}' if source != key else ''))
+    lines += [f'added  {key}' for key in converted.added]
+    left = [*converted.left, *checkpoint.left]
+    lines += [f'left   {key}' for key in left]
+    kind = "the authors' code" if checkpoint.official else 'timm'
+    under = f' under {checkpoint.entry!r}' if checkpoint.entry else ''
+    lines.append(f'A checkpoint of {kind}{under}: {len(converted.taken)} tensors of the model from {kind}, '
+                 f'{len(converted.added)} added at their initial values; {len(left)} entries of the file left.')
+    return lines

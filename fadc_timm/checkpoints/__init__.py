@@ -1,0 +1,8 @@
+"""What users load and save: local checkpoints, the folder of a model, and the checkpoints of the authors' code."""
+from . import official
+from .convert import RELEASES, Checkpoint, Converted, convert, read_checkpoint
+from .folder import fixed_input, fixed_logits, is_model_folder, reload, write_folder
+
+__all__ = [
+    'RELEASES', 'Checkpoint', 'Converted', 'convert', 'fixed_input', 'fixed_logits', 'is_model_folder', 'official',
+    'read_checkpoint', 'reload', 'write_folder']
