@@ -72,13 +72,10 @@ def load(name: str, x: Any = None, cache_dir: Optional[str] = None, token: Optio
     return dict(y=None if y is None else y.numpy(), options=options, error=None)
 
 
-def script(path: Path, *args: str, token: Optional[str] = None) -> Dict[str, Any]:
+def script(name: str, *args: str, token: Optional[str] = None) -> Dict[str, Any]:
     """Run the `main` of a script: its exit status, and all that it and what it calls said, logs of any level too."""
-    import importlib.util
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import importlib
+    module = importlib.import_module(name)
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     root, level = logging.getLogger(), logging.getLogger().level

@@ -7,9 +7,8 @@ from hub_config_cases import CONFIGS, DEFAULT, METRIC, ROOT, changed
 from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 
-from fadc_timm import hub as publishing
-from fadc_timm.hub import ConfigError, parse_config, read_config
-from fadc_timm.hub.config import REDISTRIBUTABLE
+from scripts.publish.build import why_not
+from scripts.publish.config import REDISTRIBUTABLE, ConfigError, parse_config, read_config
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -29,7 +28,7 @@ def test_configuration(path):
     assert config.licence == cfg.license and config.repository.partition('/')[2] == config.model == path.stem
     assert len({config.repository.partition('/')[0] for config in map(read_config, CONFIGS)}) == 1
     assert config.metrics and all('://' in m.source or m.source.startswith('python scripts/') for m in config.metrics)
-    reason = publishing.why_not(config)
+    reason = why_not(config)
     if path == DEFAULT:
         assert reason is None and config.base is None
         with safe_open(cfg.file, 'pt') as f:

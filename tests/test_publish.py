@@ -16,10 +16,10 @@ from hub_server import TOKEN, Hub, oid_of
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from fadc_timm.hub.build import LOSSLESS as BUILD_LOSSLESS
 from fadc_timm.models.cost import model_cost
+from scripts.publish.build import LOSSLESS as BUILD_LOSSLESS
 
-PUSH = ROOT / 'scripts' / 'push_to_hub.py'
+PUSH = 'scripts.publish.push_to_hub'
 OURS = 'fadc-timm/test_resnet_fadc.bluemarble_climate'
 FILES = ['README.md', 'config.json', 'model.safetensors']
 
@@ -159,8 +159,8 @@ def test_push_that_is_killed(hub, push, step, tmp_path):
     """While it uploads, or as it asks for the commit: nothing is half-published, and the next push completes it."""
     hub.add(OURS, {'config.json': b'old'})
     run = subprocess.Popen(
-        [sys.executable, PUSH, DEFAULT, '--push'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path), 'HF_TOKEN': TOKEN,
+        [sys.executable, '-m', PUSH, DEFAULT, '--push'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env={**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path), 'HF_TOKEN': TOKEN,
              'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
 
     def kill(handler, _):

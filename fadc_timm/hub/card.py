@@ -1,14 +1,85 @@
 """The model card: README.md of a published model, with the sections of timm's cards."""
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
 
 from ..models.cost import Cost, model_cost
-from .build import Built
-from .config import HubConfig, Metric
 
-__all__ = ['build_card']
+__all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card']
+
+
+class Base(NamedTuple):
+    """Where the weights of the base come from.
+
+    repository: On the Hub, `owner/name`.
+    revision: Commit, 40 hexadecimal digits; None where it is not known: then the newest is taken, and the card says
+        which that was.
+    sha256: Of its weights file, 64 hexadecimal digits; None where it is not known.
+    """
+    repository: str
+    revision: Optional[str]
+    sha256: Optional[str]
+
+
+class Metric(NamedTuple):
+    """A figure that somebody measured.
+
+    name: For instance 'top-1'.
+    value: In percent.
+    dataset: What it was measured on.
+    of: 'base' (of the base's own weights) or 'model' (of these weights with FADC) or 'plain' (of a plain base that was
+        trained in the same way).
+    image_size: Pixels.
+    source: Address or command that it comes from.
+    """
+    name: str
+    value: float
+    dataset: str
+    of: str
+    image_size: int
+    source: str
+
+
+class HubConfig(NamedTuple):
+    """A model to publish.
+
+    model: `<arch>_fadc.<tag>`, registered with timm, and the file's name.
+    repository: Ours on the Hub, `owner/name`, with the model as its name.
+    base: Whose weights are lifted; None for weights of our own in the package.
+    made: How it was made, in a sentence; that of lifted weights begins with 'base weights, identity FADC'.
+    licence: As in timm's pretrained_cfg.
+    datasets: Names on the Hub of the data that it was trained on.
+    metrics: Figures and their sources.
+    model_args: Arguments of `timm.create_model` that differ from the defaults.
+    expected_logits: Of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the weights have
+        been at hand once.
+    """
+    model: str
+    repository: str
+    base: Optional[Base]
+    made: str
+    licence: str
+    datasets: Tuple[str, ...]
+    metrics: Tuple[Metric, ...]
+    model_args: Dict[str, Any]
+    expected_logits: Optional[Tuple[float, ...]]
+
+
+class Built(NamedTuple):
+    """A model and what was found out about it.
+
+    model: In eval mode.
+    logits: (num_classes,), of the fixed input.
+    base: Where its weights come from, with the revision and hash that were found; None without a base.
+    error: Relative error of the logits against the base's; None without a base.
+    """
+    model: nn.Module
+    logits: Tensor
+    base: Optional[Base]
+    error: Optional[float]
+
 
 _FADC = '''@inproceedings{chen2024frequency,
   title     = {Frequency-Adaptive Dilated Convolution for Semantic Segmentation},

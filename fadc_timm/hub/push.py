@@ -6,9 +6,12 @@ from huggingface_hub import HfApi
 
 from ..checkpoints.folder import CARD, CONFIG, WEIGHTS
 from ..models._download import file_sha256
-from .build import Refused
 
-__all__ = ['Pushed', 'push_folder', 'uploads']
+__all__ = ['Pushed', 'Refused', 'push_folder', 'uploads']
+
+
+class Refused(RuntimeError):
+    """A model that may not be published as it is; the message says why."""
 
 
 class Pushed(NamedTuple):

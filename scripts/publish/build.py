@@ -1,18 +1,19 @@
 """From a configuration to a folder that is ready to be published."""
 import math
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from ..checkpoints.folder import WEIGHTS, fixed_logits, reload
-from ..models._download import file_sha256
-from .config import REDISTRIBUTABLE, Base, HubConfig
+from fadc_timm.checkpoints.folder import WEIGHTS, fixed_logits, reload
+from fadc_timm.hub import Base, Built, HubConfig, Refused
+from fadc_timm.models._download import file_sha256
+from scripts.publish.config import REDISTRIBUTABLE
 
-__all__ = ['Built', 'Refused', 'build', 'format_logits', 'sample_logits', 'verify', 'why_not']
+__all__ = ['build', 'format_logits', 'sample_logits', 'verify', 'why_not']
 
 # Relative error (2-norm) of logits on the fixed input. Of the published model against those in its configuration:
 # between this project's backends 1.3e-7 (default model). Of lifted weights against the base: 1e-3 is what the README
@@ -23,25 +24,7 @@ STORED = 16
 _WEIGHT_FILES = (WEIGHTS, 'pytorch_model.bin')
 
 
-class Refused(RuntimeError):
-    """A model that may not be published as it is; the message says why."""
-
-
-class Built(NamedTuple):
-    """A model and what was found out about it.
-
-    model: In eval mode.
-    logits: (num_classes,), of the fixed input.
-    base: Where its weights come from, with the revision and hash that were found; None without a base.
-    error: Relative error of the logits against the base's; None without a base.
-    """
-    model: nn.Module
-    logits: Tensor
-    base: Optional[Base]
-    error: Optional[float]
-
-
-def why_not(config: HubConfig) -> Optional[str]:
+def why_not(config: HubConfig) -> str | None:
     """Why a model may not be published, or None: its licence, or that nobody wrote down its logits yet."""
     if config.licence not in REDISTRIBUTABLE:
         return (
@@ -68,12 +51,12 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def _size(model: nn.Module) -> Tuple[int, ...]:
-    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
+def _size(model: nn.Module) -> tuple[int, ...]:
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
     return tuple(cfg['input_size'])
 
 
-def _found(base: Base, cache_dir: Optional[str]) -> Base:
+def _found(base: Base, cache_dir: str | None) -> Base:
     """The base with the revision and the hash of what is in the cache."""
     for name in _WEIGHT_FILES:
         path = try_to_load_from_cache(base.repository, name, cache_dir=cache_dir, revision=base.revision)
@@ -82,7 +65,7 @@ def _found(base: Base, cache_dir: Optional[str]) -> Base:
     raise Refused(f'base.repository: {base.repository} has none of {", ".join(_WEIGHT_FILES)}')
 
 
-def build(config: HubConfig, cache_dir: Optional[str] = None) -> Built:
+def build(config: HubConfig, cache_dir: str | None = None) -> Built:
     """Build the model of a configuration with its weights, and compare it with its base.
 
     Args:
@@ -113,7 +96,7 @@ def build(config: HubConfig, cache_dir: Optional[str] = None) -> Built:
     return Built(model, logits, found, error)
 
 
-def verify(folder: Union[str, Path], built: Built, config: HubConfig) -> None:
+def verify(folder: str | Path, built: Built, config: HubConfig) -> None:
     """Load a folder again and compare its logits with the model's and with those in the configuration.
 
     Raises:

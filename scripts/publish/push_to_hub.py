@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the folders of models as the Hub gets them, check them, and publish them if told to.
 
-    python scripts/push_to_hub.py hub_configs/test_resnet_fadc.bluemarble_climate.yaml
-    python scripts/push_to_hub.py hub_configs/*.yaml --org ORG --push
+    python -m scripts.publish.push_to_hub hub_configs/test_resnet_fadc.bluemarble_climate.yaml
+    python -m scripts.publish.push_to_hub hub_configs/*.yaml --org ORG --push
 
 Without --push nothing leaves this machine: the folder is built and loaded again, its logits are compared with those in
 the configuration, and what would be uploaded is printed. A model is refused if its licence does not grant
@@ -14,36 +14,37 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm import hub
-from fadc_timm.hub import HubConfig, Refused
+from fadc_timm.checkpoints import write_folder
+from fadc_timm.hub import HubConfig, Refused, build_card, push_folder, uploads
 from fadc_timm.models._download import file_sha256
+from scripts.publish.build import build, format_logits, sample_logits, verify, why_not
+from scripts.publish.config import ConfigError, read_config
 
 
 def prepare(config: HubConfig, folder: Path) -> None:
     """Build and verify a folder, and print what is in it."""
-    reason = hub.why_not(config)
+    reason = why_not(config)
     if reason and not reason.startswith('expected_logits'):
         raise Refused(reason)  # before anything is downloaded
-    built = hub.build(config)
+    built = build(config)
     if built.base:
         print(f'  base: {built.base.repository} at {built.base.revision}, sha256 {built.base.sha256}')
         print(f"  logits against the base's: {built.error:.1e}, relative")
     if reason:
-        raise Refused(f'{reason}. They are:\nexpected_logits: {hub.format_logits(hub.sample_logits(built.logits))}')
-    hub.write_folder(
-        built.model, folder, model_args=config.model_args, card=hub.build_card(config, built),
-        check=lambda new: hub.verify(new, built, config))
+        raise Refused(f'{reason}. They are:\nexpected_logits: {format_logits(sample_logits(built.logits))}')
+    write_folder(
+        built.model, folder, model_args=config.model_args, card=build_card(config, built),
+        check=lambda new: verify(new, built, config))
     print('  loaded again: the expected logits came out')
-    for path in hub.uploads(folder):
+    for path in uploads(folder):
         print(f'  {path.name}: {path.stat().st_size} bytes, sha256 {file_sha256(path)}')
 
 
 def publish(config: HubConfig, folder: Path, update_card: bool) -> None:
     """Push a folder, and print what happened."""
-    pushed = hub.push_folder(folder, config.repository, update_card=update_card)
+    pushed = push_folder(folder, config.repository, update_card=update_card)
     print(f'  pushed {", ".join(pushed.uploaded)}: {pushed.url}')
     if 'README.md' not in pushed.uploaded:
         print('  the card that was there stays; --update-card replaces it')
@@ -51,7 +52,7 @@ def publish(config: HubConfig, folder: Path, update_card: bool) -> None:
         print(f'  the repository also has: {", ".join(pushed.other)}')
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG', help='files of hub_configs/')
     parser.add_argument('--org', help="publish under this owner instead of the configuration's")
@@ -61,8 +62,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
 
     try:
-        configs = [hub.read_config(path) for path in args.configs]
-    except (OSError, hub.ConfigError) as e:
+        configs = [read_config(path) for path in args.configs]
+    except (OSError, ConfigError) as e:
         print(f'push_to_hub: {e}', file=sys.stderr)
         return 2
     if args.org:

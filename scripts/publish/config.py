@@ -4,14 +4,15 @@ PyYAML is required by both timm and huggingface_hub.
 """
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable
 
 import timm
 import yaml
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-__all__ = [
-    'Base', 'ConfigError', 'HubConfig', 'Metric', 'REDISTRIBUTABLE', 'check_config', 'parse_config', 'read_config']
+from fadc_timm.hub import Base, HubConfig, Metric
+
+__all__ = ['ConfigError', 'REDISTRIBUTABLE', 'check_config', 'parse_config', 'read_config']
 
 # Licences, by their names on the Hub, that grant redistribution, also of modified weights and for any use.
 REDISTRIBUTABLE = frozenset(('apache-2.0', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'mit'))
@@ -23,68 +24,11 @@ class ConfigError(ValueError):
     """A configuration that is malformed, or that says something else than timm; a line for each problem."""
 
 
-class Base(NamedTuple):
-    """Where the weights of the base come from.
-
-    repository: On the Hub, `owner/name`.
-    revision: Commit, 40 hexadecimal digits; None where it is not known: then the newest is taken, and the card says
-        which that was.
-    sha256: Of its weights file, 64 hexadecimal digits; None where it is not known.
-    """
-    repository: str
-    revision: Optional[str]
-    sha256: Optional[str]
-
-
-class Metric(NamedTuple):
-    """A figure that somebody measured.
-
-    name: For instance 'top-1'.
-    value: In percent.
-    dataset: What it was measured on.
-    of: 'base' (of the base's own weights) or 'model' (of these weights with FADC) or 'plain' (of a plain base that was
-        trained in the same way).
-    image_size: Pixels.
-    source: Address or command that it comes from.
-    """
-    name: str
-    value: float
-    dataset: str
-    of: str
-    image_size: int
-    source: str
-
-
-class HubConfig(NamedTuple):
-    """A model to publish.
-
-    model: `<arch>_fadc.<tag>`, registered with timm, and the file's name.
-    repository: Ours on the Hub, `owner/name`, with the model as its name.
-    base: Whose weights are lifted; None for weights of our own in the package.
-    made: How it was made, in a sentence; that of lifted weights begins with 'base weights, identity FADC'.
-    licence: As in timm's pretrained_cfg.
-    datasets: Names on the Hub of the data that it was trained on.
-    metrics: Figures and their sources.
-    model_args: Arguments of `timm.create_model` that differ from the defaults.
-    expected_logits: Of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the weights have
-        been at hand once.
-    """
-    model: str
-    repository: str
-    base: Optional[Base]
-    made: str
-    licence: str
-    datasets: Tuple[str, ...]
-    metrics: Tuple[Metric, ...]
-    model_args: Dict[str, Any]
-    expected_logits: Optional[Tuple[float, ...]]
-
-
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML takes the last of two equal keys; here it is an error."""
 
 
-def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> Dict[Any, Any]:
+def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     twice = sorted({str(k) for k in keys if keys.count(k) > 1})
     if twice:
@@ -118,7 +62,7 @@ _MAPPING = (lambda value: isinstance(value, dict)), 'a mapping'
 _SENTENCE = _text(), 'a text'
 
 # Each key, what it may hold, and what to say that it should.
-_SCHEMA: Dict[str, Tuple[Check, str]] = {
+_SCHEMA: dict[str, tuple[Check, str]] = {
     'model': (_text(r'\w+_fadc\.\w+'), '<arch>_fadc.<tag>'),
     'repository': _REPOSITORY,
     'base': (_optional(_MAPPING[0]), 'a mapping or null'),
@@ -129,12 +73,12 @@ _SCHEMA: Dict[str, Tuple[Check, str]] = {
     'model_args': _MAPPING,
     'expected_logits': (_optional(_list_of(_number, 1)), 'a list of numbers or null'),
 }
-_BASE: Dict[str, Tuple[Check, str]] = {
+_BASE: dict[str, tuple[Check, str]] = {
     'repository': _REPOSITORY,
     'revision': (_optional(_text('[0-9a-f]{40}')), '40 hexadecimal digits (in quotes) or null'),
     'sha256': (_optional(_text('[0-9a-f]{64}')), '64 hexadecimal digits (in quotes) or null'),
 }
-_METRIC: Dict[str, Tuple[Check, str]] = {
+_METRIC: dict[str, tuple[Check, str]] = {
     'name': _SENTENCE,
     'value': ((lambda value: _number(value) and 0 <= value <= 100), 'a number from 0 to 100'),
     'dataset': _SENTENCE,
@@ -144,7 +88,7 @@ _METRIC: Dict[str, Tuple[Check, str]] = {
 }
 
 
-def _problems(content: Any, schema: Dict[str, Tuple[Check, str]], where: str = '') -> List[str]:
+def _problems(content: Any, schema: dict[str, tuple[Check, str]], where: str = '') -> list[str]:
     """What is wrong with a mapping, key by key."""
     if not isinstance(content, dict):
         return [f'{where or "the file"}: wanted a mapping, got {content!r}']
@@ -157,7 +101,7 @@ def _problems(content: Any, schema: Dict[str, Tuple[Check, str]], where: str = '
     return problems
 
 
-def _refuse(name: str, problems: List[str]) -> None:
+def _refuse(name: str, problems: list[str]) -> None:
     if problems:
         raise ConfigError('\n'.join(f'{name}: {problem}' for problem in problems))
 
@@ -194,7 +138,7 @@ def parse_config(text: str, name: str) -> HubConfig:
     })
 
 
-def read_config(path: Union[str, Path]) -> HubConfig:
+def read_config(path: str | Path) -> HubConfig:
     """Read and check a file, see :func:`parse_config` and :func:`check_config`.
 
     Raises:
@@ -209,7 +153,7 @@ def read_config(path: Union[str, Path]) -> HubConfig:
     return config
 
 
-def _trained_on(tag: str) -> List[str]:
+def _trained_on(tag: str) -> list[str]:
     """ImageNet's subsets that a tag of timm names: its parts end with them, such as `fb_in22k_ft_in1k_384`."""
     return sorted({f'imagenet-{n}k' for n in re.findall(r'in(\d+)k', tag)})
 
