@@ -1,7 +1,4 @@
 """What the benchmark scripts compare: that today's way is our function, and that all networks have the same weights."""
-import _subjects
-import _today
-import bench_model
 import pytest
 import timm
 import torch
@@ -9,6 +6,9 @@ from small_model import MODEL
 from torch import nn
 
 from fadc_timm import FADConv2d
+from scripts.bench import model as bench_model
+from scripts.bench import subjects
+from scripts.bench.today import make_today
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -37,7 +37,7 @@ def ids(cfg):
 
 def make_layer(cfg):
     layer = FADConv2d(16, 16, **{**dict(kernel_size=3, padding=1), **cfg})
-    _subjects.leave_identity(layer, seed=1, size=32)
+    subjects.leave_identity(layer, seed=1, size=32)
     return layer
 
 
@@ -47,7 +47,7 @@ def test_today_is_our_layer(cfg, batch):
     layer = make_layer(cfg)
     for training in (False, True):
         layer.train(training)
-        today = _today.make_today(layer)
+        today = make_today(layer)
         x = torch.randn(batch, 16, 17, 14, requires_grad=True)
         y, expected = today(x), layer(x)
         assert y.shape == expected.shape
@@ -60,10 +60,10 @@ def test_today_is_our_layer(cfg, batch):
 
 def test_today_shares_nothing_and_needs_ada_dr():
     model = timm.create_model(MODEL).eval()
-    _subjects.leave_identity(model)
+    subjects.leave_identity(model)
     x = torch.randn(2, 3, 64, 64)
     before = model(x)
-    today = _today.make_today(model)
+    today = make_today(model)
     assert not any(isinstance(m, FADConv2d) for m in today.modules())
     assert (today(x) - before).abs().max() < 1e-5 * before.abs().max()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_today_shares_nothing_and_needs_ada_dr():
             p.zero_()
     assert torch.equal(model(x), before)
     with pytest.raises(ValueError, match='AdaDR'):
-        _today.make_today(FADConv2d(4, 4, 3, ada_dr=False))
+        make_today(FADConv2d(4, 4, 3, ada_dr=False))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_today_shares_nothing_and_needs_ada_dr():
 def test_leave_identity(cfg):
     layer = FADConv2d(16, 16, **{**dict(kernel_size=3, padding=1), **cfg})
     fresh = {k: v.clone() for k, v in layer.state_dict().items()}
-    _subjects.leave_identity(layer, seed=3, size=64)
+    subjects.leave_identity(layer, seed=3, size=64)
     assert layer.training
     for name, t in layer.state_dict().items():
         if name in ('weight', 'bias', 'ada_kern.norm.num_batches_tracked'):
@@ -95,12 +95,12 @@ def test_leave_identity(cfg):
         if t is not None:
             assert t.std() > 0.1 and 0.5 < t.mean() < 1.5 and t.min() > 0 and t.max() < 2
     state = {k: v.clone() for k, v in layer.state_dict().items()}
-    _subjects.leave_identity(layer.train(), seed=3, size=64)
+    subjects.leave_identity(layer.train(), seed=3, size=64)
     assert all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
 
 
 def test_models_have_the_same_weights():
-    models = _subjects.make_models(MODEL, ('plain', 'today', 'fadc'))
+    models = subjects.make_models(MODEL, ('plain', 'today', 'fadc'))
     plain, fadc = models['plain'].state_dict(), models['fadc'].state_dict()
     assert list(models) == ['plain', 'today', 'fadc']
     assert all(torch.equal(t, fadc[name]) for name, t in plain.items())
@@ -112,4 +112,4 @@ def test_models_have_the_same_weights():
     with pytest.raises(RuntimeError, match='differ by'):
         bench_model.check_same(models, torch.randn(1, 3, 64, 64), 'cpu')
     with pytest.raises(ValueError, match='resnet18'):
-        _subjects.make_models('resnet18', ('plain',))
+        subjects.make_models('resnet18', ('plain',))

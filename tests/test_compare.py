@@ -2,9 +2,10 @@
 import csv
 import math
 
-import _segmentation_tables as tables
 import pytest
-from segmentation.comparison import (
+
+from scripts.segmentation import tables
+from scripts.segmentation.comparison import (
     BY_NAME,
     PRESETS,
     REMEDIES,
@@ -47,7 +48,7 @@ def test_settings():
 def test_gmacs():
     """Each setting can be counted; what a variant adds costs, and a fixed dilation costs nothing."""
     pytest.importorskip('segmentation_models_pytorch')
-    import compare
+    from scripts.segmentation import compare
 
     gmacs = {s.name: compare.gmacs_of(command(PRESETS['cpu'], s, 0), 7, 64) for s in SETTINGS + REMEDIES}
     plain, fadc = gmacs['plain'], gmacs['fadc']
@@ -93,7 +94,7 @@ def test_tables(tmp_path, monkeypatch):
 def test_runs(tmp_path, monkeypatch):
     """A run is finished when its row has its command; a run that fails is told, and the others still run."""
     pytest.importorskip('segmentation_models_pytorch')
-    import compare
+    from scripts.segmentation import compare
     for module, name in ((compare, 'RUNS'), (tables, 'RUNS'), (compare, 'PLOT'), (tables, 'TIMES')):
         monkeypatch.setattr(module, name, tmp_path / f'{name}.csv')
     monkeypatch.setattr(compare, 'open_data', lambda *_: type('Data', (), {'classes': ('a', 'b')}))

@@ -1,19 +1,19 @@
-"""scripts/dilation_frequency.py: rank correlation, its interval, and what is undefined."""
+"""scripts/studies/dilation_frequency.py: rank correlation, its interval, and what is undefined."""
 import csv
 import math
 from pathlib import Path
 
-import dilation_frequency
 import numpy as np
 import pytest
 import timm
 import torch
-from _rank_correlation import bootstrap, spearman
 from PIL import Image
 from safetensors.torch import save_file
 
 from fadc_timm.layers import FADConv2d
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
+from scripts.studies import dilation_frequency
+from scripts.studies.rank_correlation import bootstrap, spearman
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MODEL = 'test_resnet_fadc'

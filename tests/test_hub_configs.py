@@ -27,7 +27,7 @@ def test_configuration(path):
     cfg = get_pretrained_cfg(config.model)
     assert config.licence == cfg.license and config.repository.partition('/')[2] == config.model == path.stem
     assert len({config.repository.partition('/')[0] for config in map(read_config, CONFIGS)}) == 1
-    assert config.metrics and all('://' in m.source or m.source.startswith('python scripts/') for m in config.metrics)
+    assert config.metrics and all(re.match(r'python -m scripts\.|.*://', m.source) for m in config.metrics)
     reason = why_not(config)
     if path == DEFAULT:
         assert reason is None and config.base is None

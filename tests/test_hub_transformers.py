@@ -16,7 +16,7 @@ NAMES = ['test_resnet_fadc.bluemarble_climate', 'test_convnext_fadc']
 
 @pytest.fixture(params=NAMES)
 def folder(request, tmp_path, monkeypatch):
-    """A folder as push_to_hub.py writes it; nothing is looked up."""
+    """A folder as scripts.publish.push_to_hub writes it; nothing is looked up."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     args = {} if '.' in request.param else dict(num_classes=7, padding_mode='replicate')
     model = timm.create_model(request.param, pretrained='.' in request.param, **args)

@@ -1,12 +1,13 @@
 """The Blue Marble segmentation task: its labels, tiles and splits, and its cache on disk."""
 import re
 
-import bluemarble as sources
-import bluemarble_segmentation as picture
 import numpy as np
 import pytest
-from segmentation import bluemarble
-from segmentation.data import IGNORE, DataError, open_data
+
+from scripts.bluemarble import globe as sources
+from scripts.bluemarble import picture
+from scripts.bluemarble import segmentation as bluemarble
+from scripts.segmentation.data import IGNORE, DataError, open_data
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -4,8 +4,9 @@ import signal
 
 import pytest
 import torch
-from segmentation import checkpoint as files
-from segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
+
+from scripts.segmentation import checkpoint as files
+from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -44,7 +45,7 @@ def test_checkpoint_errors(tmp_path):
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint'):
         load_checkpoint(path, {})
     torch.save([1], path)
-    with pytest.raises(RuntimeError, match='is no checkpoint of train_segmentation.py'):
+    with pytest.raises(RuntimeError, match='is no checkpoint of segmentation.train'):
         load_checkpoint(path, {})
 
 

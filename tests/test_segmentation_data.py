@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from segmentation.data import DataError, open_data
-from segmentation.layouts import CITYSCAPES
 from segmentation_cases import mask_of, picture_of
+
+from scripts.segmentation.data import DataError, open_data
+from scripts.segmentation.layouts import CITYSCAPES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -4,10 +4,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from _files import write_atomically
 from PIL import Image
-from segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay
 from segmentation_cases import mask_of, picture_of
+
+from scripts.results import write_atomically
+from scripts.segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

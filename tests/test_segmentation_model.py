@@ -1,12 +1,12 @@
-"""The networks of train_segmentation.py: a backbone's initial weights, and decoders of segmentation_models_pytorch."""
+"""The segmentation networks: a backbone's initial weights, and decoders of segmentation_models_pytorch."""
 import pytest
 import timm
 import torch
-from segmentation.variants import VARIANTS, apply_variant
-from segmentation.weights import Initial, load_backbone
 from segmentation_cases import BACKBONES, awake, backbone
 
 import fadc_timm
+from scripts.segmentation.variants import VARIANTS, apply_variant
+from scripts.segmentation.weights import Initial, load_backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -41,7 +41,7 @@ def test_load_backbone(name, variant):
 
 def build(*args, **kwargs):
     pytest.importorskip('segmentation_models_pytorch')
-    from segmentation.model import build
+    from scripts.segmentation.model import build
     return build(*args, **kwargs)
 
 
@@ -99,7 +99,7 @@ def test_init(tmp_path):
 def test_init_official(tmp_path):
     """A checkpoint of the authors' is that of an FADC model padded as theirs are."""
     pytest.importorskip('segmentation_models_pytorch')
-    from segmentation import weights
+    from scripts.segmentation import weights
     full = timm.create_model('test_resnet_fadc', num_classes=0, padding_mode='replicate')
     called = {}
 

@@ -1,12 +1,13 @@
-"""What a step of train_segmentation.py is made with: its recipe, its learning rates and its batch."""
+"""What a step of scripts.segmentation.train is made with: its recipe, its learning rates and its batch."""
 import pytest
 import torch
-from segmentation.batches import Samples, step_batches
-from segmentation.engine import Recipe
-from segmentation.optimizer import poly_schedule, rate_groups
-from segmentation.variants import added_keys, apply_variant
 from segmentation_cases import Pictures, backbone, transform
 from torch import nn
+
+from scripts.segmentation.batches import Samples, step_batches
+from scripts.segmentation.engine import Recipe
+from scripts.segmentation.optimizer import poly_schedule, rate_groups
+from scripts.segmentation.variants import added_keys, apply_variant
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,7 +1,8 @@
 """Segmentation of an image in overlapping windows."""
 import pytest
 import torch
-from segmentation.slide import slide, windows
+
+from scripts.segmentation.slide import slide, windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

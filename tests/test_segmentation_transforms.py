@@ -4,16 +4,17 @@ import colorsys
 import numpy as np
 import pytest
 import torch
-from segmentation.data import IGNORE
-from segmentation.metrics import ConfusionMatrix
-from segmentation.transforms import (
+from segmentation_cases import mask_of, picture_of
+
+from scripts.segmentation.data import IGNORE
+from scripts.segmentation.metrics import ConfusionMatrix
+from scripts.segmentation.transforms import (
     EvalTransform,
     TrainTransform,
     adjust_saturation,
     fitted_size,
     photometric_distortion,
 )
-from segmentation_cases import mask_of, picture_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -178,7 +179,7 @@ class TestTransforms:
 
     def test_hue(self, monkeypatch):
         """Up to 36 degrees either way, at constant saturation and value."""
-        import segmentation.transforms as module
+        import scripts.segmentation.transforms as module
         monkeypatch.setattr(module, 'BRIGHTNESS', 0)
         monkeypatch.setattr(module, 'CONTRAST', (1, 1))
         monkeypatch.setattr(module, 'SATURATION', (1, 1))

@@ -1,14 +1,14 @@
-"""What the variants of train_segmentation.py put in place of a backbone's convolutions."""
+"""What the variants of scripts.segmentation.train put in place of a backbone's convolutions."""
 import pytest
 import timm
 import torch
-from segmentation.deform import DeformConv2d
-from segmentation.variants import VARIANTS, added_keys, apply_variant
 from segmentation_cases import BACKBONES, backbone
 from torch import nn
 
 import fadc_timm
 from fadc_timm.models.cost import module_cost
+from scripts.segmentation.deform import DeformConv2d
+from scripts.segmentation.variants import VARIANTS, added_keys, apply_variant
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

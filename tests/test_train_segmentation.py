@@ -1,4 +1,4 @@
-"""train_segmentation.py: its losses, training resumed to the bit, and the script itself."""
+"""scripts.segmentation.train: its losses, training resumed to the bit, and the script itself."""
 import csv
 import json
 import os
@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, torchrun
-from segmentation.batches import Samples
-from segmentation.engine import Objective, Recipe, World, train
-from segmentation.variants import apply_variant
+from processes import torchrun
 from segmentation_cases import Pictures, backbone, transform
 from torch import nn
 
 import fadc_timm
 import fadc_timm.losses
+from scripts.segmentation.batches import Samples
+from scripts.segmentation.engine import Objective, Recipe, World, train
+from scripts.segmentation.variants import apply_variant
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SCRIPT = ROOT / 'scripts' / 'train_segmentation.py'
 CPU = World(torch.device('cpu'))
 
 
@@ -136,16 +135,15 @@ OPTIONS = ['--backbone', 'test_resnet_fadc', '--decoder-channels', '8', '--crop'
 
 def main(*args):
     pytest.importorskip('segmentation_models_pytorch')
-    import train_segmentation
+    from scripts.segmentation import train as train_segmentation
     return train_segmentation.main([str(a) for a in args])
 
 
 # the script, killed once in the middle of writing the checkpoint of step 4, where that is asked for
 WORKER = '''
 import os, signal, sys
-sys.path.insert(0, {scripts!r})
-import train_segmentation
-from segmentation import checkpoint
+from scripts.segmentation import train as train_segmentation
+from scripts.segmentation import checkpoint
 save = checkpoint.torch.save
 def save_half(state, part):
     save(state, part)
@@ -164,7 +162,7 @@ def worker(tmp_path):
     """Path of the script as `WORKER` changes it."""
     pytest.importorskip('segmentation_models_pytorch')
     path = tmp_path / 'worker.py'
-    path.write_text(WORKER.format(scripts=str(SCRIPT.parent)))
+    path.write_text(WORKER)
     return path
 
 
@@ -194,7 +192,7 @@ def test_script(folder, worker, tmp_path, capsys):
     assert tested['miou'] == results[0]['miou'] and tested['iou'] == results[0]['iou']
     assert sorted(p.name for p in (tmp_path / 'whole' / 'overlays_test').iterdir()) == ['0.png', '1.png']
     # the checkpoint is one for --init
-    from segmentation.model import build
+    from scripts.segmentation.model import build
     built = build('test_resnet', 7, 'fadc', init=str(tmp_path / 'whole' / 'last.pt'))
     ema = torch.load(tmp_path / 'whole' / 'last.pt', weights_only=True)['model_ema']
     key = next(k for k in built.model.encoder.model.state_dict() if k.endswith('.ada_dr.conv.weight'))

@@ -265,8 +265,8 @@ def test_import_leaves_triton_alone():
     'no mask', 'one pixel', pytest.param('', marks=pytest.mark.sweep)], ids=['no mask', 'one pixel', 'all'])
 def test_kernels_compile_for_a_gpu(only):
     """The interpreter takes programs that the compiler does not; without a GPU they can still be compiled for one."""
-    out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]; sys.path.insert(0, "scripts")\n'
-                 'import inspect_kernels; inspect_kernels.main()')
+    out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]\n'
+                 'from scripts.checks import inspect_kernels; inspect_kernels.main()')
     for kernel in ('dense forward', 'dense backward_samples', 'dense backward_kernel', 'depthwise forward',
                    'depthwise backward'):
         assert f', {kernel}, ' in out

@@ -60,8 +60,8 @@ except NotImplementedError as e:
 @pytest.mark.parametrize('only', ['one pixel', pytest.param('', marks=pytest.mark.sweep)], ids=['one pixel', 'all'])
 def test_kernels_compile_for_a_gpu(only):
     """The interpreter takes programs that the compiler does not; without a GPU they can still be compiled for one."""
-    out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]; sys.path.insert(0, "scripts")\n'
-                 'import inspect_bands; inspect_bands.main()')
+    out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]\n'
+                 'from scripts.checks import inspect_bands; inspect_bands.main()')
     for dtype in ('float16', 'bfloat16', 'float32'):
         for kernel in ('forward', 'backward'):
             assert f', {kernel}, 0, {dtype}, ' in out

@@ -3,8 +3,9 @@
 PyYAML is required by both timm and huggingface_hub.
 """
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import timm
 import yaml

@@ -1,1 +1,1 @@
-"""Semantic segmentation with FADC backbones: what train_segmentation.py and compare.py share."""
+"""Semantic segmentation with FADC backbones: training, evaluation, and a comparison under one recipe."""

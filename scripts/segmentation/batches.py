@@ -1,6 +1,4 @@
 """Batches that are a function of the seed and the step: every variant, and every resumed run, sees the same ones."""
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .pairs import Split
+from scripts.segmentation.pairs import Split
 
 # what the random numbers are for
 _ORDER, _TRANSFORM, _STEP = 0, 1, 2

@@ -1,13 +1,12 @@
 """Files of a run: its checkpoint and its CSV logs. Whenever a process is killed, they are those of some step."""
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _files import write_atomically, write_csv
+
+from scripts.results import write_atomically, write_csv
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -41,7 +40,7 @@ def load_checkpoint(path: Path, config: dict[str, Any], device: str | torch.devi
     except Exception as e:
         raise RuntimeError(f'{path} cannot be read as a checkpoint: {e}') from e
     if not isinstance(state, dict) or 'config' not in state or 'step' not in state:
-        raise RuntimeError(f'{path} is no checkpoint of train_segmentation.py')
+        raise RuntimeError(f'{path} is no checkpoint of segmentation.train')
     old = state['config']
     differing = [f'{key} is {config.get(key)!r}, was {old.get(key)!r}' for key in sorted(config.keys() | old.keys())
                  if config.get(key) != old.get(key)]

@@ -1,6 +1,4 @@
 """What is compared: settings and presets, and the statistics of paired runs."""
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ class Setting(NamedTuple):
     name: Of the row.
     variant: Of the backbone.
     what: In words.
-    options: Of train_segmentation.py, beyond the preset's.
+    options: Of segmentation.train, beyond the preset's.
     longer: Steps, as a multiple of the preset's.
     against: The setting that it is compared with, run by run of the same seed.
     """
@@ -53,7 +51,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
 class Preset(NamedTuple):
     """What the runs of a comparison share.
 
-    crop, batch, steps: Of train_segmentation.py.
+    crop, batch, steps: Of segmentation.train.
     options: The others.
     """
     crop: int
@@ -74,7 +72,7 @@ PRESETS = {
 
 
 def command(preset: Preset, setting: Setting, seed: int, steps: int = 0) -> list[str]:
-    """Options of train_segmentation.py for a run; `steps` in place of the preset's, if given."""
+    """Options of segmentation.train for a run; `steps` in place of the preset's, if given."""
     total = round((steps or preset.steps) * setting.longer)
     return ['--variant', setting.variant, '--crop', str(preset.crop), '--batch', str(preset.batch), '--steps',
             str(total), '--seed', str(seed), *preset.options, *setting.options]

@@ -1,11 +1,10 @@
 """The data sets that can be trained on, by name."""
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
-from . import bluemarble, layouts
-from .pairs import IGNORE, DataError, SegmentationData, Split
+from scripts.bluemarble import segmentation as bluemarble
+from scripts.segmentation import layouts
+from scripts.segmentation.pairs import IGNORE, DataError, SegmentationData, Split
 
 __all__ = ['DATA_SETS', 'IGNORE', 'DataError', 'SegmentationData', 'Split', 'open_data']
 

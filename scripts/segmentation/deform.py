@@ -2,8 +2,6 @@
 
 Paper: `Deformable ConvNets v2: More Deformable, Better Results` - https://arxiv.org/abs/1811.11168
 """
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class DeformConv2d(nn.Conv2d):
         nn.init.zeros_(self.offset.bias)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d) -> DeformConv2d:
+    def from_conv(cls, conv: nn.Conv2d) -> 'DeformConv2d':
         """Take over a plain convolution: its arguments and its parameters, the objects themselves."""
         arguments: Any = (
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,

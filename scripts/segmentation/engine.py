@@ -1,6 +1,4 @@
 """The training loop: AdamW, poly schedule, clipping, AMP, EMA, DDP, checkpoints that resume exactly."""
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -19,11 +17,10 @@ from tqdm import tqdm
 
 from fadc_timm import AdaDR
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
-
-from .batches import Samples, seed_of, step_batches
-from .checkpoint import Log, load_checkpoint, save_checkpoint
-from .optimizer import poly_schedule, rate_groups
-from .pairs import IGNORE
+from scripts.segmentation.batches import Samples, seed_of, step_batches
+from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
+from scripts.segmentation.optimizer import poly_schedule, rate_groups
+from scripts.segmentation.pairs import IGNORE
 
 AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'seconds')

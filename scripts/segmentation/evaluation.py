@@ -1,6 +1,4 @@
 """Test of a network on a split: mIoU, accuracies, overlays."""
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .engine import World
-from .metrics import ConfusionMatrix, scores, write_overlay
-from .slide import predictions
+from scripts.segmentation.engine import World
+from scripts.segmentation.metrics import ConfusionMatrix, scores, write_overlay
+from scripts.segmentation.slide import predictions
 
 
 def evaluate(

@@ -1,12 +1,21 @@
 """Data sets for segmentation in the folder layouts in which they are published, and one of your own."""
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 import numpy as np
 
-from .pairs import IGNORE, IMAGE_SUFFIXES, DataError, Pair, Pairs, SegmentationData, colours, files_in, match, stored_as
+from scripts.segmentation.pairs import (
+    IGNORE,
+    IMAGE_SUFFIXES,
+    DataError,
+    Pair,
+    Pairs,
+    SegmentationData,
+    colours,
+    files_in,
+    match,
+    stored_as,
+)
 
 # The 19 evaluated classes of Cityscapes in the order of their train ids: number in *_labelIds.png, name, colour.
 CITYSCAPES = (

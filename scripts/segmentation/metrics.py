@@ -1,17 +1,15 @@
 """Scores of a segmentation, and pictures of one."""
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _files import write_atomically
 from PIL import Image
 from torch import Tensor
 
-from .pairs import IGNORE
+from scripts.results import write_atomically
+from scripts.segmentation.pairs import IGNORE
 
 
 class ConfusionMatrix:

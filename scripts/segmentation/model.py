@@ -1,6 +1,4 @@
 """Decoders of segmentation_models_pytorch over timm's backbones and their FADC variants."""
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +8,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from .variants import apply_variant
-from .weights import load_backbone, read_init
+from scripts.segmentation.variants import apply_variant
+from scripts.segmentation.weights import load_backbone, read_init
 
 # Argument for the width of each decoder.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -139,7 +137,7 @@ class Auxiliary(nn.Sequential):
             nn.Dropout2d(dropout), nn.Conv2d(channels, classes, 1))
 
     @classmethod
-    def for_model(cls, model: nn.Module, channels: int, classes: int, seed: int) -> Auxiliary:
+    def for_model(cls, model: nn.Module, channels: int, classes: int, seed: int) -> 'Auxiliary':
         """The head for a model of `build`; its random weights depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

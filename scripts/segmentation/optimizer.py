@@ -1,6 +1,4 @@
 """AdamW's parameter groups, and the learning rate as a function of the step."""
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -8,7 +6,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import PolyLRScheduler
 from torch import nn
 
-from .variants import added_keys
+from scripts.segmentation.variants import added_keys
 
 
 def rate_groups(model: nn.Module, multiplier: float, weight_decay: float) -> list[dict[str, Any]]:

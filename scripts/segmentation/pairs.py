@@ -1,6 +1,4 @@
 """Pairs of an image and a mask in files: what a data set is, and everything that can be wrong with one of its files."""
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

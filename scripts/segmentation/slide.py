@@ -1,6 +1,4 @@
 """Slide inference and evaluation on a data set."""
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,6 +1,4 @@
 """The usual augmentation of semantic segmentation; all of its randomness comes from a generator that is handed in."""
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .pairs import IGNORE
+from scripts.segmentation.pairs import IGNORE
 
 CROP_TRIES = 10
 # Each with probability 1/2, as for SSD (Liu et al. 2016) and in mmsegmentation. Its hue shift is up to 18 steps of

@@ -2,8 +2,6 @@
 
 All of them are made in place from the plain backbone, and replace or change the same convolutions.
 """
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +11,7 @@ from torch import nn
 from fadc_timm import lift_model
 from fadc_timm.models._family import fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES
-
-from .deform import DeformConv2d
+from scripts.segmentation.deform import DeformConv2d
 
 # options of FADConv2d by variant
 FADC_VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,4 @@
 """Initial weights of a backbone: a tag of timm's, a local checkpoint, or one of the authors of FADC."""
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 from fadc_timm.checkpoints import RELEASES, convert, read_checkpoint
-
-from .variants import added_keys
+from scripts.segmentation.variants import added_keys
 
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar')
 

@@ -79,7 +79,7 @@ _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
     if form is None:
-        form = 'matmul' if is_exporting() else 'fft'  # on a CPU the FFT is faster at every size (scripts/bench_op.py)
+        form = 'matmul' if is_exporting() else 'fft'  # on a CPU the FFT is faster at every size (scripts/bench/op.py)
     if form not in _FORMS:
         raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
     with without_autocast(x):

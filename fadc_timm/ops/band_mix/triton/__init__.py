@@ -118,7 +118,7 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> Tuple[torch.dtype, str]:
 def default_config(h: int, w: int, channels: int, frequencies_h: int, is_half: bool) -> Dict[str, int]:
     """Block sizes by shape, without a tuning run: the largest with which the compiled kernels spill no registers.
 
-    On all of the shapes of `scripts/inspect_bands.py`, which measures that. What is fastest is not measured.
+    On all of the shapes of `scripts/checks/inspect_bands.py`, which measures that. What is fastest is not measured.
     """
     columns = block(w, 16, 64)
     elements = 8192 if columns == 32 or (is_half and columns > 16) else 4096

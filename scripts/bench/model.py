@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Time and memory of FADC networks against their plain base, in the same run on the same machine.
 
-    python scripts/bench_model.py                                                  # every case of the table
-    python scripts/bench_model.py --model resnet50_fadc --what inference train     # some of them
-    python scripts/bench_model.py --model resnet50d_fadc --batch 8 --size 288      # another case
-    python scripts/bench_model.py --device cuda --amp float16 --channels-last      # the table for GPUs
-    python scripts/bench_model.py --check                                          # fail where a ratio was lost
+    python -m scripts.bench.model                                               # every case of the table
+    python -m scripts.bench.model --model resnet50_fadc --what inference train  # some of them
+    python -m scripts.bench.model --model resnet50d_fadc --batch 8 --size 288   # another case
+    python -m scripts.bench.model --device cuda --amp float16 --channels-last   # the table for GPUs
+    python -m scripts.bench.model --check                                       # fail where a ratio was lost
 
-Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (scripts/_today.py); `fadc`,
+Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (bench/today.py); `fadc`,
 this package; and on CUDA `triton`, the same with its Triton kernels, which are not chosen by themselves. FADC
 parameters are off the identity, and before a case is timed, all but `plain` must agree. What:
 
@@ -19,7 +19,7 @@ parameters are off the identity, and before a case is timed, all but `plain` mus
 * import: `import timm` and `import fadc_timm` in new processes, the ratio is the *difference in seconds*.
 
 Rows go to scripts/results/bench_model.csv, each in place of the one with its case, quantity, variant, device, dtype and
-compile; `python scripts/readme_tables.py` brings them into the README.
+compile; `python -m scripts.checks.doc_tables` brings them into the README.
 """
 import argparse
 import copy
@@ -32,10 +32,20 @@ import tempfile
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
-from _bench import Clock, add_options, formats_to_try, interleave, peak_memory, pick_format, run_jobs
-from _rows import RESULTS, Row, Samples, environment, make_rows
-from _subjects import Setting, Step, make_models, make_step, place, training_state
 from torch import Tensor, nn
+
+from scripts.bench.measure import (
+    Clock,
+    add_options,
+    environment,
+    formats_to_try,
+    interleave,
+    peak_memory,
+    pick_format,
+    run_jobs,
+)
+from scripts.bench.subjects import Setting, Step, make_models, make_step, place, training_state
+from scripts.results import RESULTS, Row, Samples, make_rows
 
 OUTPUT = RESULTS / 'bench_model.csv'
 VARIANTS = ('plain', 'today', 'fadc', 'triton')

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the tests of consumers of timm backbones, and write down what passed, with versions, for the README's table.
 
-    pip install -e '.[test,integrations]' && python scripts/works_with.py && python scripts/readme_tables.py
+    pip install -e '.[test,integrations]' && python -m scripts.checks.works_with && python -m scripts.checks.doc_tables
 
 Writes scripts/results/works_with.csv, and nothing where a test fails or a package is absent. Arguments are pytest's:
 where they select whole lines of the table (-k compile), the others stay as they are, with the commit of their run.
@@ -12,29 +12,29 @@ import sys
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any
 
 import pytest
-from _files import write_csv
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / 'scripts' / 'results' / 'works_with.csv'
+from scripts.results import RESULTS, write_csv
+
+ROOT = RESULTS.parents[1]
+OUTPUT = RESULTS / 'works_with.csv'
 
 COLUMNS = ('package', 'version', 'what', 'models', 'tests', 'date', 'commit')
 
-Line = Tuple[str, str]
+Line = tuple[str, str]
 
 
 class Collector:
     """A plugin of pytest that counts what became of the tests marked `integration`, by line of the table."""
 
     def __init__(self) -> None:
-        self.lines: Dict[str, Line] = {}
-        self.models: Dict[Line, List[str]] = {}
+        self.lines: dict[str, Line] = {}
+        self.models: dict[Line, list[str]] = {}
         self.passed: Counter[Line] = Counter()
-        self.left_out: Set[Line] = set()
-        self.other: List[str] = []
+        self.left_out: set[Line] = set()
+        self.other: list[str] = []
 
     def pytest_deselected(self, items: Any) -> None:
         for item in items:
@@ -69,22 +69,22 @@ def main() -> int:
     for line in sorted(collector.left_out & set(collector.passed)):
         print(f'Not written, as not all tests were selected of: {": ".join(line)}', file=sys.stderr)
         return 1
-    kept: Dict[Line, Dict[str, object]] = {}
+    kept: dict[Line, dict[str, object]] = {}
     if collector.left_out:
-        with open(RESULTS, newline='') as file:
+        with open(OUTPUT, newline='') as file:
             kept = {(old['package'], old['what']): {**old} for old in csv.DictReader(file)}
         kept = {line: row for line, row in kept.items() if line in collector.left_out}
     commit = subprocess.run(
         ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    def row(line: Line) -> Dict[str, object]:
+    def row(line: Line) -> dict[str, object]:
         package, what = line
         return kept.get(line) or dict(
             package=package, version=version(package).partition('+')[0], what=what,
             models=' '.join(collector.models[line]), tests=collector.passed[line], date=date.today(), commit=commit)
 
-    write_csv(RESULTS, COLUMNS, map(row, sorted({*collector.passed, *kept})))
-    print(f'wrote {RESULTS.relative_to(ROOT)}')
+    write_csv(OUTPUT, COLUMNS, map(row, sorted({*collector.passed, *kept})))
+    print(f'wrote {OUTPUT.relative_to(ROOT)}')
     return 0
 
 

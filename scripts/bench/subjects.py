@@ -1,16 +1,17 @@
 """What the benchmarks measure: a plain network, its FADC network off the identity, and steps of either."""
 import contextlib
 import copy
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
-from _today import make_today
 from torch import Tensor, nn
 
 from fadc_timm import FADConv2d
 from fadc_timm.ops import set_backend
+from scripts.bench.today import make_today
 
 __all__ = ['AMP_DTYPES', 'FORMATS', 'Setting', 'leave_identity', 'make_models', 'make_step', 'place', 'training_state']
 
@@ -122,7 +123,7 @@ class _InTriton(nn.Module):
 
 
 @torch.no_grad()
-def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]:
+def make_models(name: str, variants: Any, seed: int = 0) -> dict[str, nn.Module]:
     """The networks by variant: 'plain', 'today', 'fadc' and 'triton', with the same weights where they have the same.
 
     Branches that timm starts at zero (the last norms of residual blocks, layer scale) are started at 0.3, so that
@@ -155,7 +156,7 @@ def make_models(name: str, variants: Any, seed: int = 0) -> Dict[str, nn.Module]
     return {v: models[v] for v in variants}
 
 
-def place(model: nn.Module, x: Tensor, device: str, memory_format: str) -> Tuple[nn.Module, Tensor]:
+def place(model: nn.Module, x: Tensor, device: str, memory_format: str) -> tuple[nn.Module, Tensor]:
     """A copy of a network, and a batch x (B, 3, H, W), on a device in a memory format of `FORMATS`."""
     layout = FORMATS[memory_format]
     return copy.deepcopy(model).to(device).to(memory_format=layout), x.to(device).to(memory_format=layout)
@@ -171,7 +172,7 @@ def make_step(
         x: Tensor,
         what: str,
         setting: Setting,
-        optimizer: Optional[torch.optim.Optimizer] = None,
+        optimizer: torch.optim.Optimizer | None = None,
 ) -> Step:
     """One inference, or one training step (forward, loss, backward, SGD), as a callable.
 

@@ -1,6 +1,5 @@
 """Rank correlations of maps, and what several of them say together: estimates are (mean, low, high)."""
 import math
-from typing import Tuple
 
 import numpy as np
 from scipy import stats
@@ -17,7 +16,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(out)) if out else float('nan')
 
 
-def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Tuple[float, float, float]:
+def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float, float]:
     """Mean of the values that are defined, and the 95 % percentile interval of the mean over resampled images."""
     defined = values[~np.isnan(values)]
     if not len(defined):
@@ -27,7 +26,7 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Tuple[float,
     return float(defined.mean()), float(low), float(high)
 
 
-def over_draws(correlations: np.ndarray) -> Tuple[float, float, float]:
+def over_draws(correlations: np.ndarray) -> tuple[float, float, float]:
     """Of random readouts (draws, images): mean and 95 % range of the means over images."""
     # a draw whose relu is nowhere positive gives constant maps, which have no correlation
     means = [np.mean(d[~np.isnan(d)]) for d in correlations if not np.isnan(d).all()]

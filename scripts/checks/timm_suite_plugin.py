@@ -1,4 +1,4 @@
-"""pytest plugin (`-p timm_suite_plugin`): point timm's own tests/test_models.py at another package's models.
+"""A plugin of pytest: point timm's own tests/test_models.py at another package's models.
 
 Environment:
     TIMM_SUITE_PKG     package whose import registers the models (required)

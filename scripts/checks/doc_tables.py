@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the tables of the README between their markers, from the registry and the files that measurements left.
 
-    python scripts/readme_tables.py [--check]
+    python -m scripts.checks.doc_tables [--check]
 
 --check writes nothing and fails where the README differs.
 """
@@ -12,16 +12,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Dict, List
 
-import _segmentation_tables
-import _speed_tables
 import timm
-from _files import write_atomically
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import fadc_timm  # noqa: F401  registers the models
 from fadc_timm.models.cost import model_cost
+from scripts.bench import tables as speed_tables
+from scripts.results import write_atomically
+from scripts.segmentation import tables as segmentation_tables
 
-README = Path(__file__).parent.parent / 'README.md'
+README = Path(__file__).parents[2] / 'README.md'
 
 
 def _table(header: List[str], rows: List[List[str]]) -> str:
@@ -47,7 +47,7 @@ def zoo() -> str:
 
 
 def works_with() -> str:
-    """What was run with other packages, from the file that works_with.py left."""
+    """What was run with other packages, from the file that checks/works_with.py left."""
     with open(README.parent / 'scripts' / 'results' / 'works_with.csv', newline='') as file:
         lines = list(csv.DictReader(file))
     rows = [[f'{line["package"]} {line["version"]}', line['what'],
@@ -60,8 +60,8 @@ def works_with() -> str:
 
 
 TABLES: Dict[str, Callable[[], str]] = {
-    'speed': _speed_tables.speed, 'operator': _speed_tables.operator, 'zoo': zoo,
-    'works_with': works_with, 'segmentation': _segmentation_tables.segmentation}
+    'speed': speed_tables.speed, 'operator': speed_tables.operator, 'zoo': zoo,
+    'works_with': works_with, 'segmentation': segmentation_tables.segmentation}
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def main() -> int:
         head, tail = new.partition(start)[0], new.partition(end)[2]
         new = f'{head}{start}{make()}{end}{tail}'
     if args.check:
-        print('README.md is up to date' if new == old else 'README.md differs: run scripts/readme_tables.py')
+        print('README.md is up to date' if new == old else 'README.md differs: run scripts/checks/doc_tables.py')
         return int(new != old)
     write_atomically(README, lambda part: part.write_text(new))
     return 0

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Does AdaDR do what the paper says: small dilations where the features have high frequencies, large ones elsewhere?
 
-    python scripts/dilation_frequency.py                               # the default model, held-out Blue Marble tiles
-    python scripts/dilation_frequency.py --images PHOTOS --size 576    # its maps of photographs
-    python scripts/dilation_frequency.py --model resnet50_fadc --checkpoint tuned.safetensors --images FOLDER
+    python -m scripts.studies.dilation_frequency                             # the default model, held-out tiles
+    python -m scripts.studies.dilation_frequency --images PHOTOS --size 576  # its maps of photographs
+    python -m scripts.studies.dilation_frequency --model resnet50_fadc --checkpoint tuned.safetensors --images FOLDER
 
 For each FADC layer: Spearman's rank correlation between the dilation and the local high-frequency power
 (fadc_timm.losses.high_frequency_power) over the positions of an image, then the mean over images with a bootstrap
@@ -21,15 +21,13 @@ Rows of the table:
 import argparse
 import copy
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import timm
 import torch
-from _files import write_csv
-from _rank_correlation import bootstrap, over_draws, spearman
-from bluemarble import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -39,11 +37,14 @@ from fadc_timm.checkpoints import convert, read_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
 from fadc_timm.visualize import save
+from scripts.bluemarble.globe import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
+from scripts.results import RESULTS, write_csv
+from scripts.studies.rank_correlation import bootstrap, over_draws, spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / 'results' / 'dilation_frequency.csv'
+OUTPUT = RESULTS / 'dilation_frequency.csv'
 FEATURES = ('selected', 'input')
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'}
 FIELDS = ['model', 'images', 'layer', 'map', 'state', 'features', 'images_defined', 'rho', 'low', 'high', 'inner_rho',
@@ -54,8 +55,8 @@ FIELDS = ['model', 'images', 'layer', 'map', 'state', 'features', 'images_define
 class Maps(NamedTuple):
     """Of one layer and image: dilation (G, H', W'), powers (G, H', W') by FEATURES, and dilations of random AdaDRs."""
     dilation: np.ndarray
-    powers: Dict[str, np.ndarray]
-    random: List[np.ndarray]
+    powers: dict[str, np.ndarray]
+    random: list[np.ndarray]
 
 
 def inner(values: np.ndarray) -> np.ndarray:
@@ -63,7 +64,7 @@ def inner(values: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def random_readouts(call: LayerCall, draws: int) -> List[Tensor]:
+def random_readouts(call: LayerCall, draws: int) -> list[Tensor]:
     """Dilations (B, G, H', W') of the call's AdaDR with random weights of the same scale, the bias as at the start."""
     layer = call.layer
     pad = layer.inner_padding if layer.pads_itself else 0
@@ -80,9 +81,9 @@ def random_readouts(call: LayerCall, draws: int) -> List[Tensor]:
 
 
 @torch.no_grad()
-def maps_of(model: nn.Module, x: Tensor, draws: int = 0) -> Dict[str, Maps]:
+def maps_of(model: nn.Module, x: Tensor, draws: int = 0) -> dict[str, Maps]:
     """The maps of each layer with AdaDR for an image (1, 3, H, W)."""
-    out: Dict[str, Maps] = {}
+    out: dict[str, Maps] = {}
 
     def keep(call: LayerCall) -> None:
         if call.dilation is None:
@@ -100,7 +101,7 @@ def maps_of(model: nn.Module, x: Tensor, draws: int = 0) -> Dict[str, Maps]:
     return out
 
 
-def columns(defined: int, *estimates: Tuple[float, float, float]) -> Dict[str, str]:
+def columns(defined: int, *estimates: tuple[float, float, float]) -> dict[str, str]:
     """A row's columns of estimates (rho, low, high) over all positions, and over the inner ones."""
     out = {'images_defined': str(defined)}
     for prefix, values in zip(('', 'inner_'), estimates):
@@ -109,13 +110,13 @@ def columns(defined: int, *estimates: Tuple[float, float, float]) -> Dict[str, s
     return out
 
 
-def correlate(pairs: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def correlate(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """(images, 2): correlations over all positions, and over the inner ones."""
     return np.array([(spearman(a, b), spearman(inner(a), inner(b))) for a, b in pairs])
 
 
-def measure(states: Dict[str, nn.Module], images: Iterable[Tensor], draws: int,
-            resamples: int) -> Tuple[List[Dict[str, str]], Dict[str, List[Maps]]]:
+def measure(states: dict[str, nn.Module], images: Iterable[Tensor], draws: int,
+            resamples: int) -> tuple[list[dict[str, str]], dict[str, list[Maps]]]:
     """The rows of the table, and the trained model's maps by layer.
 
     Args:
@@ -124,7 +125,7 @@ def measure(states: Dict[str, nn.Module], images: Iterable[Tensor], draws: int,
         draws: Number of random readouts.
         resamples: Of the bootstrap.
     """
-    found: Dict[str, Dict[str, List[Maps]]] = {state: {} for state in states}
+    found: dict[str, dict[str, list[Maps]]] = {state: {} for state in states}
     for x in images:
         for state, model in states.items():
             for layer, maps in maps_of(model, x, draws if state == 'trained' else 0).items():
@@ -149,7 +150,7 @@ def measure(states: Dict[str, nn.Module], images: Iterable[Tensor], draws: int,
     return rows, found['trained']
 
 
-def draw(maps: Dict[str, List[Maps]], rows: Sequence[Dict[str, str]], title: str, bins: int = 10) -> 'Figure':
+def draw(maps: dict[str, list[Maps]], rows: Sequence[dict[str, str]], title: str, bins: int = 10) -> 'Figure':
     """A panel per layer: each image's positions in tenths by power, their mean dilation minus the image's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -188,9 +189,9 @@ def draw(maps: Dict[str, List[Maps]], rows: Sequence[Dict[str, str]], title: str
     return fig
 
 
-def image_files(paths: Sequence[Path]) -> List[Path]:
+def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files, and the images of the folders, sorted."""
-    out: List[Path] = []
+    out: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES)
@@ -204,7 +205,7 @@ def image_files(paths: Sequence[Path]) -> List[Path]:
     return out
 
 
-def read_images(files: Sequence[Path], model: nn.Module, size: Optional[int]) -> Iterable[Tensor]:
+def read_images(files: Sequence[Path], model: nn.Module, size: int | None) -> Iterable[Tensor]:
     """Whole images, the long side to `size` (default: that of the model's inputs), sides to a multiple of 32."""
     config = resolve_data_config(model=model)
     long_side = size or max(config['input_size'][1:])
@@ -217,7 +218,7 @@ def read_images(files: Sequence[Path], model: nn.Module, size: Optional[int]) ->
         yield transform(pixels)[None]
 
 
-def tile_images(count: int, model: nn.Module, size: Optional[int], data: Path) -> Iterable[Tensor]:
+def tile_images(count: int, model: nn.Module, size: int | None, data: Path) -> Iterable[Tensor]:
     """Held-out Blue Marble tiles, evenly from their list (which is sorted by place)."""
     rgb, zones, _ = load_rasters(data)
     _, tiles, _ = split_tiles(zones)
@@ -229,14 +230,14 @@ def tile_images(count: int, model: nn.Module, size: Optional[int], data: Path) -
         yield (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255 - mean) / std
 
 
-def trained_model(name: str, checkpoint: Optional[Path]) -> nn.Module:
+def trained_model(name: str, checkpoint: Path | None) -> nn.Module:
     """With the weights of a file, FADC or plain, or the pretrained ones of the name."""
     if checkpoint is None:
         return timm.create_model(name, pretrained=True).eval()
     return convert(read_checkpoint(checkpoint), name).model.eval()
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='test_resnet_fadc', metavar='NAME', help='FADC model (%(default)s)')
     parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='trained weights; default: the pretrained ones')
@@ -247,7 +248,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--size', type=int, metavar='PX', help="long side of the input; default: the model's")
     parser.add_argument('--draws', type=int, default=20, metavar='N', help='random readouts (%(default)s)')
     parser.add_argument('--resamples', type=int, default=2000, metavar='N', help='of the bootstrap (%(default)s)')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='CSV', help='%(default)s; the plot beside it')
+    parser.add_argument('--output', type=Path, default=OUTPUT, metavar='CSV', help='%(default)s; the plot beside it')
     args = parser.parse_args(argv)
     for name, least in (('tiles', 2), ('draws', 0), ('resamples', 1), ('size', 32)):
         if getattr(args, name) is not None and getattr(args, name) < least:

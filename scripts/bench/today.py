@@ -6,7 +6,6 @@ kernel for each sample, so that the batch is folded into groups; and a pair of o
 `torchvision.ops.deform_conv2d`.
 """
 import copy
-from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ def _parameter(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format))
 
 
-def _conv(weight: Tensor, bias: Optional[Tensor], stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
+def _conv(weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
     """A convolution with copies of the given parameters; weight (O, C/groups, k, k)."""
     conv = nn.Conv2d(
         weight.shape[1] * groups, weight.shape[0], weight.shape[-1], stride, padding, groups=groups,
@@ -80,7 +79,7 @@ class TodayGains(nn.Module):
         super().__init__()
         norm, parts = module.norm, module.parts
 
-        def chunk(t: Optional[Tensor]) -> Tensor:
+        def chunk(t: Tensor | None) -> Tensor:
             assert t is not None
             return t.detach().chunk(parts)[part]
 
@@ -93,7 +92,7 @@ class TodayGains(nn.Module):
         self.in_gain = _conv(weight[:c], bias[:c])
         self.out_gain = None if module.depthwise else _conv(weight[c:], bias[c:])
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.fc(F.adaptive_avg_pool2d(x, 1))
         if self.training and x.shape[0] == 1:  # one value a channel has no variance
             norm = self.norm
@@ -127,7 +126,7 @@ class TodayAdaDR(nn.Module):
         self.register_buffer('taps', torch.stack(torch.meshgrid(tap, tap, indexing='ij'), dim=-1).flatten())
         self.taps: Tensor
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.crop:
             x = x[:, :, self.crop:-self.crop, self.crop:-self.crop]
         o = self.offset(x)
@@ -176,7 +175,7 @@ class TodayFADConv2d(nn.Module):
         mean = self.weight.mean(dim=(2, 3), keepdim=True)
         low, high = mean.expand(b, o, c, k, k), (self.weight - mean).expand(b, o, c, k, k)
         gains = [part(x) for part in self.parts]
-        parts: List[Tensor] = []
+        parts: list[Tensor] = []
         for kernel, name, i in ((low, 'low', 0), (high, 'high', -1)):
             if self.decompose in ('both', name):
                 in_gain, out_gain = gains[i]

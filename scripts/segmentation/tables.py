@@ -1,13 +1,13 @@
-"""The README's table of the segmentation comparison, and its plot, from the files that compare.py left."""
+"""The README's table of the segmentation comparison, and its plot, from the files that segmentation/compare.py left."""
 from __future__ import annotations
 
 import csv
 from collections import Counter
 from pathlib import Path
 
-from segmentation.comparison import BY_NAME, PRESETS, mean_and_deviation, paired_difference
+from scripts.results import RESULTS
+from scripts.segmentation.comparison import BY_NAME, PRESETS, mean_and_deviation, paired_difference
 
-RESULTS = Path(__file__).parent / 'results'
 RUNS, TIMES, PLOT = (RESULTS / name for name in ('segmentation.csv', 'segmentation_time.csv', 'segmentation.png'))
 
 Row = dict[str, str]

@@ -1,22 +1,18 @@
-"""Rows of the benchmarks' CSV files: making, storing and comparing them.
+"""What measurements leave in scripts/results/: files that are whole or absent, tables, and the rows of the benchmarks.
 
 A row is one variant of one case. Its `ratio` compares it with the plain variant *of the same round* (see `interleave`
-in _bench.py); `ratio_q25` and `ratio_q75` are quartiles over the rounds.
+in bench/measure.py); `ratio_q25` and `ratio_q75` are quartiles over the rounds.
 """
 import csv
-import datetime
 import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
-import timm
 import torch
-import torchvision
-from _files import write_csv
-from _subjects import Setting
 
 RESULTS = Path(__file__).parent / 'results'
 COLUMNS = (
@@ -24,8 +20,52 @@ COLUMNS = (
     'format', 'compile', 'dtype', 'threads', 'device', 'torch', 'torchvision', 'timm', 'commit', 'date')
 KEY = ('case', 'what', 'variant', 'device', 'dtype', 'compile')
 
-Row = Dict[str, str]
-Samples = Dict[str, List[float]]
+Row = dict[str, str]
+Samples = dict[str, list[float]]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, flush it to the disk, then give it its name.
+
+    Args:
+        path: The file; its folder is made if it does not exist.
+        write: Writes the file whose path it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        write(part)
+        with part.open('rb') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a CSV file as a whole; an entry that a row lacks is empty.
+
+    Args:
+        path: The file.
+        columns: Its columns; a row that has others is refused.
+        rows: Values by column.
+
+    Raises:
+        ValueError: A row has a column that is not one of the file's.
+    """
+    def write(part: Path) -> None:
+        with part.open('w', newline='') as file:
+            writer = csv.DictWriter(file, columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table: `left` columns aligned to the left, the others to the right."""
+    lines = [header, ['---'] * left + ['---:'] * (len(header) - left), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def device_name(device: str) -> str:
@@ -53,16 +93,7 @@ def commit() -> str:
         return 'unknown'
 
 
-def environment(setting: Setting) -> Row:
-    """The columns of a row that say where, when and how."""
-    return {
-        'compile': 'yes' if setting.compile else 'no', 'dtype': setting.amp or 'float32',
-        'threads': str(torch.get_num_threads()), 'device': device_name(setting.device),
-        'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'commit': commit(), 'date': datetime.date.today().isoformat()}
-
-
-def quartiles(values: Sequence[float]) -> Tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """(median, first quartile, third quartile)."""
     if len(values) == 1:
         return values[0], values[0], values[0]
@@ -79,12 +110,12 @@ def make_rows(
         case: str,
         what: str,
         samples: Samples,
-        formats: Dict[str, str],
+        formats: dict[str, str],
         env: Row,
-        targets: Optional[Dict[str, float]] = None,
+        targets: dict[str, float] | None = None,
         unit: str = 'ms',
         compare: Callable[[float, float], float] = lambda value, base: value / base,
-) -> List[Row]:
+) -> list[Row]:
     """A row for each variant.
 
     Args:
@@ -111,16 +142,16 @@ def make_rows(
     return rows
 
 
-def key(row: Row) -> Tuple[str, ...]:
+def key(row: Row) -> tuple[str, ...]:
     return tuple(row[k] for k in KEY)
 
 
-def read_rows(path: Path) -> List[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV file, none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline='') as file:
-        rows: List[Row] = list(csv.DictReader(file))
+        rows: list[Row] = list(csv.DictReader(file))
     for row in rows[:1]:
         if tuple(row) != COLUMNS:
             raise ValueError(f'{path} has the columns {", ".join(row)}, the benchmarks write {", ".join(COLUMNS)}.')
@@ -137,7 +168,7 @@ def replace_rows(path: Path, new: Sequence[Row]) -> None:
 class Comparison(NamedTuple):
     """Stored and new rows compared: how many had a partner, and a sentence on each ratio that is lost."""
     compared: int
-    lost: List[str]
+    lost: list[str]
 
 
 def compare_rows(new: Sequence[Row], stored: Sequence[Row], margin: float) -> Comparison:

@@ -4,9 +4,9 @@
 The tests come from the source distribution of the timm version that is installed, downloaded once from PyPI and kept
 in .suite/ beside the project. They run offline, with random weights; see timm_suite_plugin.py for what is selected.
 
-    python scripts/timm_suite.py                                   # every model: hours
-    python scripts/timm_suite.py resnet18_fadc 'test_*'            # some models (fnmatch patterns)
-    python scripts/timm_suite.py resnet18_fadc -n 2 -- -k forward  # two processes; pytest's own options after --
+    python -m scripts.checks.timm_suite                                   # every model: hours
+    python -m scripts.checks.timm_suite resnet18_fadc 'test_*'            # some models (fnmatch patterns)
+    python -m scripts.checks.timm_suite resnet18_fadc -n 2 -- -k forward  # two processes; pytest's own options after --
 """
 import argparse
 import os
@@ -17,7 +17,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fetch_tests(folder: Path) -> Path:
@@ -53,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', help='architectures, as fnmatch patterns (default: all of the package)')
     parser.add_argument('-n', '--workers', type=int, default=0, help='processes to run the tests in (pytest-xdist)')
-    parser.add_argument('--dir', type=Path, default=SCRIPTS.parent / '.suite', help="where timm's tests are kept")
+    parser.add_argument('--dir', type=Path, default=ROOT / '.suite', help="where timm's tests are kept")
     options = parser.parse_args(args)
 
     suite = fetch_tests(options.dir.resolve())
@@ -62,8 +62,8 @@ def main() -> int:
     env['TIMM_SUITE_MODELS'] = ' '.join(options.models)
     env['GITHUB_ACTIONS'] = '1'  # timm's tests then leave out those that download weights, and the largest models
     env.setdefault('HF_HUB_OFFLINE', '1')  # nothing that is left may need the network
-    env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(SCRIPTS), env.get('PYTHONPATH')]))
-    command = [sys.executable, '-m', 'pytest', '-p', 'timm_suite_plugin', '-p', 'no:cacheprovider',
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), env.get('PYTHONPATH')]))
+    command = [sys.executable, '-m', 'pytest', '-p', 'scripts.checks.timm_suite_plugin', '-p', 'no:cacheprovider',
                '-c', str(suite / 'pyproject.toml')]
     if options.workers:
         command += ['-n', str(options.workers)]

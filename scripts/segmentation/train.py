@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
 """Train a segmentation network over a timm backbone, plain or FADC, by the recipe published for UPerNet with FADC.
 
-    python scripts/train_segmentation.py --data ade20k --root ADE --backbone resnet50_fadc --init default --output out
-    python scripts/train_segmentation.py ... --output out                   # again: goes on where it was
-    python scripts/train_segmentation.py --eval out/last.pt --root ADE --overlays 8
-    torchrun --nproc_per_node=8 scripts/train_segmentation.py ...           # the batch is that of all processes
+    python -m scripts.segmentation.train --data ade20k --root ADE --backbone resnet50_fadc --init default --output out
+    python -m scripts.segmentation.train ... --output out                   # again: goes on where it was
+    python -m scripts.segmentation.train --eval out/last.pt --root ADE --overlays 8
+    torchrun --nproc_per_node=8 -m scripts.segmentation.train ...           # the batch is that of all processes
 
 The output folder gets `last.pt`, from which a run resumes exactly, `log.csv` (loss), `val.csv` (mIoU in training) and
 `result.json` (test split, last weights; the averaged ones with --ema). `last.pt` is a checkpoint for --init too, and
 for `fadc-timm convert`.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -24,18 +22,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _files import write_atomically
-from segmentation.batches import Samples
-from segmentation.checkpoint import Log
-from segmentation.data import DATA_SETS, open_data
-from segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
-from segmentation.evaluation import evaluate
-from segmentation.metrics import table
-from segmentation.model import Auxiliary, Built, build, split_name
-from segmentation.transforms import EvalTransform, TrainTransform
-from segmentation.variants import VARIANTS, added_keys
 from timm.utils import ParseKwargs
 from torch import nn
+
+from scripts.results import write_atomically
+from scripts.segmentation.batches import Samples
+from scripts.segmentation.checkpoint import Log
+from scripts.segmentation.data import DATA_SETS, open_data
+from scripts.segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
+from scripts.segmentation.evaluation import evaluate
+from scripts.segmentation.metrics import table
+from scripts.segmentation.model import Auxiliary, Built, build, split_name
+from scripts.segmentation.transforms import EvalTransform, TrainTransform
+from scripts.segmentation.variants import VARIANTS, added_keys
 
 # Options that decide how a network is built, and what it sees: kept in the checkpoint.
 NETWORK = ('backbone', 'variant', 'decoder', 'decoder_channels', 'output_stride', 'init', 'fadc', 'freq_select_stages',
@@ -141,7 +140,7 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """--eval: the averaged weights, if the checkpoint has them."""
     state = torch.load(args.eval, map_location='cpu', weights_only=True)
     if not isinstance(state, dict) or 'config' not in state:
-        raise ValueError(f'{args.eval} is no checkpoint of train_segmentation.py')
+        raise ValueError(f'{args.eval} is no checkpoint of segmentation.train')
     config = state['config']
     data = open_data(config['data'], args.root)
     built, mean, std = network_of({**config, 'init': ''}, len(data.classes))
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
                 world.say(table(result, result['classes']))
     except (OSError, ValueError, RuntimeError, ImportError) as e:
-        print(f'train_segmentation.py: {e}', file=sys.stderr)
+        print(f'segmentation.train: {e}', file=sys.stderr)
         return 1
     return 0
 

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
 """Compare backbones under the same head and recipe: plain, FADC piece by piece, the same effort spent otherwise.
 
-    python scripts/compare.py --preset cpu --jobs 2                       # all settings, five seeds; resumes
-    python scripts/compare.py --preset cpu --settings plain fadc_lr10     # some
-    python scripts/compare.py --preset cpu --time                         # a step of each, interleaved, one process
-    python scripts/compare.py --report                                    # tables and plot from the results
+    python -m scripts.segmentation.compare --preset cpu --jobs 2                    # all settings, five seeds; resumes
+    python -m scripts.segmentation.compare --preset cpu --settings plain fadc_lr10  # some
+    python -m scripts.segmentation.compare --preset cpu --time                      # a step of each, interleaved
+    python -m scripts.segmentation.compare --report                                 # tables and plot from the results
 
 Runs of a seed have the same initial weights, images in the same order, and steps. Each run is a process of
-train_segmentation.py with one thread; when it ends, its row goes to scripts/results/segmentation.csv. A run with a row
+segmentation.train with one thread; when it ends, its row goes to scripts/results/segmentation.csv. A run with a row
 of the same command is finished; one that was interrupted goes on from its checkpoint. Then run
-scripts/readme_tables.py.
+`python -m scripts.checks.doc_tables`.
 """
-from __future__ import annotations
-
 import argparse
 import csv
 import datetime
@@ -30,22 +28,21 @@ from pathlib import Path
 
 import timm
 import torch
-from _bench import Clock, interleave, peak_memory
-from _files import write_csv
-from _rows import RESULTS, commit, device_name, quartiles
-from _segmentation_tables import PLOT, RUNS, TIMES, draw, read, segmentation
-from segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
-from segmentation.data import open_data
-from segmentation.engine import Objective
-from segmentation.model import Auxiliary
-from segmentation.optimizer import rate_groups
 from torch import nn
-from train_segmentation import config_of, network_of
-from train_segmentation import parse_args as parse_training
 
 from fadc_timm.models.cost import module_cost
+from scripts.bench.measure import Clock, interleave, peak_memory
+from scripts.results import RESULTS, commit, device_name, quartiles, write_csv
+from scripts.segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
+from scripts.segmentation.data import open_data
+from scripts.segmentation.engine import Objective
+from scripts.segmentation.model import Auxiliary
+from scripts.segmentation.optimizer import rate_groups
+from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, read, segmentation
+from scripts.segmentation.train import config_of, network_of
+from scripts.segmentation.train import parse_args as parse_training
 
-TRAIN = Path(__file__).with_name('train_segmentation.py')
+TRAIN = 'scripts.segmentation.train'
 COLUMNS = (
     'preset', 'setting', 'seed', 'miou', 'accuracy', 'mean_accuracy', 'iou', 'loss', 'params', 'added', 'gmacs',
     'steps', 'images', 'seconds', 'device', 'torch', 'timm', 'commit', 'date', 'command')
@@ -118,7 +115,7 @@ def run_one(options: list[str], text: str, data: list[str], folder: Path, thread
     if not result.exists():
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
         log = folder / 'output.txt'
-        arguments = [sys.executable, str(TRAIN), *options, *data, '--output', str(folder), '--threads', str(threads)]
+        arguments = [sys.executable, '-m', TRAIN, *options, *data, '--output', str(folder), '--threads', str(threads)]
         if children.run(arguments, log, env):
             raise RuntimeError(f'{text}\n  failed: ' + '\n  '.join(log.read_text().splitlines()[-5:]))
     with (folder / 'log.csv').open(newline='') as file:

@@ -1,9 +1,9 @@
-"""The README's tables of speed, from the CSV files of bench_model.py and bench_op.py."""
+"""The README's tables of speed, from the CSV files of bench/model.py and bench/op.py."""
 from typing import Dict, List, Tuple
 
-import bench_model
-import bench_op
-from _rows import Row, read_rows
+from scripts.bench import model as bench_model
+from scripts.bench import op as bench_op
+from scripts.results import Row, read_rows
 
 __all__ = ['operator', 'speed']
 

@@ -1,6 +1,6 @@
 """Compile FreqSelect's Triton kernels for a GPU that need not be there, and read what the compiler made of them.
 
-    python scripts/inspect_bands.py [--arch 90] [--only FILTER | --variants]
+    python -m scripts.checks.inspect_bands [--arch 90] [--only FILTER | --variants]
 
 As inspect_kernels.py does for the operator's: the kernels as they are launched for the maps of some stages, to
 scripts/results/kernels_bands.csv. Fails if one spills registers or does not fit on a multiprocessor. With --variants
@@ -8,14 +8,15 @@ other calls of the same kernels are compiled, which shows that they can be.
 """
 import argparse
 import sys
-from typing import Any, Iterator, List, NamedTuple, Tuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from _files import write_csv
-from inspect_kernels import RESULTS, inspect
 
 from fadc_timm.ops.band_mix import triton as bands
+from scripts.checks.inspect_kernels import inspect
+from scripts.results import RESULTS, write_csv
 
 HALF, ALL = (torch.float16, torch.bfloat16), (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,10 +28,10 @@ class Map(NamedTuple):
     c: int
     h: int
     w: int
-    dtypes: Tuple[torch.dtype, ...] = ALL
+    dtypes: tuple[torch.dtype, ...] = ALL
     weights: int = 3
     groups: int = 1
-    factors: Tuple[int, ...] = (2, 4, 8)
+    factors: tuple[int, ...] = (2, 4, 8)
     memory_format: torch.memory_format = torch.channels_last
 
 
@@ -54,13 +55,13 @@ VARIANTS = (
 )
 
 
-def launches(m: Map, dtype: torch.dtype) -> List[Tuple[Any, ...]]:
+def launches(m: Map, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """What is launched forward and backward: kernel, grid, arguments, constants, configuration."""
     x = torch.empty(m.b, m.c, m.h, m.w, dtype=dtype, device='meta').to(memory_format=m.memory_format)
     # as FreqSelect has them, of a convolution
     weights = torch.empty(m.b, m.groups * m.weights, m.h, m.w, dtype=dtype, device='meta').to(
         memory_format=m.memory_format).unflatten(1, (m.groups, m.weights)).transpose(1, 2)
-    found: List[Tuple[Any, ...]] = []
+    found: list[tuple[Any, ...]] = []
     original, bands.run = bands.run, lambda *args: found.append(args)
     try:
         y = bands.mix_bands_fused._init_fn(x, weights, list(m.factors))

@@ -1,32 +1,33 @@
 #!/usr/bin/env python3
 """Time of the operator, of the layer and of its parts, on the shapes of three networks, against the plain convolution.
 
-    python scripts/bench_op.py [--shapes 'resnet50*'] [--size 512] [--device cuda] [--amp float16] [--check]
+    python -m scripts.bench.op [--shapes 'resnet50*'] [--size 512] [--device cuda] [--amp float16] [--check]
 
 Everything is compared with `F.conv2d` of the same shape. FADC parameters are off the identity, and the inputs of the
 operator are what such a layer makes: `op NAME` is the operator with gains and mask on each backend that can run the
 case (the oracle aside), `layer` is `FADConv2d`, `layer today` the same function as everyone runs it today
-(scripts/_today.py), `freq_select` is that module, `low_pass FORM` its filters; and `roofline`, of the operator forward,
+(bench/today.py), `freq_select` is that module, `low_pass FORM` its filters; and `roofline`, of the operator forward,
 is what its products would take at the speed of a large matrix product, or its bytes at that of a copy, measured in the
 same run, whichever is longer. What: forward, or forward+backward with the gradients of the inputs and of the
-parameters. Rows go to scripts/results/bench_op.csv, as those of bench_model.py.
+parameters. Rows go to scripts/results/bench_op.csv, as those of bench/model.py.
 """
 import argparse
 import fnmatch
 import functools
 import sys
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _bench import Clock, add_options, formats_to_try, interleave, pick_format, run_jobs
-from _rows import RESULTS, Row, environment, make_rows
-from _subjects import AMP_DTYPES, Setting, Step, leave_identity, place
-from _today import make_today
 from torch import Tensor, nn
 
 from fadc_timm import FADConv2d
 from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, low_pass
+from scripts.bench.measure import Clock, add_options, environment, formats_to_try, interleave, pick_format, run_jobs
+from scripts.bench.subjects import AMP_DTYPES, Setting, Step, leave_identity, place
+from scripts.bench.today import make_today
+from scripts.results import RESULTS, Row, make_rows
 
 OUTPUT = RESULTS / 'bench_op.csv'
 FORMS = ('fft', 'matmul')
@@ -59,8 +60,8 @@ SMALL = 224
 # sides of the matrices, and elements of the vector, whose product and copy are timed for the roofline
 MATRIX, VECTOR = {'cpu': 1024, 'cuda': 8192}, {'cpu': 2 ** 25, 'cuda': 2 ** 29}
 
-Function = Callable[..., Union[Tensor, List[Tensor]]]
-Called = Tuple[Function, List[Optional[Tensor]]]  # a function, and what it is called with and differentiated for
+Function = Callable[..., Tensor | list[Tensor]]
+Called = tuple[Function, list[Tensor | None]]  # a function, and what it is called with and differentiated for
 
 
 def make_layer(shape: Shape) -> FADConv2d:
@@ -71,7 +72,7 @@ def make_layer(shape: Shape) -> FADConv2d:
     return layer.eval()
 
 
-def runs(function: Function, tensors: List[Optional[Tensor]], setting: Setting) -> bool:
+def runs(function: Function, tensors: list[Tensor | None], setting: Setting) -> bool:
     """Whether a backend can run the case."""
     try:
         with torch.no_grad(), setting.autocast():
@@ -81,7 +82,7 @@ def runs(function: Function, tensors: List[Optional[Tensor]], setting: Setting) 
     return True
 
 
-def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) -> Dict[str, Called]:
+def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) -> dict[str, Called]:
     """What is measured, by variant."""
     torch.manual_seed(0)
     layer, x = make_layer(shape), torch.randn(batch, shape.channels, shape.side, shape.side)
@@ -95,7 +96,7 @@ def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) ->
         selected = fs(x)
         maps = [selected, layer.weight, *dr(selected), layer.bias, *kern(selected)]
 
-    made: Dict[str, Called] = {
+    made: dict[str, Called] = {
         'plain': (lambda x, w, b: F.conv2d(x, w, b, stride, padding, 1, shape.groups), [x, layer.weight, layer.bias])}
     for name in list_backends():
         def operator(*t: Tensor, name: str = name) -> Tensor:
@@ -105,7 +106,7 @@ def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) ->
 
         if name != 'reference' and runs(operator, maps, setting):
             made[f'op {name}'] = operator, maps
-    modules: Dict[str, nn.Module] = {'layer today': layer_today, 'layer': layer, 'freq_select': fs}
+    modules: dict[str, nn.Module] = {'layer today': layer_today, 'layer': layer, 'freq_select': fs}
     for name, module in modules.items():
         # the module has its parameters, they are named to be differentiated for
         made[name] = (lambda x, *_, module=module: module(x)), [x, *module.parameters()]
@@ -115,7 +116,7 @@ def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) ->
 
 
 @functools.cache
-def machine(setting: Setting) -> Tuple[float, float]:
+def machine(setting: Setting) -> tuple[float, float]:
     """Multiply-adds and bytes that the device can do in a millisecond."""
     dtype = AMP_DTYPES[setting.amp] if setting.amp else torch.float32
     clock, n = Clock(setting.device), MATRIX[setting.device]
@@ -148,7 +149,7 @@ def make_step(called: Called, what: str, setting: Setting) -> Step:
         with torch.inference_mode(), setting.autocast():
             return function(*tensors)
 
-    def outputs() -> Tuple[Tensor, ...]:
+    def outputs() -> tuple[Tensor, ...]:
         with setting.autocast():
             y = function(*tensors)
         return (y,) if isinstance(y, Tensor) else tuple(y)
@@ -160,12 +161,12 @@ def make_step(called: Called, what: str, setting: Setting) -> Step:
     return lambda: torch.autograd.grad(outputs(), inputs, grads)
 
 
-def measure(shape: Shape, what: str, args: argparse.Namespace) -> List[Row]:
+def measure(shape: Shape, what: str, args: argparse.Namespace) -> list[Row]:
     setting = Setting(args.device, args.amp)
     clock = Clock(setting.device)
     made = {f: functions(shape, args.batch, setting, f) for f in formats_to_try(args.memory_format)}
-    formats: Dict[str, str] = {}
-    steps: Dict[str, Step] = {}
+    formats: dict[str, str] = {}
+    steps: dict[str, Step] = {}
     for variant in next(iter(made.values())):
         def make(memory_format: str, variant: str = variant) -> Step:
             return make_step(made[memory_format][variant], what, setting)

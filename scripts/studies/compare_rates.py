@@ -1,15 +1,13 @@
 #!/usr/bin/env python3
 """Fine-tune a lifted network on Blue Marble tiles with several learning rates for the parameters that FADC adds.
 
-    python scripts/train_default.py --model test_resnet  # the base, into the cache folder
-    python scripts/compare_rates.py
+    python -m scripts.studies.train_default --model test_resnet  # the base, into the cache folder
+    python -m scripts.studies.compare_rates
 
 Every run starts from the same trained base, with FADC at the identity, and has the recipe of train_default.py but for
 the parameter groups: those of timm's train script (weight decay for matrices and kernels only), each split in what FADC
 adds and the rest. Runs of a seed see the same crops. Writes scripts/results/fadc_rates.csv.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
@@ -18,16 +16,16 @@ from pathlib import Path
 
 import timm
 import torch
-from _files import write_csv
-from bluemarble import CACHE_DIR, CLASS_NAMES, load_rasters, split_tiles
 from PIL import Image
-from segmentation.optimizer import rate_groups
 from torch import Tensor, nn
-from train_default import dilation_stats, evaluate, test_set, train
 
 import fadc_timm
+from scripts.bluemarble.globe import CACHE_DIR, CLASS_NAMES, load_rasters, split_tiles
+from scripts.results import RESULTS, write_csv
+from scripts.segmentation.optimizer import rate_groups
+from scripts.studies.train_default import dilation_stats, evaluate, test_set, train
 
-RESULTS = Path(__file__).parent / 'results' / 'fadc_rates.csv'
+OUTPUT = RESULTS / 'fadc_rates.csv'
 MODEL, BASE = 'test_resnet_fadc', 'test_resnet'
 
 
@@ -53,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--base', type=Path, help='trained base; default: that of train_default.py')
     parser.add_argument('--data', type=Path, default=CACHE_DIR, help='cache folder of the rasters')
-    parser.add_argument('--output', type=Path, default=RESULTS)
+    parser.add_argument('--output', type=Path, default=OUTPUT)
     parser.add_argument('--multipliers', type=float, nargs='+', default=[0.1, 1.0, 3.0])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     parser.add_argument('--steps', type=int, default=100)
@@ -71,7 +69,7 @@ def main() -> int:
     args.log_every = args.steps - args.last  # train() gives the mean loss since the row before
     base = args.base or args.data / f'{BASE}.bluemarble_climate.safetensors'
     if not base.is_file():
-        parser.error(f'no trained base at {base}: python scripts/train_default.py --model {BASE}')
+        parser.error(f'no trained base at {base}: python -m scripts.studies.train_default --model {BASE}')
     torch.set_num_threads(args.threads)
 
     rgb, zones, _ = load_rasters(args.data)

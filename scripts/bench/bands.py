@@ -1,40 +1,39 @@
 #!/usr/bin/env python3
 """Time of the backends of FreqSelect's band mix, against a copy of the map, which is the least that memory allows.
 
-    python scripts/bench_bands.py --device cuda --amp float16 --batch 64 [--shapes '*@28'] [--check]
+    python -m scripts.bench.bands --device cuda --amp float16 --batch 64 [--shapes '*@28'] [--check]
 
 `fused` is the default, `written_out` the backend with an FFT, `triton` the Triton kernels where they can run. The
 map and the weights are channels_last, in the dtype of --amp; forward, or forward+backward with both gradients. A
-copy forward+backward is two copies. Rows go to scripts/results/bench_bands.csv, as those of bench_model.py.
+copy forward+backward is two copies. Rows go to scripts/results/bench_bands.csv, as those of bench/model.py.
 With FADC_TIMM_AUTOTUNE=1 in the environment the Triton kernels take the fastest of their configurations.
 """
 import argparse
 import fnmatch
 import functools
 import sys
-from typing import Dict, List, Tuple
 
 import torch
-from _bench import Clock, add_options, interleave, run_jobs
-from _rows import RESULTS, Row, environment, make_rows
-from _subjects import AMP_DTYPES, Setting, Step
 from torch import Tensor
 
 from fadc_timm.ops import mix_bands
 from fadc_timm.ops.band_mix.functional import BACKENDS
 from fadc_timm.ops.band_mix.triton import why_not
+from scripts.bench.measure import Clock, add_options, environment, interleave, run_jobs
+from scripts.bench.subjects import AMP_DTYPES, Setting, Step
+from scripts.results import RESULTS, Row, make_rows
 
 OUTPUT = RESULTS / 'bench_bands.csv'
 FACTORS = [2, 4, 8]
 WHAT = ('forward', 'forward+backward')
 
 # channels and side: ResNet-50 and ConvNeXt-T at 224, ResNet-50 at 512, and a map for two passes
-SHAPES: Dict[str, Tuple[int, int]] = {f'{c}@{n}': (c, n) for c, n in (
+SHAPES: dict[str, tuple[int, int]] = {f'{c}@{n}': (c, n) for c, n in (
     (128, 56), (128, 28), (256, 14), (512, 7), (192, 28), (384, 14), (768, 7), (128, 64), (256, 32), (512, 16),
     (128, 128))}
 
 
-def make_steps(shape: Tuple[int, int], what: str, batch: int, setting: Setting) -> Dict[str, Step]:
+def make_steps(shape: tuple[int, int], what: str, batch: int, setting: Setting) -> dict[str, Step]:
     channels, side = shape
     torch.manual_seed(0)
     x, grad = (torch.randn(batch, channels, side, side) for _ in range(2))
@@ -48,17 +47,17 @@ def make_steps(shape: Tuple[int, int], what: str, batch: int, setting: Setting) 
         with torch.inference_mode():
             return mix_bands(x, weights, FACTORS, backend)
 
-    def both(backend: str) -> Tuple[Tensor, ...]:
+    def both(backend: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(mix_bands(leaf_x, leaf_weights, FACTORS, backend), (leaf_x, leaf_weights), grad)
 
-    steps: Dict[str, Step] = {'copy': x.clone if what == 'forward' else lambda: (x.clone(), grad.clone())}
+    steps: dict[str, Step] = {'copy': x.clone if what == 'forward' else lambda: (x.clone(), grad.clone())}
     for backend in BACKENDS:
         if backend != 'triton' or why_not(x) is None:
             steps[backend] = functools.partial(forward if what == 'forward' else both, backend)
     return steps
 
 
-def measure(name: str, what: str, args: argparse.Namespace) -> List[Row]:
+def measure(name: str, what: str, args: argparse.Namespace) -> list[Row]:
     setting = Setting(args.device, args.amp)
     clock = Clock(setting.device)
     steps = make_steps(SHAPES[name], what, args.batch, setting)

@@ -4,20 +4,33 @@ In each round all variants run one after another, in an order that rotates, so t
 all of them down.
 """
 import argparse
+import datetime
 import gc
 import os
 import statistics
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
+import timm
 import torch
-from _rows import Row, Samples, compare_rows, print_rows, read_rows, replace_rows
-from _subjects import AMP_DTYPES, FORMATS, Step
+import torchvision
 from torch.profiler import ProfilerActivity, profile
 
+from scripts.bench.subjects import AMP_DTYPES, FORMATS, Setting, Step
+from scripts.results import Row, Samples, commit, compare_rows, device_name, print_rows, read_rows, replace_rows
+
 MIN_REPEATS = 3
+
+
+def environment(setting: Setting) -> Row:
+    """The columns of a row that say where, when and how."""
+    return {
+        'compile': 'yes' if setting.compile else 'no', 'dtype': setting.amp or 'float32',
+        'threads': str(torch.get_num_threads()), 'device': device_name(setting.device),
+        'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
+        'commit': commit(), 'date': datetime.date.today().isoformat()}
 
 
 class Clock:
@@ -42,7 +55,7 @@ class Clock:
         return (time.perf_counter() - begin) * 1e3 / number
 
 
-def pick_format(make: Callable[[str], Step], clock: Clock, formats: Sequence[str], calls: int = 3) -> Tuple[str, Step]:
+def pick_format(make: Callable[[str], Step], clock: Clock, formats: Sequence[str], calls: int = 3) -> tuple[str, Step]:
     """The step in the memory format in which it is faster (median of a few calls, after two to warm up).
 
     Args:
@@ -51,7 +64,7 @@ def pick_format(make: Callable[[str], Step], clock: Clock, formats: Sequence[str
         formats: The formats to try; a single one is warmed up only.
         calls: Number of calls.
     """
-    best: Optional[Tuple[float, str, Step]] = None
+    best: tuple[float, str, Step] | None = None
     for name in formats:
         step = make(name)
         clock(step, 2)
@@ -63,7 +76,7 @@ def pick_format(make: Callable[[str], Step], clock: Clock, formats: Sequence[str
 
 
 def interleave(
-        steps: Dict[str, Step],
+        steps: dict[str, Step],
         clock: Callable[[Step, int], float],
         repeats: int,
         max_time: float,
@@ -127,7 +140,7 @@ def peak_memory(step: Step, held: int, device: str) -> float:
     return (peak + held) / 1e6
 
 
-def formats_to_try(memory_format: str) -> List[str]:
+def formats_to_try(memory_format: str) -> list[str]:
     """The formats of the option --memory-format."""
     return list(FORMATS) if memory_format == 'faster' else [memory_format]
 
@@ -155,7 +168,7 @@ def add_options(parser: argparse.ArgumentParser, repeats: int, max_time: float =
     parser.add_argument('--output', type=Path, help='CSV file (default: in scripts/results)')
 
 
-def run_jobs(jobs: Sequence[Tuple[str, Callable[[], List[Row]]]], path: Path, check: bool, margin: float) -> int:
+def run_jobs(jobs: Sequence[tuple[str, Callable[[], list[Row]]]], path: Path, check: bool, margin: float) -> int:
     """Measure case by case; write each at once, or compare it with what is stored. The exit status.
 
     A case that raises is reported, and the others still run.

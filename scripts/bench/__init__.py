@@ -1,0 +1,1 @@
+"""Benchmarks: networks, the operator and the band mix against the plain convolution."""

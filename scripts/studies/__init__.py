@@ -1,0 +1,1 @@
+"""Studies: the default weights, learning rates, and dilation against frequency."""
