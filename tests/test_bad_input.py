@@ -1,8 +1,8 @@
 """Bad input and faults: each gives one clear error that names the cause, and leaves files as they were.
 
-More such tables stand beside what they are about: arguments of the operator (test_ops_contract.py), of the
-layers (test_layers.py), of lift_model (test_lift.py), of the command line (test_cli.py), and keys of checkpoints
-(test_models_checkpoints.py, test_official.py).
+More such tables stand beside what they are about: arguments of the operator (ops/sampled_conv/test_contract.py), of the
+layers (layers/test_layers.py), of lift_model (models/test_lift.py), of the command line (test_cli.py), and keys of
+checkpoints (models/test_checkpoints.py, checkpoints/test_official.py).
 """
 import json
 import os
@@ -14,13 +14,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from op_checks import operator
 from packaging.version import Version
 from torch import nn
 
 import fadc_timm
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
 from fadc_timm.cli import main
+from tests.support.op_checks import operator
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_model import MODEL, make_model
 
 import fadc_timm
 from fadc_timm import visualize
 from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
+from tests.support.small_model import MODEL, make_model
 
 ROOT = Path(fadc_timm.__file__).parents[1]
 SHOW_STATE = 'import sys, timm; print(sys.argv, sys.path[0], __name__, __file__)\n'

@@ -4,18 +4,19 @@ The sweep (`pytest -m sweep tests/test_properties.py`) makes the same kinds of c
 """
 import math
 
-import cases
 import pytest
 import torch
-from band_cases import definition
-from cases import DTYPES, GAINS, OPTIONAL, OpCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layer_cases import AT_START, EXACT, off_identity
 from torch import nn
 
 from fadc_timm import FADConv2d, lift_model
 from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, mix_bands
+from tests.support import cases
+from tests.support.band_cases import definition
+from tests.support.cases import DTYPES, GAINS, OPTIONAL, OpCase
+from tests.support.layer_cases import AT_START, EXACT
+from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -1,0 +1,296 @@
+"""`fadc-timm convert`: checkpoints to folders, with an account of every key, whole or not at all."""
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from fadc_timm.cli import main
+from fadc_timm.models._family import fadc_keys
+from tests.support.backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
+from tests.support.cases import error
+from tests.support.official_cases import VECTORS, assert_features, mini_backbone
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture
+def convert(capsys):
+    def call(*args):
+        status = main(['convert', *map(str, args)])
+        out, err = capsys.readouterr()
+        return status, out if status == 0 else out + err
+    return call
+
+
+def lines(out):
+    """The reported keys: taken {in the model: in the file}, added, left."""
+    taken, added, left = {}, set(), set()
+    for line in out.splitlines():
+        kind, _, rest = line.partition('  ')
+        if kind == 'taken':
+            source, _, key = rest.partition(' -> ')
+            taken[key or source] = source
+        elif kind in ('added', 'left'):
+            (added if kind == 'added' else left).add(rest.strip())
+    return taken, added, left
+
+
+def folder_of(out):
+    assert sorted(p.name for p in out.iterdir()) == ['config.json', 'model.safetensors']
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith('.')] == []
+    return timm.create_model(f'local-dir:{out}', pretrained=True).eval(), json.loads((out / 'config.json').read_text())
+
+
+def train_checkpoint(state, ema):
+    """As timm's train script writes it, under the wrappers of torch.compile and DDP."""
+    return dict(
+        epoch=3, arch='x', version=2, args=argparse.Namespace(model='x', lr=0.1), optimizer=dict(state={}), metric=1.5,
+        state_dict={f'_orig_mod.module.{k}': v for k, v in state.items()}, state_dict_ema=ema)
+
+
+@pytest.mark.parametrize('prefix', ['backbone.timm_model.', 'encoder.model.'])
+@torch.no_grad()
+def test_backbone_of_a_segmentation_network(prefix, convert, tmp_path):
+    """As mmsegmentation and segmentation_models_pytorch keep it: features_only, without a classifier."""
+    backbone = timm.create_model('test_resnet_fadc', features_only=True).eval()
+    for p in backbone.parameters():
+        p.copy_(torch.randn_like(p) * 0.1)
+    state = {f'{prefix}{k}': v for k, v in backbone.state_dict().items()}
+    torch.save(dict(meta=dict(iter=40), state_dict={**state, 'decode_head.weight': torch.zeros(3)}), tmp_path / 'a.pth')
+    status, out = convert(tmp_path / 'a.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
+    assert status == 0, out
+    taken, added, left = lines(out)
+    assert set(taken) == set(backbone.state_dict()) and not added and 'decode_head.weight' in left
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
+    for a, b in zip(model(photos()), backbone(photos()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'pth', 'ema', 'no-ema', 'fadc'])
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_checkpoints_of_timm(base, form, convert, tmp_path):
+    name, state = with_tag(base, '_fadc'), dict(trained(base))
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+    expected = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state)).eval()
+    source, options = tmp_path / f'checkpoint.{"safetensors" if form == "safetensors" else "pth.tar"}', []
+    if form == 'safetensors':
+        safetensors.torch.save_file(state, source)
+    elif form == 'pth':
+        torch.save(state, source)
+    elif form == 'ema':
+        torch.save(train_checkpoint(other, state), source)
+    elif form == 'no-ema':
+        torch.save(train_checkpoint(state, other), source)
+        options = ['--no-ema']
+    else:
+        expected = create_fadc(f'{base}_fadc', num_classes=7)
+        state = expected.state_dict()
+        torch.save(train_checkpoint(state, None), source)
+    status, out = convert(source, '--model', name, '--out', tmp_path / 'out', *options)
+    assert status == 0, out
+    model, config = folder_of(tmp_path / 'out')
+    if form == 'fadc':
+        assert torch.equal(model(photos()), expected(photos())) and config['num_classes'] == 7
+    else:
+        assert error(model(photos()), expected(photos())) < LOSSLESS
+
+    taken, added, left = lines(out)
+    assert taken == {k: k for k in state}
+    assert added == set() if form == 'fadc' else added == set(fadc_keys(model))
+    assert taken.keys() | added == model.state_dict().keys()
+    bookkeeping = {'epoch', 'arch', 'version', 'args', 'optimizer.*', 'metric'}
+    assert left == {'safetensors': set(), 'pth': set(), 'ema': bookkeeping | {'state_dict.*'},
+                    'no-ema': bookkeeping | {'state_dict_ema.*'}, 'fadc': bookkeeping | {'state_dict_ema'}}[form]
+
+
+def test_names_of_the_authors_of_convnext(convert, tmp_path):
+    """Renamed and reshaped tensors are traced to their keys."""
+    state = {}
+    for k, v in trained('test_convnext').items():
+        new = k
+        for a, b in (('stem.', 'downsample_layers.0.'), ('.blocks.', '.'), ('conv_dw', 'dwconv'), ('mlp.fc', 'pwconv'),
+                     ('head.norm', 'norm'), ('head.fc', 'head')):
+            new = new.replace(a, b)
+        if '.downsample.' in new:
+            new = new.replace('stages', 'downsample_layers').replace('.downsample', '')
+        state[new] = (v.flatten(1) if 'pwconv' in new and new.endswith('weight') else v), k
+    torch.save({'model': {k: v for k, (v, _) in state.items()}}, tmp_path / 'x.pth')
+    status, out = convert(tmp_path / 'x.pth', '--model', 'test_convnext_fadc', '--out', tmp_path / 'out')
+    assert status == 0, out
+    taken, added, left = lines(out)
+    assert taken == {k: new for new, (_, k) in state.items()} and left == set()
+    assert any(k != source for k, source in taken.items())
+
+
+def test_tags_and_classes(convert, tmp_path):
+    """Only a named tag gives its licence and labels to the weights; a classifier of any size is taken."""
+    torch.save(create_fadc('test_resnet_fadc', num_classes=6).state_dict(), tmp_path / 'x.pth')
+    status, out = convert(tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
+    config = folder_of(tmp_path / 'out')[1]
+    assert not {'license', 'tag', 'label_names', 'description'} & {*config, *config['pretrained_cfg']}
+    assert config['num_classes'] == 6 and 'num_classes' not in config.get('model_args', {})
+    assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5]
+    convert(tmp_path / 'x.pth', '--model', 'test_resnet_fadc.bluemarble_climate', '--out', tmp_path / 'out')
+    config = folder_of(tmp_path / 'out')[1]
+    assert config['pretrained_cfg']['license'] == 'apache-2.0' and config['label_names'][0] == 'ocean'
+    # arguments of the model travel, and a network without a classifier stays one
+    state = timm.create_model('test_resnet_fadc', num_classes=0, in_chans=5, padding_mode='replicate').state_dict()
+    torch.save(state, tmp_path / 'x.pth')
+    options = ['--model-kwargs', 'in_chans=5', 'padding_mode=replicate']
+    status, out = convert(tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out', *options)
+    if not hasattr(timm.models, '_input'):  # older timm takes every stored network for one of three channels
+        assert status == 2 and 'loaded again, the model computes something else' in out
+        return
+    assert status == 0
+    model, config = folder_of(tmp_path / 'out')
+    assert config['num_classes'] == 0 and model(torch.zeros(1, 5, 64, 64)).shape == (1, 96)
+    assert config['model_args']['padding_mode'] == 'replicate'
+
+
+def official(path, **more):
+    kwargs, state, tensors = mini_backbone()
+    torch.save(dict(state_dict=state, meta=dict(epoch=1), **more), path)
+    return state, tensors, ['--model', 'resnet50c_fadc', '--model-kwargs', *(f'{k}={v!r}' for k, v in kwargs.items())]
+
+
+def test_checkpoint_of_the_authors(convert, tmp_path):
+    source, out = tmp_path / 'official.pth', tmp_path / 'converted'
+    state, tensors, options = official(source)
+    for _ in range(2):  # a second run replaces the folder
+        status, text = convert(source, '--out', out, *options)
+        assert status == 0, text
+        model, config = folder_of(out)
+        with torch.no_grad():
+            assert_features(model.forward_intermediates(tensors['io.x'], intermediates_only=True)[1:], tensors)
+    assert config['model_args']['padding_mode'] == 'replicate' and config['model_args']['dilation_act'] == 'abs'
+    taken, added, left = lines(text)
+    assert taken.keys() | added == model.state_dict().keys()
+    # joined tensors name all that they were made of
+    conv = next(k for k in taken if k.endswith('ada_dr.conv.weight'))
+    assert re.fullmatch(r'backbone\.(\S+)\.conv_mask\.weight \+ backbone\.\1\.conv_offset\.weight', taken[conv])[1]
+    assert taken['bn1.weight'] == 'backbone.stem.7.weight'
+    used = {source for sources in taken.values() for source in sources.split(' + ')}
+    assert used | left == {*state, 'meta.*'} and not used & left
+    assert {k for k in left if not k.startswith(('decode_head', 'auxiliary_head', 'meta'))} == {
+        k for k in state if k.endswith(('dilated_offset', 'OMNI_ATT2.bn.num_batches_tracked'))}
+    status, _ = convert(source, '--out', out, *options, '--release', 'april2024')
+    assert status == 0 and folder_of(out)[1]['model_args']['dilation_act'] == 'relu'
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ('code from a pickle ran',))
+
+
+def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
+    source, out = tmp_path / 'x.pth', tmp_path / 'out'
+    torch.save(trained('test_resnet'), source)
+    options = ('--model', 'test_resnet_fadc', '--out', out)
+    assert convert(source, *options)[0] == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def refused(message, *args):
+        status, err = convert(*args)
+        assert status == 2 and err.startswith('fadc-timm: error: ') and re.search(message, err), err
+        assert 'code from a pickle ran' not in err
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+    refused('There is no checkpoint', tmp_path / 'nothing.pth', *options)
+    bad = tmp_path / 'bad.pth'
+    torch.save(dict(trained('test_resnet'), extra=Payload()), bad)
+    refused('weights_only=True blocked', bad, *options)
+    bad.write_bytes(source.read_bytes()[:-1000])
+    refused('bad.pth cannot be read as weights: it is cut off, or not a file of torch.save', bad, *options)
+    bad = tmp_path / 'bad.safetensors'
+    bad.write_bytes(b'\0' * 100)
+    refused('bad.safetensors cannot be read as weights: it is cut off, or not in the format', bad, *options)
+    bad = tmp_path / 'bad.bin'
+    torch.save([1, 2], bad)
+    refused('holds a list, wanted names and tensors', bad, *options)
+    torch.save(dict(state_dict={}), bad)
+    refused('holds no tensors under state_dict', bad, *options)
+    torch.save({k: v for k, v in trained('test_resnet').items() if k != 'layer2.0.conv1.weight'}, bad)
+    refused(r'missing keys: layer2\.0\.conv1\.weight; unexpected keys: none', bad, *options)
+    refused('fits neither test_convnext_fadc', source, '--model', 'test_convnext_fadc', '--out', out)
+    refused('is no FADC model', source, '--model', 'test_resnet', '--out', out)
+    refused('Unknown model', source, '--model', 'nothing_fadc', '--out', out)
+    refused('--release is for', source, *options, '--release', 'april2024')
+    status, err = convert(source, '--model', 'test_resnet_fadc', '--out', VECTORS)
+    assert status == 2 and 'is no folder of a model' in err and (VECTORS / 'README.md').exists()
+
+
+KILLED = '''
+import os, signal, sys
+import fadc_timm.checkpoints.folder as folder
+from fadc_timm.cli import main
+save, put, moment = folder.save_file, folder._put, {moment!r}
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+def save_half(tensors, path, metadata):
+    save(tensors, path, metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
+    kill()
+if moment == 'half of the weights':
+    folder.save_file = save_half
+elif moment == 'before the exchange':
+    folder._put = kill
+else:
+    folder._put = lambda *args: (put(*args), kill())
+main(['convert', *{args!r}])
+'''
+
+
+@pytest.mark.parametrize('moment', ['half of the weights', 'before the exchange', 'after the exchange'])
+def test_killed(convert, moment, tmp_path):
+    """SIGKILL, which no `finally` sees: the folder is the old one or the new one."""
+    source, out = tmp_path / 'x.pth', tmp_path / 'out'
+    states = [dict(trained('test_resnet')), {k: v * 2 for k, v in trained('test_resnet').items()}]
+    args = [str(source), '--model', 'test_resnet_fadc', '--out', str(out)]
+    torch.save(states[0], source)
+    assert convert(*args)[0] == 0
+    torch.save(states[1], source)
+    code = KILLED.format(moment=moment, args=args)
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={
+        **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    expected = states[moment == 'after the exchange']
+    assert torch.equal(loaded.state_dict()['conv1.0.weight'], expected['conv1.0.weight'])
+    assert sorted(p.name for p in out.iterdir()) == ['config.json', 'model.safetensors']
+    assert convert(*args)[0] == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert torch.equal(loaded.state_dict()['conv1.0.weight'], states[1]['conv1.0.weight'])
+
+
+def test_where_folders_cannot_be_exchanged(convert, tmp_path, monkeypatch):
+    """Two renames; if the second fails, the first is undone."""
+    from fadc_timm.checkpoints import folder
+    monkeypatch.setattr(folder, '_exchange', lambda *args: False)
+    source, out = tmp_path / 'x.pth', tmp_path / 'out'
+    torch.save(trained('test_resnet'), source)
+    args = (source, '--model', 'test_resnet_fadc', '--out', out)
+    assert convert(*args)[0] == 0 and convert(*args)[0] == 0
+    folder_of(out)
+    before, rename = (out / 'model.safetensors').stat().st_ino, Path.rename
+
+    def failing(self, target):
+        if self.name == 'new':
+            raise OSError('no')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', failing)
+    assert convert(*args)[0] == 2
+    assert (out / 'model.safetensors').stat().st_ino == before
+    monkeypatch.undo()
+    folder_of(out)

@@ -1,0 +1,254 @@
+"""FADConv2d where an nn.Conv2d stood: the same function at the start, its arguments, and what training moves."""
+import copy
+import inspect
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
+from fadc_timm.layers.fad_conv import OPTIONS
+from tests.support.cases import error
+from tests.support.layer_cases import AT_START, EXACT, ids
+from tests.support.off_identity import off_identity
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+# the identity at start
+
+CONVS = [
+    *(dict(kernel_size=k, padding=d * (k // 2), dilation=d) for k in (3, 5, 7) for d in (1, 2, 3, 4)),
+    *(dict(kernel_size=k, padding='same', dilation=d, groups=8) for k in (3, 5, 7) for d in (1, 2)),
+    *(dict(kernel_size=3, padding=p, stride=s, dilation=d) for p in (0, 1, 2, 5) for s in (1, 2, 3) for d in (1, 4)),
+    dict(kernel_size=5, padding='valid', dilation=2, groups=4), dict(kernel_size=7, padding=3, groups=8, stride=2),
+    dict(kernel_size=3, padding=1, groups=2, bias=False),
+    dict(kernel_size=3, padding=4, dilation=4, groups=8, bias=False),
+    dict(kernel_size=1), dict(kernel_size=1, stride=2, padding=1),
+]
+
+
+def plain_conv(cfg, dtype=torch.float32):
+    return nn.Conv2d(8, 8, **cfg, dtype=dtype)
+
+
+@pytest.mark.parametrize('cfg', CONVS, ids=ids)
+def test_identity_at_start(cfg):
+    conv = plain_conv(cfg)
+    x = torch.randn(2, 8, 19, 18)
+    expected = conv(x)
+    for training in (False, True):
+        m = FADConv2d.from_conv(conv.train(training))
+        assert m.training == training
+        y = m(x)
+        assert y.shape == expected.shape
+        assert error(y, expected) < AT_START
+    assert error(FADConv2d.from_conv(conv, eps=0.)(x), expected) < 2e-6  # 4.7e-7
+
+
+@pytest.mark.parametrize('options', [
+    dict(kernel_decompose='low'), dict(kernel_decompose='none'), dict(freq_select=False), dict(ada_dr=False),
+    dict(dilation_act='relu'), dict(dilation_act='zero'), dict(dilation_groups=4),
+    dict(lowfreq_att=True, spatial_group=8), dict(bands=(2, 3, 4, 5)),
+    dict(backend='grid_sample'), dict(backend='torchvision')], ids=ids)
+def test_identity_at_start_with_options(options):
+    x = torch.randn(2, 8, 19, 18)
+    for cfg in CONVS[1], CONVS[12], CONVS[-3]:
+        conv = plain_conv(cfg)
+        assert error(FADConv2d.from_conv(conv, **options)(x), conv(x)) < AT_START
+        assert error(FADConv2d.from_conv(conv, eps=0., **options)(x), conv(x)) < 2e-6  # 4.1e-7
+
+
+@pytest.mark.parametrize('cfg', [CONVS[0], CONVS[6], CONVS[12], CONVS[-4]], ids=ids)
+def test_distance_from_the_identity_is_eps(cfg):
+    """Proportional to eps, and nothing else: in float64 there is none without it."""
+    conv = plain_conv(cfg, torch.float64)
+    x = torch.randn(2, 8, 19, 18, dtype=torch.float64)
+    expected = conv(x)
+    per_eps = [error(FADConv2d.from_conv(conv, eps=eps)(x), expected) / eps for eps in (1e-3, 1e-4, 1e-6, 1e-9)]
+    assert all(1 < e < 10 for e in per_eps)
+    assert all(abs(e / per_eps[0] - 1) < 0.002 for e in per_eps)  # 8e-4
+    assert error(FADConv2d.from_conv(conv, eps=0.)(x), expected) < EXACT  # 5e-16
+
+
+@pytest.mark.parametrize('cfg', CONVS, ids=ids)
+def test_output_size(cfg):
+    """As the plain convolution on every size, and an error where that has one."""
+    conv = plain_conv(cfg)
+    m, replicate = FADConv2d.from_conv(conv), FADConv2d.from_conv(conv, padding_mode='replicate')
+    for size in itertools.product((1, 2, 5, 8, 13), (3, 9, 12)):
+        x = torch.randn(1, 8, *size)
+        try:
+            shape = conv(x).shape
+        except RuntimeError:
+            with pytest.raises((RuntimeError, ValueError)):
+                m(x)
+            continue
+        assert m(x).shape == replicate(x).shape == shape
+
+
+# from_conv
+
+
+def test_from_conv_takes_the_convolution_over():
+    conv = nn.Conv2d(8, 4, (3, 3), (2, 2), (1, 1), groups=2, dtype=torch.float64).eval()
+    conv.weight.requires_grad_(False)
+    m = FADConv2d.from_conv(conv, kernel_decompose='low', bands=[2, 4])
+    assert m.weight is conv.weight and m.bias is conv.bias
+    assert not m.weight.requires_grad and m.bias.requires_grad
+    assert all(p.requires_grad for name, p in m.named_parameters() if name != 'weight')
+    assert not any(module.training for module in m.modules())
+    assert {p.dtype for p in m.parameters()} == {torch.float64}
+    assert (m.kernel_size, m.stride, m.padding, m.dilation, m.groups) == ((3, 3), (2, 2), (1, 1), (1, 1), 2)
+    assert m.ada_kern.kernel_decompose == 'low' and m.freq_select.bands == (2, 4)
+    assert set(conv.state_dict()) < set(m.state_dict())
+    assert isinstance(m, nn.Conv2d)
+    no_bias = FADConv2d.from_conv(nn.Conv2d(4, 4, 3, bias=False))
+    assert no_bias.bias is None and no_bias.training
+    assert {p.device.type for p in FADConv2d.from_conv(nn.Conv2d(4, 4, 3, device='meta')).parameters()} == {'meta'}
+
+
+class Conv2dSubclass(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize('conv, cfg, exception, message', [
+    (Conv2dSubclass(4, 4, 3), {}, TypeError, 'test_layers.Conv2dSubclass'),
+    (nn.Conv1d(4, 4, 3), {}, TypeError, 'Conv1d'),
+    (nn.LazyConv2d(4, 3), {}, TypeError, 'LazyConv2d'),
+    (FADConv2d(4, 4, 3), {}, TypeError, 'FADConv2d'),
+    (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), {}, TypeError, 'ParametrizedConv2d'),
+    (nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), {}, ValueError, 'hooks'),
+    (nn.Conv2d(4, 4, (3, 5)), {}, ValueError, r'kernel_size .*\(3, 5\)'),
+    (nn.Conv2d(4, 4, 4), {}, ValueError, r'kernel_size .*4'),
+    (nn.Conv2d(4, 4, 3, (1, 2)), {}, ValueError, r'stride .*\(1, 2\)'),
+    (nn.Conv2d(4, 4, 3, padding=(0, 1)), {}, ValueError, r'padding .*\(0, 1\)'),
+    (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, ValueError, r'dilation .*\(1, 2\)'),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'), {}, ValueError, "padding_mode .*'reflect'"),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), {}, ValueError, "padding_mode .*'circular'"),
+    # a convolution that replicates more than FADC does: not the same function
+    (nn.Conv2d(4, 4, 3, padding=2, dilation=2, padding_mode='replicate'), {}, ValueError, 'padding_mode'),
+    (nn.Conv2d(4, 4, 3), {'no_such': 1}, TypeError, 'no_such'),
+], ids=str)
+def test_from_conv_refuses(conv, cfg, exception, message):
+    with pytest.raises(exception, match=message):
+        FADConv2d.from_conv(conv, **cfg)
+
+
+@pytest.mark.parametrize('padding', [0, 1, 2])
+def test_from_conv_of_a_replicating_convolution(padding):
+    conv = nn.Conv2d(4, 6, 3, padding=padding, padding_mode='replicate')
+    x = torch.randn(2, 4, 9, 8)
+    m = FADConv2d.from_conv(conv, eps=0.)
+    assert m.padding_mode == 'replicate'
+    assert error(m(x), conv(x)) < 1e-6  # 1.5e-7
+    assert FADConv2d.from_conv(conv, padding_mode='zeros').padding_mode == 'zeros'
+
+
+# bad arguments
+
+BAD = [
+    (dict(kernel_size=2), ValueError, 'kernel_size.*2'),
+    (dict(kernel_size=0), ValueError, 'kernel_size.*0'),
+    (dict(kernel_size=(3, 5)), ValueError, 'kernel_size'),
+    (dict(kernel_size=3.), ValueError, 'kernel_size'),
+    (dict(kernel_size=None), ValueError, 'kernel_size'),
+    (dict(stride=(1, 2)), ValueError, 'stride'),
+    (dict(stride=0), ValueError, 'stride.*0'),
+    (dict(dilation=0), ValueError, 'dilation.*0'),
+    (dict(dilation=True), ValueError, 'dilation.*True'),
+    (dict(padding=(1, 2)), ValueError, 'padding'),
+    (dict(padding=-1), ValueError, 'padding.*-1'),
+    (dict(padding='full'), ValueError, 'padding.*full'),
+    (dict(padding='same', stride=2), ValueError, 'padding|stride'),
+    (dict(groups=3), ValueError, 'groups'),
+    (dict(padding_mode='reflect'), ValueError, 'padding_mode.*reflect'),
+    (dict(kernel_decompose='no'), ValueError, "kernel_decompose.*'no'"),
+    (dict(kernel_decompose=None), ValueError, 'kernel_decompose.*None'),
+    (dict(dilation_act='gelu'), ValueError, 'dilation_act.*gelu'),
+    (dict(dilation_groups=3), ValueError, 'dilation_groups=3'),
+    (dict(dilation_groups=0), ValueError, 'dilation_groups=0'),
+    (dict(spatial_group=3), ValueError, 'spatial_group=3'),
+    (dict(spatial_group=0), ValueError, 'spatial_group=0'),
+    (dict(bands=()), ValueError, 'bands'),
+    (dict(bands=(2, 1)), ValueError, r'bands.*\(2, 1\)'),
+    (dict(bands=(2, 4.)), ValueError, r'bands.*4\.0'),
+    (dict(bands=(True, 2)), ValueError, 'bands.*True'),
+    (dict(bands=4), ValueError, 'bands.*4'),
+    (dict(eps=-1e-4), ValueError, 'eps.*-0.0001'),
+    (dict(backend='no_such'), ValueError, "backend.*'no_such'"),
+]
+
+
+@pytest.mark.parametrize('cfg, exception, message', BAD, ids=ids)
+def test_bad_arguments(cfg, exception, message):
+    with pytest.raises(exception, match=message):
+        FADConv2d(**{**dict(in_channels=4, out_channels=4, kernel_size=3), **cfg})
+
+
+@pytest.mark.parametrize('make_module', [
+    lambda: AdaKern(4, 4, 'none'), lambda: AdaDR(4, dilation_act='gelu'), lambda: FreqSelect(4, (0,)),
+    lambda: FreqSelect(4, spatial_group=3)])
+def test_bad_arguments_of_the_modules(make_module):
+    with pytest.raises(ValueError, match='kernel_decompose|dilation_act|bands|spatial_group'):
+        make_module()
+
+
+@pytest.mark.parametrize('shape', [(4, 8, 8), (1, 3, 8, 8), (1, 4, 8, 8, 8)], ids=str)
+def test_bad_input(shape):
+    with pytest.raises(ValueError, match=r'\(B, 4, H, W\).*\[' + ', '.join(map(str, shape))):
+        FADConv2d(4, 4, 3)(torch.zeros(shape))
+
+
+def test_options_are_arguments():
+    """What models pass on: every argument beyond nn.Conv2d's, and padding_mode."""
+    ours, plain = (set(inspect.signature(c.__init__).parameters) for c in (FADConv2d, nn.Conv2d))
+    assert set(OPTIONS) == ours - plain | {'padding_mode'}
+
+
+# training
+
+
+@pytest.mark.parametrize('sync', [False, True])
+def test_batch_1_trains(sync):
+    """On the running statistics, which stay as they are; with two samples on the batch's, which move them."""
+    m = off_identity(FADConv2d(4, 6, 3, padding=1))
+    m = nn.SyncBatchNorm.convert_sync_batchnorm(m) if sync else m
+    norm = m.ada_kern.norm
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(1, 4, 8, 7)
+    y = m.train()(x)
+    assert torch.equal(y, copy.deepcopy(m).eval()(x))
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in norm.state_dict().items())
+    two = torch.randn(2, 4, 8, 7)
+    assert error(m(two), copy.deepcopy(m).eval()(two)) > 1e-3
+    assert not any(torch.equal(t, before[name]) for name, t in norm.state_dict().items() if 'running' in name)
+    assert norm.num_batches_tracked == before['num_batches_tracked'] + 1
+
+
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_leaves_the_identity(depthwise):
+    """From the start, gradients reach everything but what is behind a zero head; after one step, everything."""
+    m = FADConv2d(4, 4, 3, padding=1, groups=4 if depthwise else 1)
+    behind_zero = {'ada_kern.fc.weight', 'ada_kern.norm.weight', 'ada_kern.norm.bias', 'ada_dr.mask_dw.weight'}
+    optimizer = torch.optim.SGD(m.parameters(), 0.1)
+    x = torch.randn(4, 4, 12, 12)
+    for expected in (behind_zero & {n for n, _ in m.named_parameters()}, set()):
+        optimizer.zero_grad()
+        m(x).square().mean().backward()
+        assert {n for n, p in m.named_parameters() if p.grad is None or p.grad.norm() == 0} == expected
+        optimizer.step()
+
+
+def test_reset_fadc_parameters():
+    m = off_identity(FADConv2d(4, 6, 3, padding=1, groups=2, eps=0.))
+    x = torch.randn(2, 4, 8, 7)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    conv.load_state_dict({k: m.state_dict()[k] for k in ('weight', 'bias')})
+    assert error(m.eval()(x), conv(x)) > 0.1
+    m.reset_fadc_parameters()
+    assert error(m(x), conv(x)) < 1e-6  # 1.0e-7
+    assert m.ada_kern.norm.running_mean.abs().max() == 0

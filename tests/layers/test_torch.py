@@ -1,0 +1,199 @@
+"""The layers in torch: dtypes, autocast, memory layouts, copies, compilers and threads."""
+import copy
+import itertools
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
+from tests.support.cases import DTYPES, error
+from tests.support.layer_cases import EXACT, FAD_CONV, HALF, SIZES, assert_same, grads, ids, make
+from tests.support.marks import needs_dynamo
+from tests.support.off_identity import off_identity
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+# each module alone, on any map in any dtype
+
+MODULES = {
+    'FreqSelect': lambda **dd: FreqSelect(4, lowfreq_att=True, **dd),
+    'AdaKern': lambda **dd: AdaKern(4, 6, **dd),
+    'AdaKern_depthwise': lambda **dd: AdaKern(4, 4, depthwise=True, **dd),
+    'AdaDR': lambda **dd: AdaDR(4, 3, **dd),
+    'AdaDR_depthwise': lambda **dd: AdaDR(4, 7, depthwise=True, **dd),
+    'FADConv2d': lambda **dd: FADConv2d(4, 6, 3, padding=1, **dd),
+    'FADConv2d_depthwise': lambda **dd: FADConv2d(4, 4, 7, padding=3, groups=4, **dd),
+    'FADConv2d_replicate': lambda **dd: FADConv2d(4, 6, 5, 2, 2, padding_mode='replicate', **dd),
+}
+# Relative error against float64 on the same rounded parameters and input; the largest of all modules and sizes.
+ROUNDING = {
+    torch.float32: 3e-6,  # 1.5e-6
+    torch.bfloat16: 0.02,  # 0.011
+    torch.float16: 3e-3,  # 1.5e-3
+    torch.float64: EXACT,  # 0
+}
+
+
+def as_tuple(y):
+    return tuple(t for t in y if t is not None) if isinstance(y, tuple) else (y,)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=ids)
+@pytest.mark.parametrize('name', MODULES)
+def test_any_map(name, dtype):
+    m = off_identity(MODULES[name](), 0.5).eval().to(dtype)
+    exact = copy.deepcopy(m).double()
+    for size, memory_format in itertools.product(SIZES, (torch.contiguous_format, torch.channels_last)):
+        x = torch.randn(2, 4, *size).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        y, expected = as_tuple(m(x)), as_tuple(exact(x.double()))
+        for a, e in zip(y, expected, strict=True):
+            # positions are too fine for half dtypes
+            assert a.dtype == (torch.float32 if dtype in HALF and 'AdaDR' in name and a is y[0] else dtype)
+            assert error(a, e) < ROUNDING[dtype], (size, memory_format)
+        for g in torch.autograd.grad(sum(t.float().sum() for t in y), [x, *m.parameters()], allow_unused=True):
+            assert g is None or g.isfinite().all(), (size, memory_format)
+
+
+# dtypes, autocast, layouts
+
+
+@pytest.mark.parametrize('dtype', HALF, ids=ids)
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_autocast(cfg, dtype):
+    m = off_identity(make(**cfg), 0.5)
+    conv = nn.Conv2d(4, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is not None)
+    for size in ((10, 9), (40, 36)):
+        x = torch.randn(4, 4, *size)
+        expected = m(x)
+        with torch.autocast('cpu', dtype):
+            y, plain = m(x), conv(x)
+        assert y.dtype == plain.dtype == dtype and y.shape == expected.shape
+        # a plain convolution has 2.9e-3 in bfloat16 and 3.6e-4 in float16, and five of them follow each other here
+        assert error(y, expected) < 8 * error(plain, conv(x))  # 5.3 in both
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads(y.float(), m.parameters()))
+
+
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_layout(cfg, memory_format):
+    """Layout in = layout out, and the same values."""
+    m = off_identity(make(**cfg))
+    x = torch.randn(2, 4, 10, 9)
+    expected = m(x)
+    m = m.to(memory_format=memory_format)
+    y = m(x.contiguous(memory_format=memory_format))
+    assert y.is_contiguous(memory_format=memory_format)
+    assert error(y, expected) < 2e-6  # 1.1e-6
+    x = torch.randn(9, 10, 8, 2).permute(3, 2, 1, 0)[:, ::2]  # dense in no layout
+    assert error(m(x), m(x.contiguous())) < 2e-6  # 3.5e-7
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_meta(cfg):
+    m = make(**cfg, device='meta', dtype=torch.bfloat16)
+    assert {t.device.type for t in m.state_dict().values()} == {'meta'}
+    assert {p.dtype for p in m.parameters()} == {torch.bfloat16}
+    x = torch.zeros(2, 4, 10, 9, device='meta', dtype=torch.bfloat16)
+    real = make(**cfg)
+    y = m(x)
+    assert y.shape == real(torch.zeros(2, 4, 10, 9)).shape and y.dtype == torch.bfloat16
+    m = m.to_empty(device='cpu')
+    m.load_state_dict(real.to(torch.bfloat16).state_dict())
+    x = torch.randn(2, 4, 10, 9).bfloat16()
+    assert torch.equal(m.eval()(x), real.eval()(x))
+
+
+# copies, formats, compilers
+
+
+def test_state_dict():
+    """Plain keys for the plain convolution, no buffers but the norm's."""
+    m = FADConv2d(4, 6, 3)
+    assert {n for n, _ in m.named_buffers()} == {
+        f'ada_kern.norm.{n}' for n in ('running_mean', 'running_var', 'num_batches_tracked')}
+    assert set(m.state_dict()) == {n for n, _ in m.named_buffers()} | {n for n, _ in m.named_parameters()}
+    assert {n.partition('.')[0] for n in m.state_dict()} == {'weight', 'bias', 'freq_select', 'ada_kern', 'ada_dr'}
+    bare = FADConv2d(4, 6, 3, freq_select=False, kernel_decompose='none', ada_dr=False)
+    assert set(bare.state_dict()) == {'weight', 'bias'}
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_copies(cfg):
+    m = off_identity(make(**cfg)).eval()
+    x = torch.randn(2, 4, 10, 9)
+    expected = m(x)
+    loaded = make(**cfg).eval()
+    loaded.load_state_dict(m.state_dict())
+    for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), loaded):
+        assert torch.equal(copied(x), expected)
+        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in m.parameters()}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=ids)
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_script(cfg, dtype):
+    m = off_identity(make(**cfg, dtype=dtype)).eval()
+    scripted = torch.jit.script(m)
+    for shape in ((2, 4, 10, 9), (1, 4, 37, 33)):
+        x = torch.randn(shape, dtype=dtype)
+        assert error(scripted(x), m(x)) < (2e-6 if dtype == torch.float32 else EXACT)  # 6.5e-7, 1.9e-15
+
+
+@needs_dynamo
+@pytest.mark.parametrize('cfg, batch', [(FAD_CONV[4], 1), (FAD_CONV[6], 2), (FAD_CONV[9], 2)], ids=ids)
+def test_compile(cfg, batch):
+    """One graph, forward and backward, in training."""
+    m = off_identity(make(**cfg))
+    compiled = torch.compile(copy.deepcopy(m), backend='aot_eager', fullgraph=True)
+    x = torch.randn(batch, 4, 10, 9, requires_grad=True)
+    y, expected = compiled(x), m(x)
+    assert_same(
+        (y, *grads(y, [x, *compiled.parameters()])), (expected, *grads(expected, [x, *m.parameters()])), 2e-6)  # 0
+    assert_same(compiled.state_dict().values(), m.state_dict().values(), 1e-6)  # 0
+
+
+def test_sync_batch_norm():
+    m = off_identity(FADConv2d(4, 6, 3, padding=1)).eval()
+    x = torch.randn(2, 4, 8, 7)
+    expected = m(x)
+    m = nn.SyncBatchNorm.convert_sync_batchnorm(m)
+    assert isinstance(m.ada_kern.norm, nn.SyncBatchNorm)
+    assert torch.equal(m(x), expected)
+    assert error(m.train()(x), expected) > 1e-3  # the batch's statistics
+
+
+def test_inference_mode_then_training():
+    """Nothing made under inference mode, where autograd cannot follow, is kept for later."""
+    m = off_identity(FADConv2d(4, 6, 3, padding=1))
+    x = torch.randn(2, 4, 40, 36)
+    with torch.inference_mode():
+        expected = m(x)
+    y = m(x)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in m.parameters())
+    assert torch.equal(y, expected)
+
+
+def test_two_threads():
+    """The same layer at once on maps of different sizes."""
+    m = off_identity(FADConv2d(4, 6, 3, padding=1)).eval()
+    xs = [torch.randn(1, 4, *size) for size in ((40, 36), (9, 8), (33, 70), (16, 16))]
+    expected = [m(x) for x in xs]
+    wrong, start = [], threading.Barrier(4)
+
+    def work(i):
+        start.wait()
+        for _ in range(5):
+            if not torch.equal(m(xs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong

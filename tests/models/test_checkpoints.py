@@ -1,0 +1,164 @@
+"""Checkpoints of bases and of FADC models: what loads, what is refused, and options that travel with the weights."""
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+
+from tests.support.backbones import (
+    LOSSLESS,
+    STAGES,
+    THIN,
+    TINY,
+    create_fadc,
+    fad_convs,
+    load,
+    module_of,
+    photos,
+    trained,
+    with_tag,
+)
+from tests.support.cases import error
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def save(state, path):
+    if path.suffix == '.pth':
+        torch.save({'epoch': 3, 'state_dict': state}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'pth'])
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_checkpoint_file(base, suffix, tmp_path):
+    """Of the base, then of an FADC model."""
+    path, name, x = tmp_path / f'checkpoint.{suffix}', with_tag(base, '_fadc'), photos()
+    save(trained(base), path)
+    expected = load(with_tag(base), path)(x)
+    assert error(load(name, path)(x), expected) < LOSSLESS
+    model = create_fadc(name)
+    save(model.state_dict(), path)
+    assert torch.equal(load(name, path)(x), model(x))
+    assert error(model(x), expected) > 0.1
+    assert torch.equal(load(name, path, num_classes=7).forward_features(x), model.forward_features(x))
+    features = load(name, path, features_only=True)(x)
+    assert torch.equal(features[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
+    grey = load(name, path, in_chans=1)
+    assert error(grey(x[:, :1]), model(x[:, :1].expand(-1, 3, -1, -1))) < 1e-5  # 1.5e-6
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(features_only=True), dict(num_classes=7), dict(num_classes=0), dict(in_chans=1)], ids=str)
+@pytest.mark.parametrize('base, lost', [
+    ('test_resnet', 'layer3.0.conv1.weight'), ('test_resnet', 'bn1.running_mean'),
+    ('test_convnext', 'stages.2.blocks.0.conv_dw.bias'), ('test_convnext', 'head.norm.weight')])
+def test_checkpoint_that_fits_neither(base, lost, kwargs):
+    """Fails by naming the keys, also where timm itself loads loosely."""
+    name = with_tag(base, '_fadc')
+    fadc = create_fadc(name).state_dict()
+    own = next(key for key in fadc if key.endswith('ada_dr.conv.bias'))
+    for state, key in ((trained(base), lost), (fadc, lost), (fadc, own)):
+        without = {k: v for k, v in state.items() if k != key}
+        # timm's filter for ConvNeXt looks up what has two dimensions
+        for more in ({}, {'neck.fc.weight': torch.zeros(4)}, {'neck.fc.weight': torch.zeros(4, 4)}):
+            with pytest.raises(RuntimeError) as e:
+                load(name, {**without, **more}, **kwargs)
+            missing, unexpected = str(e.value).split('unexpected keys: ')
+            assert key in missing and all(k in unexpected for k in more)
+        with pytest.raises(RuntimeError, match=r'missing keys: none; unexpected keys: neck\.fc\.weight\.'):
+            load(name, {**state, 'neck.fc.weight': torch.zeros(4, 4)}, **kwargs)
+
+
+@pytest.mark.parametrize('base', TINY)
+def test_checkpoint_of_other_stages(base):
+    state = create_fadc(with_tag(base, '_fadc'), fadc_stages=(False, False, True, True)).state_dict()
+    with pytest.raises(RuntimeError, match=f'missing keys: {STAGES[module_of(base)][1]}'):
+        load(with_tag(base, '_fadc'), state, features_only=True)
+    with pytest.raises(RuntimeError, match=f'unexpected keys: {STAGES[module_of(base)][2]}'):
+        load(with_tag(base, '_fadc'), state, features_only=True, fadc_stages=(False, False, False, True))
+
+
+def test_checkpoint_of_another_network():
+    with pytest.raises(RuntimeError, match='missing keys: stem.0.weight, .*unexpected keys: .*conv1.0.weight, '):
+        load('test_convnext_fadc', trained('test_resnet'), num_classes=7)
+    with pytest.raises(RuntimeError, match='missing keys: .*unexpected keys: a'):
+        load('test_resnet_fadc', {'a': torch.zeros(1)}, features_only=True)
+
+
+@pytest.mark.parametrize('base', ['convnext_atto', 'convnextv2_atto', 'test_convnext'])
+@torch.no_grad()
+def test_checkpoint_in_the_format_of_the_authors(base):
+    """ConvNeXt's original names and shapes, through timm's own filter."""
+    state = {}
+    for k, v in trained(base).items():
+        for timm_name, name in (
+                ('stem.', 'downsample_layers.0.'), ('.blocks.', '.'), ('conv_dw', 'dwconv'), ('mlp.fc', 'pwconv'),
+                ('mlp.grn.weight', 'grn.gamma'), ('mlp.grn.bias', 'grn.beta'), ('head.norm', 'norm'),
+                ('head.fc', 'head')):
+            k = k.replace(timm_name, name)
+        if '.downsample.' in k:
+            k = k.replace('stages', 'downsample_layers').replace('.downsample', '')
+        if 'grn' in k:
+            v = v.reshape(1, 1, 1, -1)
+        if 'pwconv' in k and k.endswith('weight'):
+            v = v.flatten(1)
+        state[k] = v
+    assert len(state) == len(trained(base)) and not set(state) & {'head.norm.weight', 'stem.0.weight'}
+    for kwargs in ({}, dict(features_only=True)):
+        y = load(with_tag(base, '_fadc'), state, **kwargs)(photos())
+        expected = load(with_tag(base), trained(base), **kwargs)(photos())
+        assert error(y if not kwargs else y[-1], expected if not kwargs else expected[-1]) < LOSSLESS
+
+
+@torch.no_grad()
+def test_checkpoint_without_head():
+    """The weights of masked autoencoders end before the final norm."""
+    state = {k: v for k, v in trained('convnextv2_atto').items() if not k.startswith('head.')}
+    model, plain = (load(f'{arch}.fcmae', state) for arch in ('convnextv2_atto_fadc', 'convnextv2_atto'))
+    assert model.num_classes == 0
+    assert error(model(photos()), plain(photos())) < LOSSLESS
+    del state['stages.3.blocks.1.mlp.grn.bias']
+    with pytest.raises(RuntimeError, match='missing keys: stages.3.blocks.1.mlp.grn.bias;'):
+        load('convnextv2_atto_fadc.fcmae', state)
+
+
+@pytest.mark.parametrize('base', TINY)
+def test_channels_last_weights(base, tmp_path):
+    name = with_tag(base, '_fadc')
+    model = create_fadc(name).to(memory_format=torch.channels_last)
+    x = photos().contiguous(memory_format=torch.channels_last)
+    expected = model(x)
+    for path in (tmp_path / 'checkpoint.pth', tmp_path / 'checkpoint.safetensors'):
+        state = model.state_dict()
+        save({k: v.contiguous() for k, v in state.items()} if path.suffix == '.safetensors' else state, path)
+        loaded = load(name, path)
+        assert error(loaded(photos()), expected) < 2e-6  # 4.2e-7
+
+
+@pytest.mark.parametrize('base, own', [
+    ('test_resnet', {}), ('test_convnext', {}), ('resnet50c', THIN), ('convnext_atto', dict(depths=(1, 1, 2, 1)))])
+@torch.no_grad()
+def test_local_dir(base, own, tmp_path):
+    """The options travel in config.json."""
+    options = dict(
+        fadc_stages=(False, False, True, True), padding_mode='replicate', dilation_act='relu', kernel_decompose='low',
+        bands=(2, 4), lowfreq_att=True, num_classes=7, **own)
+    model = create_fadc(f'{base}_fadc', **options)
+    save_for_hf(model, tmp_path, model_args=dict(options), safe_serialization=True)
+    assert (tmp_path / 'model.safetensors').is_file()
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == f'{base}_fadc' and config['num_classes'] == 7
+    assert config['model_args'].items() >= {'padding_mode': 'replicate', 'bands': [2, 4]}.items()
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert loaded.num_classes == 7 and fad_convs(loaded).keys() == fad_convs(model).keys()
+    assert torch.equal(loaded(photos()), model(photos()))
+    for m in fad_convs(loaded).values():
+        assert (m.padding_mode, m.ada_dr.dilation_act, m.ada_kern.kernel_decompose) == ('replicate', 'relu', 'low')
+        assert m.freq_select.bands == (2, 4) and m.freq_select.lowfreq_att
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()
+    assert torch.equal(features(photos())[-1], model.forward_intermediates(photos(), intermediates_only=True)[-1])

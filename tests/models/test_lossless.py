@@ -1,0 +1,63 @@
+"""Lossless: with a base's weights an FADC model gives the base's outputs."""
+import pytest
+import torch
+
+from tests.support.backbones import (
+    BASES,
+    LOSSLESS,
+    REPRESENTATIVES,
+    ROUNDING,
+    SMALL,
+    TINY,
+    fad_convs,
+    load,
+    photos,
+    trained,
+    with_tag,
+)
+from tests.support.cases import error
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+VARIANTS = [{}, dict(num_classes=7, in_chans=1, output_stride=16), dict(features_only=True, output_stride=8)]
+
+
+@torch.no_grad()
+def check_lossless(base, state, tolerance=LOSSLESS, options=None, **kwargs):
+    plain = load(with_tag(base), state, **kwargs)
+    fadc = load(with_tag(base, '_fadc'), state, **kwargs, **(options or {}))
+    assert fad_convs(fadc)
+    x = photos()[:, torch.arange(kwargs.get('in_chans', 3)) % 3]
+    expected, y = plain(x), fadc(x)
+    if kwargs.get('features_only'):
+        assert len(y) == len(expected)
+        assert max(error(a, e) for a, e in zip(y, expected, strict=True)) < tolerance
+        return
+    if not kwargs:
+        assert len(set(expected.argmax(1).tolist())) > 1  # the photographs are told apart
+    assert error(y, expected) < tolerance
+    assert torch.equal(y.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+@pytest.mark.parametrize('base', REPRESENTATIVES)
+def test_lossless(base, variant):
+    kwargs = REPRESENTATIVES[base]
+    state = trained(base, **kwargs)
+    check_lossless(base, state, **kwargs, **variant)
+    check_lossless(base, state, ROUNDING, dict(eps=0.), **kwargs, **variant)
+
+
+@pytest.mark.parametrize('variant', [
+    dict(num_classes=7), dict(num_classes=0), dict(in_chans=1), dict(in_chans=5), dict(features_only=True),
+    dict(output_stride=8), dict(output_stride=16), dict(global_pool='fast')], ids=str)
+@pytest.mark.parametrize('base', TINY + SMALL)
+def test_lossless_variants(base, variant):
+    check_lossless(base, trained(base), **variant)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+@pytest.mark.parametrize('base', BASES)
+def test_lossless_everywhere(base, variant):
+    check_lossless(base, trained(base), 1e-3, **variant)  # 5.4e-4 (wide_resnet101_2, of the 21 architectures tried)

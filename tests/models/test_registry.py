@@ -1,0 +1,72 @@
+"""The zoo's registry: names, tags and weights derived from timm, and the default weights in the package."""
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+from fadc_timm import AdaDR
+from tests.support.backbones import BASES, MODULES, PACKAGE, TINY
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def test_every_architecture_has_its_fadc():
+    models = set(timm.list_models('*_fadc'))
+    assert {f'{base}_fadc' for base in BASES} == models
+    assert len(models) >= 60
+    assert {f'{base}_fadc' for base in TINY} < models
+    for module in MODULES:
+        assert set(timm.list_models(module=f'fadc_{module}')) == {f'{b}_fadc' for b in timm.list_models(module=module)}
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_tags_and_weights_are_timms(base):
+    def key(cfg):
+        return {k: v for k, v in asdict(cfg).items() if k not in ('architecture', 'tag')}
+
+    expected = {cfg.tag: key(cfg) for cfg in get_arch_pretrained_cfgs(base).values()}
+    cfgs = {cfg.tag: cfg for cfg in get_arch_pretrained_cfgs(f'{base}_fadc').values()}
+    if base == 'test_resnet':
+        ours = cfgs.pop('bluemarble_climate')
+        assert ours.architecture == 'test_resnet_fadc' and ours.hf_hub_id is None
+        assert list(get_arch_pretrained_cfgs(f'{base}_fadc')) == [
+            'test_resnet_fadc.bluemarble_climate', 'test_resnet_fadc.r160_in1k']
+        assert get_pretrained_cfg('test_resnet_fadc').tag == 'bluemarble_climate'
+    else:
+        assert get_pretrained_cfg(f'{base}_fadc').tag == get_pretrained_cfg(base).tag
+    assert list(cfgs) == list(expected)
+    assert {tag: key(cfg) for tag, cfg in cfgs.items()} == expected
+    for tag, cfg in cfgs.items():
+        assert (cfg.architecture, cfg.tag) == (f'{base}_fadc', tag)
+        assert cfg.hf_hub_id is None or '_fadc' not in cfg.hf_hub_id
+        plain = get_pretrained_cfg(f'{base}.{tag}' if tag else base)
+        if plain.hf_hub_id:
+            assert cfg.hf_hub_id == plain.hf_hub_id == f'timm/{base}.{tag}' or not plain.hf_hub_id.startswith('timm/')
+
+
+def test_known_weights():
+    """Written out, so that a change in how timm keeps them is seen."""
+    assert get_pretrained_cfg('resnet50_fadc').tag == 'a1_in1k'
+    assert get_pretrained_cfg('resnet50_fadc.a1_in1k').hf_hub_id == 'timm/resnet50.a1_in1k'
+    assert get_pretrained_cfg('convnextv2_atto_fadc.fcmae').hf_hub_id == 'timm/convnextv2_atto.fcmae'
+    assert get_pretrained_cfg('convnextv2_atto_fadc.fcmae').license == 'cc-by-nc-4.0'
+    assert 'resnet50_fadc.a1_in1k' in timm.list_models('resnet50_fadc*', pretrained=True)
+    assert len(timm.list_models('*_fadc', pretrained=True)) >= 250
+
+
+def test_default_weights():
+    """Plain `pretrained=True`, without a network, from a small file in the package."""
+    cfg = get_pretrained_cfg('test_resnet_fadc')
+    file = Path(cfg.file)
+    assert PACKAGE in file.parents and file.stat().st_size < 3e6
+    model = timm.create_model('test_resnet_fadc', pretrained=True).eval()
+    assert model.num_classes == cfg.num_classes == len(cfg.label_names)
+    weights = safetensors.torch.load_file(file)
+    assert set(weights) == set(model.state_dict())
+    assert all(torch.equal(t, weights[k]) for k, t in model.state_dict().items())
+    learned = [m for m in model.modules() if isinstance(m, AdaDR)]
+    assert learned and all(m.conv.weight.abs().max() > 0 for m in learned)  # FADC was trained too

@@ -1,0 +1,304 @@
+"""FreqSelect's band mix in Triton: against the definition, with every gradient.
+
+On a CPU in Triton's interpreter; `pytest -m gpu` runs the same on a GPU, where the kernels are compiled.
+"""
+from typing import NamedTuple, Tuple
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+from fadc_timm.ops import mix_bands, triton_support
+from fadc_timm.ops.band_mix import triton as bands
+from fadc_timm.ops.band_mix.fused import multiply_adds
+from fadc_timm.ops.band_mix.triton import mix_bands_fused, mix_bands_fused_backward
+from tests.support.band_cases import check, definition, make_inputs
+from tests.support.marks import needs_dynamo
+
+triton = pytest.importorskip('triton')
+import triton.language as tl  # noqa: E402
+
+from fadc_timm.ops.band_mix.triton.kernels import offset  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+SIDES = [*range(1, 10), 12, 14, 28, 33, 64, 65, 70]
+
+
+@pytest.fixture(autouse=True)
+def skip_where_compiled(request):
+    """With a GPU there is no interpreter for the cases on a CPU."""
+    callspec = getattr(request.node, 'callspec', None)
+    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
+        pytest.skip('the kernels are compiled here, see pytest -m gpu')
+
+
+class Case(NamedTuple):
+    h: int
+    w: int
+    count: int = 3
+    groups: int = 1
+    channels: int = 4
+    factors: Tuple[int, ...] = (2, 4, 8)
+
+    def inputs(self, dtype, device='cpu'):
+        """x and weights, whose values the dtype holds, in double precision."""
+        x, weights = make_inputs(self.h, self.w, self.count, self.groups, torch.float64, c=self.channels)
+        return [t.detach().to(dtype).double().to(device) for t in (x, weights)]
+
+    def __str__(self):
+        factors = '' if self.factors == (2, 4, 8) else f'-f{"_".join(map(str, self.factors))}'
+        return f'{self.h}x{self.w}-m{self.count}-s{self.groups}-c{self.channels}{factors}'
+
+
+CASES = [
+    Case(1, 1), Case(1, 7, 4), Case(2, 3), Case(3, 5, channels=1), Case(4, 4, 4), Case(5, 2),
+    Case(6, 9, factors=(2,), count=1), Case(7, 7, 4, channels=5), Case(8, 8), Case(9, 12, 5, factors=(3, 1, 16, 2)),
+    Case(14, 14, 3, 2, 6), Case(12, 8, 4, 4), Case(14, 9, channels=67), Case(28, 28, 4), Case(28, 33), Case(33, 6),
+    Case(64, 14), Case(14, 64, 4), Case(65, 8), Case(9, 70, 4, 2), Case(65, 70, 2, channels=1, factors=(8,))]
+EXACT = [(case, torch.float64) for case in CASES] + [(case, torch.float32) for case in CASES[1::2]]
+
+
+def results(f, x, weights, *args):
+    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    y = f(x, weights, *args)
+    # whatever the dtype the same
+    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).cos().bfloat16()
+    return y.detach(), *torch.autograd.grad(y, (x, weights), grad.to(y.dtype))
+
+
+# largest error measured, relative to the largest number: 1.5e-7, 5.6e-16
+TOLERANCES = {torch.float32: 5e-7, torch.float64: 2e-15}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype', EXACT, ids=str)
+def test_definition(case, dtype, device):
+    x, weights = case.inputs(dtype, device)
+    actual = results(mix_bands, x.to(dtype), weights.to(dtype), list(case.factors), 'triton')
+    assert all(t.dtype == dtype for t in actual)
+    check(actual, results(definition, x, weights, case.factors), TOLERANCES[dtype])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('h', SIDES)
+def test_definition_everywhere(h, dtype):
+    device = 'cpu' if triton_support.is_interpreted() else 'cuda'
+    for w in SIDES:
+        test_definition(Case(h, w, 3 + w % 2), dtype, device)
+
+
+# root mean square of the errors of output, gradient of x and gradient of the weights, as a multiple of that of rounding
+# the exact result once; measured, the largest of all cases: 1.27, 1.33, 4.03 and 1.00, 1.01, 1.11. The last is a sum
+# over channels: what the rounded bases leak of a mean is the same in all of them, so it adds up where noise does not.
+TIMES_ROUNDED = {torch.float16: (1.5, 1.5, 5.), torch.bfloat16: (1.02, 1.02, 1.2)}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', TIMES_ROUNDED, ids=str)
+@pytest.mark.parametrize('case', [
+    Case(7, 7, 4, channels=16), Case(14, 9, 3, 2, 16), Case(28, 28, 4), Case(65, 8)], ids=str)
+def test_half_precision(case, dtype, device):
+    """Accumulated in float32; autocast changes nothing."""
+    x, weights = case.inputs(dtype, device)
+    x = (x + 1).to(dtype).double()  # a map with a mean, as after a ReLU
+    expected = results(definition, x, weights, case.factors)
+    with torch.autocast(device, torch.bfloat16):
+        actual = results(mix_bands, x.to(dtype), weights.to(dtype), list(case.factors), 'triton')
+    for a, e, limit in zip(actual, expected, TIMES_ROUNDED[dtype], strict=True):
+        assert a.dtype == dtype
+        rounding = (e.to(dtype).double() - e).square().mean().sqrt()
+        assert (a.double() - e).square().mean().sqrt() <= limit * rounding
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_half_map_under_exact_weights(device):
+    x, weights = Case(9, 14).inputs(torch.float16, device)
+    actual = results(mix_bands, x.half(), weights.float(), [2, 4, 8], 'triton')
+    assert [t.dtype for t in actual] == [torch.float16, torch.float16, torch.float32]
+    check(actual, results(definition, x, weights, [2, 4, 8]), 1e-3)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ones_are_the_identity(dtype, device):
+    for n in (1, 4, 7, 14, 33):
+        x = torch.randn(2, 5, n, n, device=device).to(dtype)
+        assert torch.equal(mix_bands(x, x.new_ones(2, 3, 1, n, n), [2, 4, 8], 'triton'), x)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed', 'sliced', 'expanded'])
+def test_layout(layout, device):
+    def arrange(t):
+        return {'contiguous': lambda: t, 'channels_last': lambda: t.contiguous(memory_format=torch.channels_last),
+                'transposed': lambda: t.transpose(2, 3), 'sliced': lambda: t[:, ::2, 1:, ::2],
+                'expanded': lambda: t[:1].expand_as(t)}[layout]()
+
+    x, weights = Case(10, 10, 3, 2, 8).inputs(torch.float64, device)
+    x = arrange(x)
+    # as FreqSelect has them, of a convolution in channels_last
+    weights = weights.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    weights = weights.unflatten(1, (2, 3)).transpose(1, 2)[..., :x.shape[2], :x.shape[3]]
+    y = mix_bands_fused(x, weights, [2, 4, 8])
+    channels_last = layout == 'channels_last'
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    check([y], [definition(x, weights, [2, 4, 8])], 2e-15)
+    grad = arrange(torch.randn(2, 8, 10, 10, dtype=torch.float64, device=device))
+    leaves = [t.detach().requires_grad_() for t in (x, weights)]
+    expected = torch.autograd.grad(definition(*leaves, [2, 4, 8]), leaves, grad)
+    check(mix_bands_fused_backward(grad, x, weights, [2, 4, 8]), expected, 2e-15)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('most', [65535, 1], ids=['program_a_block', 'programs_of_blocks'])
+def test_two_passes_are_the_same(most, device, monkeypatch):
+    x, weights = Case(28, 14, 4).inputs(torch.float64, device)
+    expected = results(mix_bands, x, weights, [2, 4, 8], 'triton')
+    monkeypatch.setattr(bands, '_ONE_PASS', 0)
+    monkeypatch.setattr(bands, '_MOST_BLOCKS', most)
+    check(results(mix_bands, x, weights, [2, 4, 8], 'triton'), expected, 1e-15)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('shape', [(0, 4, 9, 7), (2, 0, 9, 7), (0, 4, 70, 7)], ids=str)
+def test_empty(shape, device):
+    x, weights = torch.randn(shape, device=device), torch.rand(shape[0], 3, 1, *shape[2:], device=device)
+    y, grad_x, grad_weights = results(mix_bands, x, weights, [2, 4, 8], 'triton')
+    assert y.shape == grad_x.shape == shape and torch.equal(grad_weights, torch.zeros_like(weights))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case', [Case(7, 12, 4, channels=3), Case(66, 3, factors=(8,), count=1)], ids=str)
+def test_no_uninitialised_memory(case, device):
+    """Memory that nothing was written to holds NaN here, so that reading it shows; and twice the same is the same."""
+    x, weights = case.inputs(torch.float32, device)
+    torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
+    try:
+        assert torch.empty(10).isnan().all()
+        actual = results(mix_bands, x.float(), weights.float(), list(case.factors), 'triton')
+        again = results(mix_bands, x.float(), weights.float(), list(case.factors), 'triton')
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(actual, results(definition, x, weights, list(case.factors)), TOLERANCES[torch.float32])
+    assert all(map(torch.equal, actual, again))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_gradcheck(device):
+    x, weights = (t.requires_grad_() for t in Case(5, 4, 3, channels=2).inputs(torch.float64, device))
+    torch.autograd.gradcheck(
+        lambda x, weights: mix_bands(x, weights, [2, 4, 8], 'triton'), (x, weights), fast_mode=True)
+
+
+@triton.jit
+def offsets(out, a, b, stride_a, stride_b, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, offset(a + i, b - i, stride_a, stride_b))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_addresses(device):
+    """Beyond 2^31 elements, of sizes and strides that each are below."""
+    out = torch.empty(4, dtype=torch.int64, device=device)
+    last = 2 ** 31 - 1
+    for a, b, stride_a, stride_b in ((70_000, 5, 65_536, 3), (last - 9, last - 9, last, last), (7, 4, 2 ** 40, 1)):
+        offsets[1,](out, a, b, stride_a, stride_b, N=4)
+        assert out.tolist() == [(a + i) * stride_a + (b - i) * stride_b for i in range(4)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, device):
+    # in half precision the graph that is made may add up in another order
+    tests = {} if dtype == torch.float32 else {'test_utils': ('test_schema', 'test_faketensor')}
+    x, weights = (t.to(dtype) for t in Case(3, 4, 2, factors=(2,)).inputs(dtype, device))
+    x = x.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(
+        mix_bands_fused, (x.detach().requires_grad_(), weights.detach().requires_grad_(), [2]), **tests)
+    torch.library.opcheck(mix_bands_fused_backward, (torch.randn_like(x), x, weights, [2]), **tests)
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+def test_compile_any_size(device):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(mix_bands, fullgraph=True, dynamic=True, backend=counter)
+    for i, size in enumerate(((20, 24), (9, 14), (8, 33))):
+        case = Case(*size, channels=4 + i)
+        x, weights = case.inputs(torch.float64, device)
+        check(results(compiled, x, weights, [2, 4, 8], 'triton'), results(definition, x, weights, [2, 4, 8]), 2e-15)
+    assert counter.frame_count == 1
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+def test_compile(device):
+    """With the gradient in the graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(mix_bands, fullgraph=True, backend='inductor' if device == 'cuda' else 'aot_eager')
+    x, weights = Case(9, 14).inputs(torch.float32, device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    actual = results(compiled, x.float(), weights.float(), [2, 4, 8], 'triton')
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    check(actual, results(definition, x, weights, [2, 4, 8]), TOLERANCES[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('device', ['cuda'])
+@pytest.mark.parametrize('warm', [True, False], ids=['warm', 'cold'])
+@pytest.mark.parametrize('size', [(14, 14), (70, 9)], ids=str)
+def test_cuda_graph(size, warm, device):
+    """A captured graph follows its inputs, and what it makes while it is captured is not used outside of it."""
+    x, weights = (t.float().requires_grad_() for t in Case(*size).inputs(torch.float32, device))
+    bands._cached_filters.cache_clear()
+    mix_bands(x, weights, [2, 4, 8], 'triton').sum().backward()  # the kernels are compiled
+    if not warm:
+        bands._cached_filters.cache_clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = mix_bands(x, weights, [2, 4, 8], 'triton')
+        grads = torch.autograd.grad(y, (x, weights), torch.ones_like(y))
+    eager = mix_bands(x, weights, [2, 4, 8], 'triton')
+    check([eager], [definition(x, weights, [2, 4, 8])], TOLERANCES[torch.float32])
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    expected = definition(x.double(), weights.double(), [2, 4, 8])
+    check([y, *grads], [expected, *torch.autograd.grad(expected.sum(), (x, weights))], TOLERANCES[torch.float32])
+
+
+def test_meta():
+    x, weights = torch.empty(2, 4, 9, 7, device='meta'), torch.empty(2, 3, 1, 9, 7, device='meta')
+    y, grad_x, grad_weights = results(mix_bands, x, weights, [2, 4, 8], 'triton')
+    assert y.shape == grad_x.shape == x.shape and grad_weights.shape == weights.shape
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_flops(device):
+    """Those of the backend for CPUs: what a padded block does more is not counted."""
+    x, weights = (t.requires_grad_() for t in Case(12, 10, 4).inputs(torch.float32, device))
+    with FlopCounterMode(display=False) as counter:
+        y = mix_bands(x, weights, [2, 4, 8], 'triton')
+        y.backward(y.detach())
+    assert counter.get_total_flops() == 6 * multiply_adds(x.shape, [2, 4, 8])
+
+
+# where it cannot run
+
+
+def test_named_form_says_why_it_cannot_run(monkeypatch):
+    x, weights = (t.float() for t in Case(4, 4).inputs(torch.float32))
+    with pytest.raises(NotImplementedError, match='float16, bfloat16, float32, float64, not int32'):
+        mix_bands(x.int(), weights, [2, 4, 8], 'triton')
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    with pytest.raises(NotImplementedError, match="backend='triton'.*does not run on cpu.*TRITON_INTERPRET=1"):
+        mix_bands(x, weights, [2, 4, 8], 'triton')
+    monkeypatch.setattr(triton_support, 'unavailable', lambda: 'Triton is not installed (no module)')
+    with pytest.raises(NotImplementedError, match="backend='triton'.*not installed"):
+        mix_bands(x, weights, [2, 4, 8], 'triton')

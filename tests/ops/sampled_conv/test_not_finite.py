@@ -1,0 +1,58 @@
+"""Values that are not finite, which no call looks at: they show where they are read, and nowhere else."""
+import pytest
+import timm
+import torch
+
+from fadc_timm.ops import adaptive_dilated_conv2d, list_backends
+from tests.support.op_checks import operator
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def runs(backend):
+    try:
+        operator(backend=backend)()
+    except NotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('backend', [name for name in list_backends() if runs(name)])
+def test_operator_passes_on_what_is_not_finite(backend, groups, value):
+    """As a convolution: outputs that read the value are not finite, and no other sample is touched."""
+    def call(**changed):
+        torch.manual_seed(0)
+        args = dict(x=torch.randn(3, 4, 9, 9), weight=torch.randn(4, 4 // groups, 3, 3),
+                    dilation=torch.rand(3, 1, 9, 9) + 1.1, mask=torch.rand(3, 9, 9, 9))
+        for name, index in changed.items():
+            args[name][index] = value
+        return adaptive_dilated_conv2d(**args, groups=groups, backend=backend)
+
+    clean = call()
+    assert clean.isfinite().all()
+    for changed in (dict(x=(1, 0, 4, 4)), dict(mask=(1, 4, 4, 4)), dict(x=(1, 0, 4, 4), mask=(1, 4, 4, 4))):
+        y = call(**changed)
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+        assert not y[1, 0, 4, 4].isfinite() and y[1, 0, 0, 0].isfinite()
+    assert not call(weight=(0, 0, 1, 1))[:, 0, 4, 4].isfinite().any()
+    if value != value:  # an infinite dilation lies outside of the map, or has no place at all
+        y = call(dilation=(1, 0, 4, 4))
+        assert torch.equal(y[[0, 2]], clean[[0, 2]]) and y[1, :, 4, 4].isnan().all()
+        assert y.isnan().sum() == 4
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc'])
+@torch.no_grad()
+def test_network_passes_on_what_is_not_finite(name, value):
+    """One bad pixel shows in that image's logits, as in the base, and in no other image's."""
+    net = timm.create_model(name, num_classes=10).eval()
+    x = torch.randn(3, 3, 64, 64)
+    clean = net(x)
+    x[1, 0, 30, 30] = value
+    y = net(x)
+    assert not y[1].isfinite().any()
+    torch.testing.assert_close(y[[0, 2]], clean[[0, 2]])
+    assert not timm.create_model(name.removesuffix('_fadc'), num_classes=10).eval()(x)[1].isfinite().any()

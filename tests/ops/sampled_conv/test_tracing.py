@@ -1,0 +1,117 @@
+"""The operator traced, compiled and scripted: shapes decide, values are never looked at."""
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fadc_timm.ops import adaptive_dilated_conv2d, list_backends
+from fadc_timm.ops.sampled_conv.scripted import scripted_conv2d
+from tests.support import cases
+from tests.support.cases import GAINS, OpCase
+from tests.support.marks import needs_dynamo
+from tests.support.op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless_runs
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+TRACED = [CASE['everything'], CASE['depthwise'], CASE['dilation_groups_across']]
+
+
+@pytest.mark.parametrize('case', [*TRACED, CASE['stride2'], CASE['out_larger'], CASE['batch0_depthwise']], ids=ids)
+@pytest.mark.parametrize('backend', [None, *list_backends()])
+def test_meta(backend, case):
+    inputs = cases.make_inputs(case, torch.float32, device='meta')
+    if backend is not None:
+        skip_unless_runs(case, inputs, backend)
+    results = cases.results(case, inputs, backend)
+    assert results['out'].shape == (case.x[0], case.o, *case.out_size)
+    assert all(t.device.type == 'meta' for t in results.values())
+    assert all(results[name].shape == t.shape for name, t in inputs.items())
+
+
+@pytest.mark.parametrize('case', TRACED, ids=ids)
+@pytest.mark.parametrize('backend', [None, *list_backends()])
+def test_fake_tensors(backend, case):
+    real = cases.make_inputs(case, torch.float32)
+    with FakeTensorMode():
+        inputs = {name: torch.empty(t.shape, requires_grad=True) for name, t in real.items()}
+        if backend is not None:
+            skip_unless_runs(case, inputs, backend)
+        y = cases.call(case, inputs, backend)
+        grads = torch.autograd.grad(y, list(inputs.values()), torch.empty_like(y))
+    assert y.shape == (case.x[0], case.o, *case.out_size) and y.is_contiguous() and y.device.type == 'cpu'
+    assert [g.shape for g in grads] == [t.shape for t in inputs.values()]
+
+
+@needs_dynamo
+@pytest.mark.parametrize('backend, case', [
+    ('reference', CASE['k1']), *((name, case) for name in BACKEND_NAMES for case in TRACED)], ids=ids)
+def test_compile(backend, case):
+    inputs = cases.make_inputs(case, torch.float32)
+    skip_unless_runs(case, inputs, backend)
+    torch.compiler.reset()
+    compiled = torch.compile(cases.call, fullgraph=True, backend='aot_eager')
+    y = compiled(case, inputs, backend)
+    grads = torch.autograd.grad(y, list(inputs.values()), cases.output_gradient(case, y))
+    actual = {'out': y.detach(), **dict(zip(inputs, grads))}
+    check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
+
+
+@needs_dynamo
+@pytest.mark.parametrize('backend, groups', [(None, 4), *((name, 1) for name in BACKEND_NAMES)])
+def test_compile_any_size(backend, groups):
+    """One graph serves every batch and size."""
+    # none of the sizes is another's, or 9, the number of taps: the graph would be made for that
+    sizes = [OpCase(f'any_size_{i}', (2 + i, 4, 7 + i, 11 + 2 * i), 4, groups=groups) for i in range(3)]
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def run(x, weight, dilation, mask, bias, *gains):
+        return adaptive_dilated_conv2d(
+            x, weight, dilation, mask, bias, gains=gains, groups=groups, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for case in sizes:
+        inputs = cases.make_inputs(case, torch.float32)
+        if backend is not None:
+            skip_unless_runs(case, inputs, backend)
+        expected = cases.oracle(case, torch.float32)['out']
+        assert cases.error(compiled(*inputs.values()).detach(), expected) <= cases.tolerance('out', torch.float32)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize('name', ['everything', 'only_mask', 'stride2', 'groups2', 'depthwise', 'dilation_groups2'])
+def test_script(name, dtype):
+    case = CASE[name]
+    inputs = cases.make_inputs(case, dtype)
+    y = torch.jit.script(scripted_conv2d)(
+        inputs['x'], inputs['weight'], inputs['dilation'], inputs['mask'], inputs.get('bias'),
+        tuple(inputs.get(gain) for gain in GAINS), case.stride[0], case.k // 2, case.groups)
+    grads = torch.autograd.grad(y, list(inputs.values()), cases.output_gradient(case, y))
+    check(case, inputs, {'out': y.detach(), **dict(zip(inputs, grads))}, cases.oracle(case, dtype), dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize('name', ['gains', 'plain', 'batch0', 'dilation_groups_across', 'depthwise', 'stride2'])
+def test_opcheck_sampled_conv2d(name, dtype):
+    """Schema, fake kernel and autograd formula of the operator behind `gather`."""
+    case = CASE[name]
+    inputs = cases.make_inputs(case, dtype)
+    gains = [inputs.get(name) for name in GAINS]
+    split = any(g is not None for g in gains)
+    options = ([*case.stride], [case.k // 2] * 2, case.groups)
+    operator, backward = torch.ops.fadc_timm.sampled_conv2d, torch.ops.fadc_timm.sampled_conv2d_backward
+    # in half precision the graph that is made may round in another order
+    tests = {} if dtype == torch.float32 else {'test_utils': ('test_schema', 'test_faketensor')}
+    weights = [inputs['weight']]
+    if not split:
+        weights.append(inputs['weight'].expand(case.x[0], *inputs['weight'].shape))
+    for weight in weights:
+        args = (inputs['x'], inputs['dilation'], inputs.get('mask'), weight.detach().requires_grad_(),
+                inputs.get('bias'), *gains, split, gains[3] is not None, *options)
+        torch.library.opcheck(operator, args, **tests)
+        x, dilation, mask, weight, bias, *rest = (a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        y, high = operator(x, dilation, mask, weight, bias, *rest)
+        rest.pop(5)
+        torch.library.opcheck(backward, (torch.randn_like(y), high, x, dilation, mask, weight, *rest), **tests)

@@ -1,0 +1,233 @@
+"""scripts.segmentation.train: its losses, training resumed to the bit, and the script itself."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import fadc_timm
+import fadc_timm.losses
+from scripts.segmentation.batches import Samples
+from scripts.segmentation.engine import Objective, Recipe, World, train
+from scripts.segmentation.variants import apply_variant
+from tests.support.processes import torchrun
+from tests.support.segmentation_cases import Pictures, backbone, transform
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+CPU = World(torch.device('cpu'))
+
+
+# training
+
+
+class Small(nn.Module):
+    """A backbone and the smallest of heads, as segmentation_models_pytorch arranges them."""
+
+    def __init__(self, variant='fadc'):
+        super().__init__()
+        self.encoder = backbone(drop_path_rate=0.2)
+        apply_variant(self.encoder, variant)
+        self.head = nn.Conv2d(self.encoder.feature_info.channels()[-1], 3, 1)
+
+    def forward(self, x):
+        return nn.functional.interpolate(self.head(self.encoder(x)[-1]), x.shape[2:])
+
+
+def small_run(output, stop_at=0, config=None, batch=transform, **recipe):
+    torch.manual_seed(1)
+    model = Small()
+    width = model.encoder.feature_info.channels()[-2]
+    objective = Objective(model, nn.Sequential(nn.Conv2d(width, 3, 1), nn.Dropout(0.1)), 0.4)
+    recipe = Recipe(**{**dict(steps=6, batch=2, lr=1e-2, warmup=1, seed=5), **recipe})
+    return train(objective, Samples(Pictures(), batch, recipe.seed), recipe, output, config or {'a': 1}, CPU,
+                 log_every=2, save_every=3, stop_at=stop_at)
+
+
+def losses(path):
+    with (path / 'log.csv').open(newline='') as file:
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('recipe', [dict(), dict(amp='bfloat16', ema=0.9)], ids=['float32', 'amp_ema'])
+def test_resume(recipe, tmp_path, capsys):
+    """The same losses and weights as without a break, in the middle of a row of the log."""
+    whole = small_run(tmp_path / 'whole', **recipe)
+    small_run(tmp_path / 'broken', stop_at=3, **recipe)
+    assert [row['step'] for row in losses(tmp_path / 'broken')] == ['2']
+    resumed = small_run(tmp_path / 'broken', **recipe)
+    assert 'after 3 of 6 steps' in capsys.readouterr().out
+    assert losses(tmp_path / 'broken') == losses(tmp_path / 'whole')
+    assert [row['step'] for row in losses(tmp_path / 'whole')] == ['2', '4', '6']
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
+    initial = Small().state_dict()
+    assert all(not torch.equal(v, initial[k]) for k, v in whole.state_dict().items()
+               if 'ada_' in k and k.endswith('weight'))
+    # what is there is finished, and another run's is refused
+    assert losses(tmp_path / 'whole')[-1]['step'] == '6'
+    with pytest.raises(RuntimeError, match='is of another run: a is 2, was 1'):
+        small_run(tmp_path / 'whole', config={'a': 2}, **recipe)
+
+
+def test_not_finite(tmp_path):
+    def broken(image, mask, rng):
+        x, y = transform(image, mask, rng)
+        return x * float('nan'), y
+
+    with pytest.raises(RuntimeError, match='The loss is nan in one of the 2 steps up to 2'):
+        small_run(tmp_path, batch=broken)
+    assert not (tmp_path / 'last.pt').exists()
+
+
+def test_loss():
+    """The mean over all pixels; those that are ignored count as zero, and a batch of them alone gives no NaN."""
+    logits = torch.tensor([[[[2.0, 0.0, 1.0]], [[0.0, 0.0, 3.0]]]])
+    y = torch.tensor([[[0, 1, 255]]])
+    expected = (np.log1p(np.exp(-2.0)) + np.log(2.0)) / 3
+    assert Objective._loss(logits, y).item() == pytest.approx(expected)
+    assert Objective._loss(logits, torch.full_like(y, 255)).item() == 0
+
+
+def test_dilation_loss():
+    model = Small().eval()
+    x, y = torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+    with fadc_timm.losses.record_dilations(model) as records:
+        plain = Objective(model)(x, y)
+    extra = fadc_timm.losses.dilation_frequency_loss(records)
+    torch.testing.assert_close(Objective(model, dilation_loss=0.5)(x, y), plain + 0.5 * extra)
+    with pytest.raises(ValueError, match='a loss for AdaDR, which this network has not'):
+        Objective(Small('dcnv2'), dilation_loss=0.5)
+
+
+# the script
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set in the layout `folder`: halves of two grey values, one pixel unlabelled."""
+    root, rng = tmp_path / 'data', np.random.default_rng(0)
+    root.mkdir()
+    (root / 'classes.txt').write_text('left\nright\n')
+    for split, count in (('train', 4), ('val', 2)):
+        for i in range(count):
+            mask = np.zeros((40, 48), np.uint8)
+            mask[:, int(rng.integers(12, 36)):] = 1
+            noise = rng.integers(0, 60, (40, 48, 3))
+            mask[0, 0] = 255
+            for kind, array in (('images', (noise + 120 * (mask == 1)[..., None]).astype(np.uint8)), ('masks', mask)):
+                path = root / split / kind / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    return root
+
+
+OPTIONS = ['--backbone', 'test_resnet_fadc', '--decoder-channels', '8', '--crop', '32', '--batch', '2', '--steps', '6',
+           '--warmup', '1', '--lr', '1e-3', '--ema', '0.5', '--aux-loss', '0.4', '--data', 'folder', '--log-every', '1',
+           '--save-every', '2', '--threads', '1', '--device', 'cpu']
+
+
+def main(*args):
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation import train as train_segmentation
+    return train_segmentation.main([str(a) for a in args])
+
+
+# the script, killed once in the middle of writing the checkpoint of step 4, where that is asked for
+WORKER = '''
+import os, signal, sys
+from scripts.segmentation import train as train_segmentation
+from scripts.segmentation import checkpoint
+save = checkpoint.torch.save
+def save_half(state, part):
+    save(state, part)
+    if state['step'] == 4 and not os.path.exists(os.environ['KILLED']):
+        open(os.environ['KILLED'], 'w').close()
+        os.truncate(part, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+if 'KILLED' in os.environ:
+    checkpoint.torch.save = save_half
+sys.exit(train_segmentation.main())
+'''
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Path of the script as `WORKER` changes it."""
+    pytest.importorskip('segmentation_models_pytorch')
+    path = tmp_path / 'worker.py'
+    path.write_text(WORKER)
+    return path
+
+
+def test_script(folder, worker, tmp_path, capsys):
+    """Killed and resumed as left alone; then tested, with the averaged weights, again by --eval."""
+    args = [*OPTIONS, '--root', folder]
+    assert main(*args, '--output', tmp_path / 'whole', '--eval-every', 3, '--overlays', 1) == 0
+    out = capsys.readouterr().out
+    assert 'upernet over test_resnet, fadc' in out and '5 convolutions replaced' in out and 'folder: 4 images' in out
+    command = [sys.executable, worker, *args, '--output', tmp_path / 'killed']
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={
+        **os.environ, 'OMP_NUM_THREADS': '1', 'KILLED': str(tmp_path / 'mark'),
+        'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert [row['step'] for row in losses(tmp_path / 'killed')] == ['1', '2', '3', '4']
+    assert main(*args, '--output', tmp_path / 'killed') == 0
+    assert 'after 2 of 6 steps' in capsys.readouterr().out
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    assert not list((tmp_path / 'killed').glob('.*'))
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'killed')]
+    assert results[0] == results[1] and results[0]['classes'] == ['left', 'right'] and results[0]['images'] == 2
+    assert (results[0]['config']['backbone'], results[0]['config']['variant']) == ('test_resnet', 'fadc')
+    assert results[0]['added'] > 0
+    assert (tmp_path / 'whole' / 'val.csv').read_text().splitlines()[0] == 'step,miou,accuracy'
+    assert main('--eval', tmp_path / 'whole' / 'last.pt', '--root', folder, '--overlays', 2, '--device', 'cpu') == 0
+    tested = json.loads((tmp_path / 'whole' / 'eval.json').read_text())
+    assert tested['miou'] == results[0]['miou'] and tested['iou'] == results[0]['iou']
+    assert sorted(p.name for p in (tmp_path / 'whole' / 'overlays_test').iterdir()) == ['0.png', '1.png']
+    # the checkpoint is one for --init
+    from scripts.segmentation.model import build
+    built = build('test_resnet', 7, 'fadc', init=str(tmp_path / 'whole' / 'last.pt'))
+    ema = torch.load(tmp_path / 'whole' / 'last.pt', weights_only=True)['model_ema']
+    key = next(k for k in built.model.encoder.model.state_dict() if k.endswith('.ada_dr.conv.weight'))
+    assert 'model_ema' in built.loaded and torch.equal(
+        built.model.encoder.model.state_dict()[key], ema[f'encoder.model.{key}'])
+    # finished: nothing is trained again, and another recipe is refused
+    assert main(*args, '--output', tmp_path / 'whole') == 0
+    assert main(*args, '--output', tmp_path / 'whole', '--lr', '1e-2') == 1
+    assert 'is of another run: lr is 0.01, was 0.001' in capsys.readouterr().err
+
+
+def test_two_processes(folder, worker, tmp_path):
+    """Under torchrun one process writes, each sees its half of the crops, and a killed run goes on by itself."""
+    args = [*OPTIONS, '--batch', '4', '--root', folder, '--output']
+    out = torchrun(worker, *args, tmp_path / 'whole')
+    assert out.count('5 convolutions replaced') == 1 and out.count('statistics of each process for itself') == 1
+    out = torchrun(worker, *args, tmp_path / 'killed', KILLED=str(tmp_path / 'mark'))
+    assert (tmp_path / 'mark').exists() and out.count('after 2 of 6 steps') == 1
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'killed')]
+    assert results[0] == results[1] and results[0]['step'] == 6 and results[0]['images'] == 2
+    # one process of the same batch has other norms and dropout, but not another problem
+    torchrun(worker, *args, tmp_path / 'one', processes=1)
+    for one, two in zip(losses(tmp_path / 'one'), losses(tmp_path / 'whole'), strict=True):
+        assert float(one['loss']) == pytest.approx(float(two['loss']), rel=0.5) and one['loss'] != two['loss']
+
+
+def test_script_errors(folder, tmp_path, capsys):
+    args = [*OPTIONS, '--root', folder, '--output', tmp_path / 'out']
+    Image.fromarray(np.full((40, 48), 7, np.uint8)).save(folder / 'train' / 'masks' / '2.png')
+    assert main(*args) == 1
+    assert f'{folder}/train/masks/2.png: wrong label 7' in capsys.readouterr().err
+    (folder / 'train' / 'masks' / '2.png').unlink()
+    assert main(*args) == 1
+    assert f'{folder}/train/images/2.png: image without a mask' in capsys.readouterr().err
+    assert main(*OPTIONS, '--root', tmp_path / 'none', '--output', tmp_path / 'out') == 1
+    assert 'none: no such folder' in capsys.readouterr().err
+    assert not (tmp_path / 'out' / 'last.pt').exists()

@@ -1,0 +1,28 @@
+"""The one way in which tests move FADC off the identity."""
+import torch
+from torch import nn
+
+from fadc_timm import AdaDR, AdaKern, FreqSelect
+
+
+@torch.no_grad()
+def off_identity(module, std=1.0):
+    """Random values for all that FADC adds, so that bands, gains, dilations and masks are in play; in place.
+
+    The parameters of the convolutions themselves stay. The size does not follow the input, as that of
+    `scripts.bench.subjects.leave_identity` does, which is for times.
+
+    Args:
+        module: A model, a layer, or a module of FADC alone.
+        std: Standard deviation of what a filter with inputs of deviation one puts out.
+    """
+    parts = [m for m in module.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR))]
+    for part in parts:
+        for p in part.parameters():
+            p.add_(torch.randn_like(p) * std / p[0].numel() ** 0.5)
+    for part in parts:
+        for m in part.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(std=0.2)
+                m.running_var.uniform_(0.2, 0.5)
+    return module

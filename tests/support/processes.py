@@ -1,0 +1,28 @@
+"""Scripts in processes of their own."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(*arguments, processes=2, **env):
+    """Run a script with its arguments under torchrun with one restart, or, for one process, by itself."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=1']
+    environment = {**os.environ, **env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(
+        [str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    # torchrun keeps one store for all restarts, where new processes find the addresses of the dead (pytorch#135712)
+    environment['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)], env=environment,
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def python(code, **env):
+    """Run code from the root of the checkout, with Triton's kernels compiled, and give what it prints."""
+    environment = {n: v for n, v in os.environ.items() if n != 'TRITON_INTERPRET'}
+    return subprocess.run([sys.executable, '-c', code], env={**environment, **env}, cwd=ROOT, capture_output=True,
+                          text=True, check=True).stdout
