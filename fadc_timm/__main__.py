@@ -1,4 +1,5 @@
 """`python -m fadc_timm`: the command line."""
 from .cli import main
 
-raise SystemExit(main())
+if __name__ == '__main__':
+    raise SystemExit(main())

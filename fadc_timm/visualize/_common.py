@@ -22,7 +22,7 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
     Args:
         model: Its training flags are restored afterwards.
         x: (B, C, H, W) input on the model's device, already normalised.
-        callback: See :func:`fadc_timm.layers.watch.watch_layers`.
+        callback: See :func:`fadc_timm.layers.hooks.watch_layers`.
 
     Raises:
         ValueError: The model has no FADConv2d layer, or none of them ran.

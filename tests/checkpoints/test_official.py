@@ -1,4 +1,4 @@
-"""The authors' layers and checkpoints against vectors of their own code, see official_vectors/README.md."""
+"""The authors' layers and checkpoints against vectors of their own code, see data/official_vectors/README.md."""
 import json
 import logging
 

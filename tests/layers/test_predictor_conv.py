@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('k, padding', [(1, 0), (3, 1), (3, 0), (3, 2), (3, 4), (5, 3), (7, 3), ((3, 5), (0, 4))])
 @pytest.mark.parametrize('outputs', [1, 4, 5])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_few_outputs(layout, outputs, k, padding, bias):
+def test_predictor_conv(layout, outputs, k, padding, bias):
     """The convolution, whatever way it is computed, and its gradients."""
     torch.manual_seed(0)
     conv = nn.Conv2d(6, outputs, k, padding=padding, bias=bias, dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_few_outputs(layout, outputs, k, padding, bias):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 9), (7, 8)])
-def test_few_outputs_compiled(size):
+def test_predictor_conv_compiled(size):
     """The form for inductor, on maps smaller than the kernel too."""
     torch.compiler.reset()
     conv = nn.Conv2d(4, 1, 7, padding=3, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_few_outputs_compiled(size):
         assert error(g, e) < 1e-13
 
 
-def test_few_outputs_calls_hooks():
+def test_predictor_conv_calls_hooks():
     conv, calls = nn.Conv2d(6, 1, 3), []
     conv.register_forward_hook(lambda *_: calls.append(1))
     convolve(conv, torch.randn(1, 6, 5, 5))
