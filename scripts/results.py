@@ -82,7 +82,13 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the commit, with '+' where the tree differs from it in more than what the benchmarks write."""
+    """Short hash of the commit, with '+' where the tree differs from it in more than what the benchmarks write.
+
+    BENCH_COMMIT in the environment comes before it, for a copy of the tree without git.
+    """
+    if os.environ.get('BENCH_COMMIT'):
+        return os.environ['BENCH_COMMIT']
+
     def git(*args: str) -> str:
         return subprocess.run(
             ['git', '-C', str(RESULTS.parents[1]), *args], capture_output=True, text=True, check=True).stdout.strip()

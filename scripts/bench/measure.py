@@ -27,7 +27,7 @@ MIN_REPEATS = 3
 def environment(setting: Setting) -> Row:
     """The columns of a row that say where, when and how."""
     return {
-        'compile': 'yes' if setting.compile else 'no', 'dtype': setting.amp or 'float32',
+        'compile': setting.compile, 'dtype': setting.amp or 'float32',
         'threads': str(torch.get_num_threads()), 'device': device_name(setting.device),
         'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
         'commit': commit(), 'date': datetime.date.today().isoformat()}

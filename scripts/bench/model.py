@@ -5,6 +5,7 @@
     python -m scripts.bench.model --model resnet50_fadc --what inference train  # some of them
     python -m scripts.bench.model --model resnet50d_fadc --batch 8 --size 288   # another case
     python -m scripts.bench.model --device cuda --amp float16 --channels-last   # the table for GPUs
+    python -m scripts.bench.model --device cuda --amp float16 --channels-last --compile graph  # in CUDA graphs alone
     python -m scripts.bench.model --check                                       # fail where a ratio was lost
 
 Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (bench/today.py); `fadc`,
@@ -17,6 +18,10 @@ parameters are off the identity, and before a case is timed, all but `plain` mus
 * memory: the largest number of megabytes of tensors during a training step;
 * per-pixel: the time of a pixel at one size over that at 224, its ratio is the growth over that of the plain network;
 * import: `import timm` and `import fadc_timm` in new processes, the ratio is the *difference in seconds*.
+
+Compile: `no` is eager, `yes` through inductor, `graph` captured in a CUDA graph, `reduce-overhead` is inductor in the
+mode of that name. The ratio is to the plain network run in the same way. A variant that cannot be captured has no row,
+its reason is printed.
 
 Rows go to scripts/results/bench_model.csv, each in place of the one with its case, quantity, variant, device, dtype and
 compile; `python -m scripts.checks.doc_tables` brings them into the README.
@@ -44,13 +49,14 @@ from scripts.bench.measure import (
     pick_format,
     run_jobs,
 )
-from scripts.bench.subjects import Setting, Step, make_models, make_step, place, training_state
+from scripts.bench.subjects import COMPILE, Setting, Step, make_models, make_step, place, training_state
 from scripts.results import RESULTS, Row, Samples, make_rows
 
 OUTPUT = RESULTS / 'bench_model.csv'
 VARIANTS = ('plain', 'today', 'fadc', 'triton')
 WHAT = ('inference', 'train', 'memory', 'per-pixel', 'import')
 SMALL = 224  # side that per-pixel compares with
+CAPTURED = ('graph', 'reduce-overhead')
 
 
 class Case(NamedTuple):
@@ -60,7 +66,7 @@ class Case(NamedTuple):
     batch: int = 1
     size: int = SMALL
     target: Optional[float] = None
-    compile: bool = False
+    compile: str = 'no'
     eager_target: Optional[float] = None
 
     @property
@@ -84,21 +90,28 @@ CASES = (
     Case('convnext_tiny_fadc', 'train', 2, 224, 2.2),
     Case('resnet50_fadc', 'memory', 4, 224, 1.5),
     Case('resnet50_fadc', 'per-pixel', 1, 1024, 1.1),
-    Case('resnet50_fadc', 'inference', 4, 224, 1.3, compile=True, eager_target=1.),
-    Case('resnet50_fadc', 'train', 4, 224, 1.3, compile=True, eager_target=1.),
-    Case('convnext_tiny_fadc', 'inference', 4, 224, 1.6, compile=True),
-    Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile=True),
+    Case('resnet50_fadc', 'inference', 4, 224, 1.3, compile='yes', eager_target=1.),
+    Case('resnet50_fadc', 'train', 4, 224, 1.3, compile='yes', eager_target=1.),
+    Case('convnext_tiny_fadc', 'inference', 4, 224, 1.6, compile='yes'),
+    Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile='yes'),
     Case('', 'import', target=0.1),
 )
 # and these for an H100 or H200 and half precision.
 CUDA_CASES = (
-    Case('resnet50_fadc', 'inference', 64, 224, 1.5),
-    Case('resnet50_fadc', 'inference', 16, 512, 1.5),
-    Case('resnet50_fadc', 'train', 64, 224, 1.5),
-    Case('resnet50_fadc', 'train', 16, 512, 1.5),
-    Case('resnet50_fadc', 'memory', 64, 224, 1.25),
+    Case('resnet50_fadc', 'inference', 64, 224, 2.),
+    Case('resnet50_fadc', 'train', 64, 224, 2.4),
+    Case('resnet50_fadc', 'inference', 16, 512, 1.8),
+    Case('resnet50_fadc', 'train', 16, 512, 2.2),
     Case('convnext_tiny_fadc', 'inference', 64, 224, 2.),
-    Case('convnext_tiny_fadc', 'train', 64, 224, 2.),
+    Case('convnext_tiny_fadc', 'train', 64, 224, 2.5),
+    Case('resnet50_fadc', 'memory', 64, 224, 1.25),
+    *(case for compile in CAPTURED for case in (
+        Case('resnet50_fadc', 'inference', 64, 224, 1.5, compile=compile),
+        Case('resnet50_fadc', 'train', 64, 224, 1.7, compile=compile),
+        Case('resnet50_fadc', 'inference', 16, 512, 1.5, compile=compile),
+        Case('resnet50_fadc', 'train', 16, 512, 1.7, compile=compile),
+        Case('convnext_tiny_fadc', 'inference', 64, 224, 2., compile=compile),
+        Case('convnext_tiny_fadc', 'train', 64, 224, 2.5, compile=compile))),
 )
 
 
@@ -123,6 +136,18 @@ def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
             raise RuntimeError(f'{a} and {b} differ by {error:.1e} of the largest logit, over {limit:.0e}.')
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong first: a capture that is broken off raises once more at its end."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+
+
+def _skipped_graphs() -> int:
+    """How often inductor has gone without CUDA graphs that were asked for."""
+    return int(torch._dynamo.utils.counters['inductor']['cudagraph_skips'])
+
+
 def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
     """inference, train."""
     models = make_models(case.model, args.variants)
@@ -134,24 +159,35 @@ def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> Lis
     steps: Dict[str, Step] = {}
 
     def add(name: str, model: nn.Module, setting: Setting) -> None:
-        def make(memory_format: str, compile: bool = False) -> Step:
+        def make(memory_format: str, compile: str = 'no') -> Step:
             return make_step(
                 *place(model, x, setting.device, memory_format), case.what, setting._replace(compile=compile))
 
         # the format is chosen without compiling, which takes minutes for each
         formats[name], steps[name] = pick_format(make, clock, formats_to_try(args.memory_format))
-        if setting.compile:
-            steps[name] = make(formats[name], compile=True)
-            clock(steps[name], 3)
+        if setting.compile != 'no':
+            del steps[name]
+            skipped = _skipped_graphs()
+            compiled = make(formats[name], setting.compile)
+            clock(compiled, 3)
+            if setting.device == 'cuda' and _skipped_graphs() > skipped:
+                raise RuntimeError("inductor has skipped its CUDA graphs, TORCH_LOGS=perf_hints says why")
+            steps[name] = compiled
 
     for variant, model in models.items():
-        add(variant, model, setting)
-    to_eager = [v for v in ('plain', 'fadc') if case.compile and v in models]
+        try:
+            add(variant, model, setting)
+        except Exception as error:
+            if variant == 'plain' or case.compile not in CAPTURED:
+                raise
+            print(f'LEFT OUT {case.name}, {case.what}, {case.compile}, {setting.amp or "float32"}, {variant}: '
+                  f'{reason(error)}', flush=True)
+    to_eager = [v for v in ('plain', 'fadc') if case.compile == 'yes' and v in models]
     for variant in to_eager:
-        add(f'{variant} eager', models[variant], setting._replace(compile=False))
+        add(f'{variant} eager', models[variant], setting._replace(compile='no'))
     samples = interleave(steps, clock, args.repeats, args.max_time)
     env = environment(setting)
-    rows = make_rows(case.name, case.what, {v: samples[v] for v in models}, formats, env, targets(case))
+    rows = make_rows(case.name, case.what, {v: samples[v] for v in models if v in samples}, formats, env, targets(case))
     eager_targets = {} if case.eager_target is None else {'fadc': case.eager_target}
     for variant in to_eager:
         pair = {v: samples[v] for v in (f'{variant} eager', variant)}
@@ -238,9 +274,10 @@ def select_cases(args: argparse.Namespace) -> List[Case]:
     what = args.what or WHAT
     if args.batch is None and args.size is None:
         return [c for c in table if c.what in what and (not args.model or c.model in args.model)
-                and args.compile in (None, c.compile)]
+                and c.compile in (args.compile or COMPILE)]
     known = {c._replace(target=None, eager_target=None): c for c in table}
-    cases = [Case(m, w, args.batch or 4, args.size or SMALL, compile=bool(args.compile))
+    cases = [Case(m, w, args.batch or 4, args.size or SMALL, compile=compile)
+             for compile in args.compile or ['no']
              for m in args.model or ['resnet50_fadc'] for w in args.what or ['inference']]
     return [known.get(c, c) for c in cases]
 
@@ -252,7 +289,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, help='with --size: a case of your own (default: 4)')
     parser.add_argument('--size', type=int, help='with --batch: a case of your own (default: 224)')
     parser.add_argument(
-        '--compile', action=argparse.BooleanOptionalAction, help='through inductor; default: as in the table')
+        '--compile', nargs='+', choices=COMPILE, help='ways to run; default: all of the table, or eager for your own')
     parser.add_argument(
         '--variants', type=lambda s: tuple(s.split(',')), help="comma-separated, plain is always measured (default: "
         f"{','.join(VARIANTS)}, the last on CUDA alone, with --check without today's)")
@@ -273,11 +310,11 @@ def main() -> int:
     cases = select_cases(args)
     if not cases:
         raise SystemExit('The table has no such case: give --batch and --size for one of your own.')
-    if any(c.compile for c in cases):
+    if any(c.compile not in ('no', 'graph') for c in cases):
         # a case has up to six compiled networks alive, and one that fell back to eager would be timed as compiled
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-    jobs = [(f'{c.name}, {c.what}', functools.partial(measure, c, args)) for c in cases]
+    jobs = [(f'{c.name}, {c.what}, {c.compile}', functools.partial(measure, c, args)) for c in cases]
     return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
 
 

@@ -13,19 +13,29 @@ from fadc_timm import FADConv2d
 from fadc_timm.ops import set_backend
 from scripts.bench.today import make_today
 
-__all__ = ['AMP_DTYPES', 'FORMATS', 'Setting', 'leave_identity', 'make_models', 'make_step', 'place', 'training_state']
+__all__ = [
+    'AMP_DTYPES', 'COMPILE', 'FORMATS', 'Setting', 'captured', 'leave_identity', 'make_models', 'make_step', 'place',
+    'training_state']
 
 Step = Callable[[], Any]
 
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+COMPILE = ('no', 'yes', 'graph', 'reduce-overhead')
+
+# Of the largest value of a step's result: by how much a captured step may differ from an eager one.
+_CAPTURE_TOLERANCE = 5e-2
 
 
 class Setting(NamedTuple):
-    """How a step runs: on which device, under autocast to which dtype ('' for none), through inductor or eager."""
+    """How a step runs: on which device, under autocast to which dtype ('' for none), and in which way.
+
+    compile: 'no' is eager, 'yes' through inductor, 'graph' captured in a CUDA graph, 'reduce-overhead' is inductor in
+        that mode.
+    """
     device: str = 'cpu'
     amp: str = ''
-    compile: bool = False
+    compile: str = 'no'
 
     def autocast(self) -> Any:
         if not self.amp:
@@ -167,6 +177,47 @@ def training_state(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
 
 
+def captured(step: Step, warm_up: int = 3) -> Step:
+    """A step in a CUDA graph, in the way in which torch's documentation captures a whole network.
+
+    Args:
+        step: Returns a tensor, the same one at every call, nearly.
+        warm_up: Number of calls before the capture, on a side stream.
+
+    Returns:
+        Replays the graph and returns its tensor.
+
+    Raises:
+        RuntimeError: The step cannot be captured, or the graph computes something else.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            expected = step().clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    error = float((replay() - expected).abs().max() / expected.abs().max())
+    if not error <= _CAPTURE_TOLERANCE:
+        raise RuntimeError(f'The captured step differs from the eager one by {error:.1e} of the largest value.')
+    return replay
+
+
+def _runnable(model: nn.Module, compile: str) -> Callable[[Tensor], Tensor]:
+    if compile not in COMPILE:
+        raise ValueError(f'compile must be one of {", ".join(COMPILE)}, got {compile!r}.')
+    if compile in ('no', 'graph'):
+        return model
+    return torch.compile(model, dynamic=False, mode=None if compile == 'yes' else compile)
+
+
 def make_step(
         model: nn.Module,
         x: Tensor,
@@ -184,21 +235,25 @@ def make_step(
         optimizer: Of a training step, None for :func:`training_state`.
     """
     model.train(what == 'train')
-    run = torch.compile(model, dynamic=False) if setting.compile else model
+    run = _runnable(model, setting.compile)
     if what == 'inference':
         def infer() -> Tensor:
+            if setting.compile == 'reduce-overhead':
+                torch.compiler.cudagraph_mark_step_begin()
             with torch.inference_mode(), setting.autocast():
                 return run(x)
-        return infer
+        return captured(infer) if setting.compile == 'graph' else infer
 
     state = training_state(model) if optimizer is None else optimizer
     labels = torch.arange(x.shape[0], device=x.device)
 
     def train() -> Tensor:
+        if setting.compile == 'reduce-overhead':
+            torch.compiler.cudagraph_mark_step_begin()
         state.zero_grad(set_to_none=True)
         with setting.autocast():
             loss = F.cross_entropy(run(x), labels)
         loss.backward()
         state.step()
         return loss.detach()
-    return train
+    return captured(train) if setting.compile == 'graph' else train

@@ -9,6 +9,9 @@ __all__ = ['operator', 'speed']
 
 NOT_MEASURED = 'not measured'
 
+_COMPILED = {
+    'no': '', 'yes': ', compiled', 'graph': ', in a CUDA graph', 'reduce-overhead': ', compiled to reduce overhead'}
+
 
 def _table(header: List[str], left: int, rows: List[List[str]]) -> str:
     """A table whose columns but the first `left` are aligned to the right."""
@@ -49,7 +52,7 @@ def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = ''
     against_eager = what.endswith('/eager')
     plain, today, fadc = (found.get(v) for v in ('plain', 'today', 'fadc'))
     triton = found.get('triton')
-    quantity = what.removesuffix('/eager') + (', compiled' if compiled == 'yes' else '')
+    quantity = what.removesuffix('/eager') + _COMPILED[compiled]
     quantity += ', against itself eager' if against_eager else ''
     if fadc is not None:
         target = fadc['target']
@@ -69,10 +72,9 @@ def speed() -> str:
     header = ['case', 'what', 'plain', "today's way", 'FADC', 'target', 'met']
     known = []
     for c in bench_model.CASES:
-        compiled = 'yes' if c.compile else 'no'
-        known.append((c.name, c.what, compiled, '' if c.target is None else f'{c.target:g}'))
+        known.append((c.name, c.what, c.compile, '' if c.target is None else f'{c.target:g}'))
         if c.eager_target is not None:
-            known.append((c.name, f'{c.what}/eager', compiled, f'{c.eager_target:g}'))
+            known.append((c.name, f'{c.what}/eager', c.compile, f'{c.eager_target:g}'))
     groups = _groups(stored)
     parts = []
     for (device, dtype), rows in groups.items():

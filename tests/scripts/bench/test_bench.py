@@ -1,8 +1,10 @@
 """The benchmark scripts: how they measure, and what they make of numbers."""
+import contextlib
 import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,9 +154,14 @@ def test_run_jobs(tmp_path, capsys):
 
 
 def test_environment():
-    row = measure.environment(subjects.Setting(amp='bfloat16', compile=True))
+    row = measure.environment(subjects.Setting(amp='bfloat16', compile='graph'))
     assert row['device'].startswith('cpu: ') and row['torch'] == torch.__version__ and row['threads'] == '1'
-    assert (row['dtype'], row['compile']) == ('bfloat16', 'yes')
+    assert (row['dtype'], row['compile']) == ('bfloat16', 'graph')
+
+
+def test_commit_from_the_environment(monkeypatch):
+    monkeypatch.setenv('BENCH_COMMIT', '1234567')
+    assert results.commit() == '1234567'
 
 
 # --- the table of cases ---
@@ -166,10 +173,15 @@ def cases(*argv):
 def test_select_cases():
     assert cases() == list(bench_model.CASES)
     assert cases('--device', 'cuda') == list(bench_model.CUDA_CASES)
-    assert {c.what for c in cases('--model', 'convnext_tiny_fadc', '--no-compile')} == {'inference', 'train'}
+    assert {c.what for c in cases('--model', 'convnext_tiny_fadc', '--compile', 'no')} == {'inference', 'train'}
     assert [c.target for c in cases('--batch', '4', '--size', '224', '--what', 'inference', 'train')] == [1.2, 1.35]
     assert cases('--model', MODEL, '--size', '64') == [bench_model.Case(MODEL, 'inference', 4, 64)]
     assert cases('--model', MODEL) == []
+    gpu = ('--device', 'cuda', '--model', 'resnet50_fadc', '--compile')
+    assert [(c.what, c.size, c.target) for c in cases(*gpu, 'graph')] == [
+        ('inference', 224, 1.5), ('train', 224, 1.7), ('inference', 512, 1.5), ('train', 512, 1.7)]
+    assert [c._replace(compile='graph') for c in cases(*gpu, 'reduce-overhead')] == cases(*gpu, 'graph')
+    assert [c.compile for c in cases('--model', MODEL, '--size', '64', '--compile', 'no', 'graph')] == ['no', 'graph']
     assert bench_model.parse_args([]).variants == ('plain', 'today', 'fadc')
     assert bench_model.parse_args(['--check']).variants == ('plain', 'fadc')
     assert bench_model.parse_args(['--device', 'cuda']).variants == ('plain', 'today', 'fadc', 'triton')
@@ -207,18 +219,96 @@ def test_speed_tables(tmp_path, monkeypatch):
             in speed_tables.speed())
 
 
+def test_quantity_says_how_it_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_model, 'OUTPUT', tmp_path / 'model.csv')
+    env = dict(device='cuda: Y', dtype='float16')
+    for compile in ('no', 'graph', 'reduce-overhead'):
+        results.replace_rows(bench_model.OUTPUT, make_rows([9., 18., 9.], 'r 64x224', compile=compile, **env))
+    speed = speed_tables.speed()
+    for what in ('inference', 'inference, in a CUDA graph', 'inference, compiled to reduce overhead'):
+        assert f'| r 64x224 | {what} | 10 ms |' in speed
+
+
 def test_compiled_against_eager(monkeypatch):
     """Each network to itself; what inductor makes of them is not of interest here."""
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda model, **_: compiled.append(model) or model)
     args = bench_model.parse_args(['--variants', 'fadc', '--repeats', '3'])
-    case = bench_model.Case(MODEL, 'inference', 1, 64, target=9., compile=True, eager_target=8.)
-    rows = bench_model.measure_times(case, args, subjects.Setting(compile=True))
+    case = bench_model.Case(MODEL, 'inference', 1, 64, target=9., compile='yes', eager_target=8.)
+    rows = bench_model.measure_times(case, args, subjects.Setting(compile='yes'))
     assert len(compiled) == 2
     assert [(r['what'], r['variant'], r['target']) for r in rows] == [
         ('inference', 'plain', ''), ('inference', 'fadc', '9'), ('inference/eager', 'plain eager', ''),
         ('inference/eager', 'plain', ''), ('inference/eager', 'fadc eager', ''), ('inference/eager', 'fadc', '8')]
     assert {r['ratio'] for r in rows if r['variant'].endswith('eager')} == {'1'}
+
+
+class Cuda:
+    """Stands in for torch.cuda: a graph that replays a value, and a log of what is called in which order."""
+
+    def __init__(self, change=0.):
+        self.log, self.change = [], change
+
+    def install(self, monkeypatch):
+        for name in ('Stream', 'CUDAGraph', 'current_stream', 'graph', 'stream'):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name, None) or self.make(name))
+        return self
+
+    def make(self, name):
+        def call(*args):
+            return SimpleNamespace(
+                wait_stream=lambda other: self.log.append('wait'), replay=lambda: self.log.append('replay'))
+        return call
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.log.append('aside')
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.log.append('capture')
+        yield
+
+    def step(self):
+        self.log.append('step')
+        return torch.ones(2) + self.change * ('capture' in self.log)
+
+
+def test_captured(monkeypatch):
+    cuda = Cuda().install(monkeypatch)
+    replay = subjects.captured(cuda.step, warm_up=2)
+    assert cuda.log == ['wait', 'aside', 'step', 'step', 'wait', 'capture', 'step', 'replay']
+    assert torch.equal(replay(), torch.ones(2)) and cuda.log[-1] == 'replay'
+    for change in (0.1, float('nan')):
+        with pytest.raises(RuntimeError, match='differs from the eager one'):
+            subjects.captured(Cuda(change).install(monkeypatch).step)
+
+
+def test_left_out_where_it_cannot_be_captured(monkeypatch, capsys):
+    """It has no row, and its reason is what broke the capture, not the error at its end."""
+    seen = []
+
+    def fails_the_second_time(step):
+        seen.append(step)
+        if len(seen) == 2:
+            try:
+                raise RuntimeError('cannot copy\nmore')
+            finally:
+                raise ValueError('the capture ends')
+        return step
+
+    monkeypatch.setattr(subjects, 'captured', fails_the_second_time)
+    args = bench_model.parse_args(['--variants', 'fadc', '--repeats', '3'])
+    case = bench_model.Case(MODEL, 'train', 2, 64, target=9., compile='graph')
+    rows = bench_model.measure_times(case, args, subjects.Setting(compile='graph'))
+    assert [(r['variant'], r['compile'], r['ratio']) for r in rows] == [('plain', 'graph', '1')]
+    assert (f'LEFT OUT {MODEL} 2x64, train, graph, float32, fadc: RuntimeError: cannot copy\n'
+            in capsys.readouterr().out)
+    # without the plain network there is nothing to compare with
+    monkeypatch.setattr(subjects, 'captured', lambda step: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench_model.measure_times(case, args, subjects.Setting(compile='graph'))
 
 
 def test_readme_has_the_markers():
