@@ -11,6 +11,7 @@ With FADC_TIMM_AUTOTUNE=1 in the environment the Triton kernels take the fastest
 import argparse
 import fnmatch
 import functools
+import re
 import sys
 
 import torch
@@ -31,6 +32,15 @@ WHAT = ('forward', 'forward+backward')
 SHAPES: dict[str, tuple[int, int]] = {f'{c}@{n}': (c, n) for c, n in (
     (128, 56), (128, 28), (256, 14), (512, 7), (192, 28), (384, 14), (768, 7), (128, 64), (256, 32), (512, 16),
     (128, 128))}
+
+
+def select_shapes(patterns: list[str]) -> dict[str, tuple[int, int]]:
+    """The shapes of the table whose names match, and those of other names C@N."""
+    shapes = {name: shape for name, shape in SHAPES.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+    for own in (re.fullmatch(r'(\d+)@(\d+)', pattern) for pattern in patterns):
+        if own is not None:
+            shapes[own[0]] = int(own[1]), int(own[2])
+    return shapes
 
 
 def make_steps(shape: tuple[int, int], what: str, batch: int, setting: Setting) -> dict[str, Step]:
@@ -57,10 +67,10 @@ def make_steps(shape: tuple[int, int], what: str, batch: int, setting: Setting) 
     return steps
 
 
-def measure(name: str, what: str, args: argparse.Namespace) -> list[Row]:
+def measure(name: str, shape: tuple[int, int], what: str, args: argparse.Namespace) -> list[Row]:
     setting = Setting(args.device, args.amp)
     clock = Clock(setting.device)
-    steps = make_steps(SHAPES[name], what, args.batch, setting)
+    steps = make_steps(shape, what, args.batch, setting)
     for step in steps.values():
         clock(step, 3)
     samples = interleave(steps, clock, args.repeats, args.max_time, min_sample=args.min_sample)
@@ -70,7 +80,8 @@ def measure(name: str, what: str, args: argparse.Namespace) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shapes', nargs='+', default=['*'], help="name patterns, '128@28' or '*@14'")
+    parser.add_argument(
+        '--shapes', nargs='+', default=['*'], help="name patterns, '128@28' or '*@14', or a shape of your own")
     parser.add_argument('--what', nargs='+', default=WHAT, choices=WHAT)
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument(
@@ -79,10 +90,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = [name for name in SHAPES if any(fnmatch.fnmatch(name, pattern) for pattern in args.shapes)]
-    if not names:
+    shapes = select_shapes(args.shapes)
+    if not shapes:
         raise SystemExit(f'No shape is called {" or ".join(args.shapes)}; the shapes are {", ".join(SHAPES)}.')
-    jobs = [(f'{name}, {what}', functools.partial(measure, name, what, args)) for name in names for what in args.what]
+    jobs = [(f'{name}, {what}', functools.partial(measure, name, shape, what, args))
+            for name, shape in shapes.items() for what in args.what]
     return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
 
 
