@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Host time of the Triton path: what a call costs in Python and torch where no kernel runs.
 
-    python -m scripts.bench.host [--shapes 'resnet50*'] [--device cuda]
+    python -m scripts.bench.host [--shapes 'resnet50*'] [--device cuda] [--amp float16]
 
 Every launch of a Triton kernel goes through `fadc_timm.ops.triton_support.launch`, which is replaced by a counter, so
 that results are not computed. Maps are tiny, so that next to nothing is left of torch's own kernels. Variants:
@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from fadc_timm.ops import adaptive_dilated_conv2d, set_backend
 from scripts.bench.measure import environment, run_jobs
 from scripts.bench.op import SHAPES, Shape, make_layer
-from scripts.bench.subjects import Setting
+from scripts.bench.subjects import AMP_DTYPES, Setting
 from scripts.results import RESULTS, Row, make_rows
 
 OUTPUT = RESULTS / 'bench_host.csv'
@@ -129,8 +129,8 @@ def host_time(call: Callable[[], object], prepare: Callable[[], object], device:
 class Pass:
     """A function's two passes: `forward` keeps its output, `backward` differentiates that for all inputs."""
 
-    def __init__(self, function: Callable[..., Tensor], tensors: list[Tensor | None]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], tensors: list[Any], setting: Setting) -> None:
+        self.function, self.setting = function, setting
         self.tensors = [t if t is None or isinstance(t, nn.Parameter) else t.detach().requires_grad_()
                         for t in tensors]
         self.inputs = [t for t in self.tensors if t is not None]
@@ -138,13 +138,17 @@ class Pass:
         self.grad = torch.zeros_like(self.y)
 
     def forward(self) -> None:
-        self.y = self.function(*self.tensors)
+        with self.setting.autocast():
+            self.y = self.function(*self.tensors)
 
     def backward(self) -> None:
         torch.autograd.grad(self.y, self.inputs, self.grad, allow_unused=True)
 
 
-def make_passes(shape: Shape, device: str) -> dict[str, Pass]:
+Called = tuple[Callable[..., Tensor], list[Any]]  # a function and its tensors
+
+
+def functions(shape: Shape, device: str) -> dict[str, Called]:
     """By variant, for a narrow layer of a shape's kernel size, stride and kind of groups on a tiny map."""
     channels = min(shape.channels, MOST_CHANNELS)
     groups = channels if shape.groups == shape.channels else min(shape.groups, channels // 4)
@@ -153,6 +157,7 @@ def make_passes(shape: Shape, device: str) -> dict[str, Pass]:
     layer = make_layer(shape).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(2, channels, SIDE, SIDE, device=device).to(memory_format=torch.channels_last)
     select, kern, dr = layer.freq_select, layer.ada_kern, layer.ada_dr
+    assert select is not None and kern is not None and dr is not None
     with torch.no_grad():
         maps = [x, layer.weight, *dr(x), layer.bias, *kern(x)]
 
@@ -161,16 +166,19 @@ def make_passes(shape: Shape, device: str) -> dict[str, Pass]:
             *t[:5], gains=t[5:9], stride=shape.stride, padding=shape.kernel_size // 2, groups=groups, backend='triton')
 
     return {
-        'operator': Pass(operator, maps),
-        'layer': Pass(lambda x, *_: layer(x), [x, *layer.parameters()]),
-        'freq_select': Pass(lambda x, *_: select(x), [x, *select.parameters()])}
+        'operator': (operator, maps),
+        'layer': (lambda x, *_: layer(x), [x, *layer.parameters()]),
+        'freq_select': (lambda x, *_: select(x), [x, *select.parameters()])}
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
-    name, env = f'{shape.net} {shape.kernel_size}x{shape.kernel_size}', environment(Setting(args.device))
+    setting = Setting(args.device, args.amp)
+    name, env = f'{shape.net} {shape.kernel_size}x{shape.kernel_size}', environment(setting)
+    called = functions(shape, args.device)  # computed as they should be
     with set_backend('triton'), without_launches() as kernels:
-        for variant, made in make_passes(shape, args.device).items():
+        for variant, (function, tensors) in called.items():
+            made = Pass(function, tensors, setting)
             for what, call, prepare in (
                     ('forward', made.forward, lambda: None), ('backward', made.backward, made.forward)):
                 prepare()
@@ -202,6 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shapes', nargs='+', default=['*'], help="patterns of the networks' names")
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--amp', default='', choices=tuple(AMP_DTYPES), help='autocast to this dtype')
     parser.add_argument('--repeats', type=int, default=11, help='samples (default: 11)')
     parser.add_argument('--output', type=Path, default=OUTPUT, help='CSV file (default: in scripts/results)')
     args = parser.parse_args()

@@ -168,19 +168,27 @@ def add_options(parser: argparse.ArgumentParser, repeats: int, max_time: float =
     parser.add_argument('--output', type=Path, help='CSV file (default: in scripts/results)')
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong first: a capture that is broken off raises once more at its end."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+
+
 def run_jobs(jobs: Sequence[tuple[str, Callable[[], list[Row]]]], path: Path, check: bool, margin: float) -> int:
     """Measure case by case; write each at once, or compare it with what is stored. The exit status.
 
     A case that raises is reported, and the others still run.
     """
-    failed, lost, compared = [], [], 0
+    failed, lost, compared = False, [], 0
     stored = read_rows(path)
     for name, measure in jobs:
         try:
             rows = measure()
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            failed.append(name)
+            print(f'FAILED {name}: {reason(error)}', flush=True)
+            failed = True
             continue
         print_rows(rows)
         if check:
@@ -189,10 +197,8 @@ def run_jobs(jobs: Sequence[tuple[str, Callable[[], list[Row]]]], path: Path, ch
             lost += result.lost
         else:
             replace_rows(path, rows)
-    for name in failed:
-        print(f'FAILED {name}')
     for line in lost:
         print(f'LOST {line}')
     if check:
         print(f'{compared} ratios compared with {path}, {len(lost)} lost')
-    return int(bool(failed or lost or (check and not compared)))
+    return int(failed or bool(lost) or (check and not compared))

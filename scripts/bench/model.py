@@ -47,6 +47,7 @@ from scripts.bench.measure import (
     interleave,
     peak_memory,
     pick_format,
+    reason,
     run_jobs,
 )
 from scripts.bench.subjects import COMPILE, Setting, Step, make_models, make_step, place, training_state
@@ -134,13 +135,6 @@ def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
         error = float((expected - y).abs().max() / expected.abs().max())
         if error > limit:
             raise RuntimeError(f'{a} and {b} differ by {error:.1e} of the largest logit, over {limit:.0e}.')
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong first: a capture that is broken off raises once more at its end."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
 
 
 def _skipped_graphs() -> int:
@@ -314,7 +308,8 @@ def main() -> int:
         # a case has up to six compiled networks alive, and one that fell back to eager would be timed as compiled
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-    jobs = [(f'{c.name}, {c.what}, {c.compile}', functools.partial(measure, c, args)) for c in cases]
+    dtype = args.amp or 'float32'
+    jobs = [(f'{c.name}, {c.what}, {c.compile}, {dtype}', functools.partial(measure, c, args)) for c in cases]
     return run_jobs(jobs, args.output or OUTPUT, args.check, args.margin)
 
 

@@ -26,8 +26,7 @@ from fadc_timm.ops import list_backends, mix_bands
 from fadc_timm.ops.band_mix.functional import BACKENDS
 from fadc_timm.ops.band_mix.triton import why_not
 from scripts.bench.bands import FACTORS, select_shapes
-from scripts.bench.measure import Clock
-from scripts.bench.model import reason
+from scripts.bench.measure import Clock, reason
 from scripts.bench.subjects import AMP_DTYPES, Setting, Step, captured, make_models, make_step, place
 
 # Lines of a profile: kernels, and operators by their host time.

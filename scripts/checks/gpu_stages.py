@@ -121,8 +121,8 @@ def _backends(args: Namespace) -> list[Command]:
 
 
 def _host(args: Namespace) -> list[Command]:
-    return [_python('scripts.bench.host', '--device', args.device, '--output', args.out / 'bench_host.csv',
-                    *['--repeats', 3] * args.quick)]
+    return [_python('scripts.bench.host', '--device', args.device, '--amp', _amps(args)[0], '--output',
+                    args.out / 'bench_host.csv', *['--repeats', 3] * args.quick)]
 
 
 # In the order of running. What a stage leaves of its time goes to those after it.

@@ -143,7 +143,8 @@ def test_run_jobs(tmp_path, capsys):
 
     good = make_rows([11., 22., 11.])
     assert measure.run_jobs([('broken', broken), ('good', lambda: good)], path, False, 0.05) == 1
-    assert results.read_rows(path) == good and 'FAILED broken' in capsys.readouterr().out
+    assert results.read_rows(path) == good
+    assert 'FAILED broken: RuntimeError: this case cannot run\n' in capsys.readouterr().out
     slower = make_rows([12., 24., 12.])
     assert measure.run_jobs([('good', lambda: good)], path, True, 0.05) == 0
     assert measure.run_jobs([('good', lambda: slower)], path, True, 0.05) == 1
