@@ -52,7 +52,7 @@ def show_device(args: argparse.Namespace) -> None:
           f'{timm.__version__}, Python {platform.python_version()}, fadc_timm {fadc_timm.__version__}')
     print(f'CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; backends {", ".join(list_backends())}')
     if torch.cuda.is_available():
-        print(torch.cuda.get_device_properties())
+        print(torch.cuda.get_device_properties(0))
         fields = 'name,driver_version,memory.total,memory.used,power.limit,clocks.max.sm,clocks.sm,temperature.gpu'
         subprocess.run(['nvidia-smi', f'--query-gpu={fields}', '--format=csv'], timeout=30)
 

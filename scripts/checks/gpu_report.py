@@ -28,6 +28,7 @@ def _where(output: str) -> list[str]:
     """The last line printed, and of a process that was aborted the innermost frame and the innermost in the project."""
     printed, _, trace = output.partition('Fatal Python error: Aborted')
     lines = [line.strip() for line in printed.splitlines() if line.strip() and not line.startswith('$ ')]
+    trace = trace.rpartition('Current thread')[2]
     frames = [line.strip().replace(f'{ROOT}/', '') for line in trace.splitlines() if line.startswith('  File ')]
     ours = [frame for frame in frames if frame.startswith(('File "fadc_timm', 'File "scripts', 'File "tests'))]
     return [f'last printed: {line}' for line in lines[-1:]] + list(dict.fromkeys(frames[:1] + ours[:1]))

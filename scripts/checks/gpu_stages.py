@@ -80,7 +80,7 @@ def _model(compile: str, today: bool = False) -> Callable[[Namespace], list[Comm
             options: list[object] = ['--repeats', 7, '--max-time', 1.5]
             if args.quick:
                 options = ['--model', 'test_resnet_fadc', '--batch', 2, '--size', 32, '--repeats', 1, '--max-time', 1,
-                           '--what', 'inference', 'train', *['memory'] * (compile == 'no')]
+                           '--what', 'inference', *['train', 'memory'] * (compile == 'no')]
             made.append(_python(
                 'scripts.bench.model', '--device', args.device, '--amp', amp, '--channels-last', '--compile', compile,
                 '--variants', ','.join(variants), '--output', args.out / 'bench_model.csv', *options))
