@@ -169,10 +169,12 @@ def add_options(parser: argparse.ArgumentParser, repeats: int, max_time: float =
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong first: a capture that is broken off raises once more at its end."""
+    """The first line of an error, and before it of what went wrong first: a broken capture raises again at its end."""
+    lines = [f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}']
     while error.__context__ is not None:
         error = error.__context__
-    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+        lines[1:] = [f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}']
+    return '; then '.join(reversed(lines))
 
 
 def run_jobs(jobs: Sequence[tuple[str, Callable[[], list[Row]]]], path: Path, check: bool, margin: float) -> int:

@@ -22,8 +22,10 @@ each stage has ended well and no target was missed.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +77,11 @@ def main() -> int:
     for name in (REPORT, LOG, FAILURES, *(f'bench_{b}.csv' for b in ('model', 'op', 'bands', 'host'))):
         (args.out / name).unlink(missing_ok=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    outcomes = run([stage for stage in STAGES if stage.name in (args.stages or [s.name for s in STAGES])], args)
+    stages = [stage for stage in STAGES if stage.name in (args.stages or [s.name for s in STAGES])]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        # a stage that is killed leaves broken files in inductor's cache, which is not to be that of others
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
+        outcomes = run(stages, args)
     print((args.out / REPORT).read_text())
     return 0 if is_good(outcomes, args.out) else 1
 

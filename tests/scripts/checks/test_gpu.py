@@ -24,6 +24,13 @@ def stage(name, *codes, share=1):
     return Stage(name, share, lambda args: [[sys.executable, '-c', code] for code in codes])
 
 
+def is_running(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
 # --- stages ---
 
 def test_stages(tmp_path):
@@ -84,8 +91,9 @@ def test_a_stage_that_hangs(tmp_path):
     assert time.monotonic() - begin < 3 + 2 * gpu_stages.GRACE
     assert outcome.state == 'killed at its limit, no time left' and 'next' not in outcome.output
     pid = outcome.output.partition('child ')[2].split()[0]
-    status = Path(f'/proc/{pid}/stat')
-    assert not status.exists() or status.read_text().rpartition(')')[2].split()[0] == 'Z'
+    while is_running(pid) and time.monotonic() < begin + 20:
+        time.sleep(0.05)
+    assert not is_running(pid)
     lines = gpu_report.stage_lines([outcome])
     assert lines[1] == f'  last printed: child {pid}' and lines[2].endswith('in wait')
 
