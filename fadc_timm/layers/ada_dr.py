@@ -97,10 +97,10 @@ class AdaDR(nn.Module):
             Dilation in pixels (B, G, H', W'), float32 or float64 as half dtypes are too coarse for positions, and mask
             (B, G*k*k, H', W') in the dtype of the convolution.
         """
-        if self.crop > 0:
-            x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
-        y = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
+        y, mask = self.predict(x)
         o = y[:, :self.dilation_groups]
+        if mask is None:
+            mask = y[:, self.dilation_groups:]
         o = o if o.dtype == torch.float64 else o.float()
         # unlike abs() and relu() with a gradient at zero, should eps be that
         if self.dilation_act == 'abs':
@@ -109,11 +109,25 @@ class AdaDR(nn.Module):
             o = torch.where(o < 0, torch.zeros_like(o), o)
         else:
             o = (o + 1).relu() - 1
+        return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+
+    def predict(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """What dilation and mask are before their activations.
+
+        Args:
+            x: Map (B, C, H, W).
+
+        Returns:
+            o (B, G, H', W') and the mask's (B, G*k*k, H', W'); in place of these, where one convolution makes both,
+            (B, G + G*k*k, H', W') and None.
+        """
+        if self.crop > 0:
+            x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
+        y = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
+        mask: Optional[Tensor] = None
         if self.mask_dw is not None and self.mask_pw is not None:
             mask = self.mask_pw(self.mask_dw(x))
-        else:
-            mask = y[:, self.dilation_groups:]
-        return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+        return y, mask
 
     @torch.jit.unused
     def _convolve(self, x: Tensor) -> Tensor:

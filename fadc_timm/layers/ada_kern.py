@@ -98,20 +98,45 @@ class AdaKern(nn.Module):
         Returns:
             (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), None where a gain is one by construction.
         """
+        low, high = self.predict(x)
+        low_in, low_out = self._gains(low)
+        high_in, high_out = self._gains(high)
+        return low_in, low_out, high_in, high_out
+
+    def predict(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """What the gains are before their activation, 2 * sigmoid.
+
+        Args:
+            x: Map (B, C, H, W), before any padding.
+
+        Returns:
+            Of the low and of the high part (B, C + O), or (B, C) for a depthwise kernel; None where gains are one.
+        """
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'AdaKern wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
-        x = self.fc(x.mean(dim=(2, 3)))[:, :, None, None]
+        if torch.jit.is_scripting():
+            return self._heads(x.mean(dim=(2, 3)))
+        return self._without_autocast(x)
+
+    @torch.jit.unused
+    def _without_autocast(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Autocast would cast each of five small parameters, and save nothing on vectors."""
+        if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
+            return self._heads(x.mean(dim=(2, 3)))
+        with torch.autocast(x.device.type, enabled=False):
+            return self._heads(x.mean(dim=(2, 3), dtype=torch.float32))
+
+    def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        x = self.fc(x)[:, :, None, None]
         x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
         width = x.shape[1] // self.parts
-        low_in: Optional[Tensor] = None
-        low_out: Optional[Tensor] = None
-        high_in: Optional[Tensor] = None
-        high_out: Optional[Tensor] = None
+        low: Optional[Tensor] = None
+        high: Optional[Tensor] = None
         if self.low is not None:
-            low_in, low_out = self._gains(self.low(x[:, :width]))
+            low = self.low(x[:, :width])
         if self.high is not None:
-            high_in, high_out = self._gains(self.high(x[:, x.shape[1] - width:]))
-        return low_in, low_out, high_in, high_out
+            high = self.high(x[:, x.shape[1] - width:])
+        return low, high
 
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
@@ -122,8 +147,10 @@ class AdaKern(nn.Module):
             return norm(x)
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
 
-    def _gains(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """The gains of the input and of the output channels, from both in a row."""
+        if x is None:
+            return None, None
         gains = 2 * torch.sigmoid(x)
         if self.depthwise:
             return gains, None

@@ -10,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, list_backends
+from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
@@ -174,6 +175,8 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if self.freq_select is not None:
             x = self.freq_select(x)
+        if not torch.jit.is_scripting() and self._is_fused(x):
+            return self._fused(x)
         gains: Gains = (None, None, None, None)
         if self.ada_kern is not None:
             gains = self.ada_kern(x)
@@ -188,6 +191,26 @@ class FADConv2d(nn.Conv2d):
             return scripted_conv2d(
                 x, self.weight, dilation, mask, self.bias, gains, self.stride[0], padding, self.groups)
         return self._operator(x, dilation, mask, gains, padding)
+
+    @torch.jit.unused
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether the operator computes the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
+        return self.ada_dr is not None and takes_predictions(x, self.backend) and not any(
+            m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+            for m in (self.ada_dr, self.ada_kern))
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        low, high = (None, None) if self.ada_kern is None else self.ada_kern.predict(x)
+        padding = self.inner_padding
+        if self.pads_itself:
+            x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
+            padding = 0
+        assert self.ada_dr is not None
+        o, mask = self.ada_dr.predict(x)
+        return predicted_conv2d(
+            x, self.weight, self.bias, o, mask, low, high, dilation_act=self.ada_dr.dilation_act,
+            dilation=self.ada_dr.dilation, stride=self.stride[0], padding=padding, groups=self.groups)
 
     @torch.jit.unused
     def _operator(self, x: Tensor, dilation: Tensor, mask: Tensor, gains: Gains, padding: int) -> Tensor:

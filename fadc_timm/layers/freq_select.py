@@ -8,7 +8,7 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import mix_bands
+from ..ops.band_mix import mix_bands, mix_predicted_bands
 from .predictor_conv import convolve
 
 __all__ = ['FreqSelect']
@@ -76,9 +76,12 @@ class FreqSelect(nn.Module):
         Returns:
             (B, M, S, H, W) in [0, 2], 1 is the identity: M bands from high to low frequency, S spatial groups.
         """
+        return 2 * torch.sigmoid(self._maps(x))
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """What the weights are 2 * sigmoid of (B, M, S, H, W)."""
         b, _, h, w = x.shape
         maps = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
-        maps = 2 * torch.sigmoid(maps)
         return maps.reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
 
     @torch.jit.unused
@@ -89,7 +92,13 @@ class FreqSelect(nn.Module):
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FreqSelect wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
-        return mix_bands(x, self.band_weights(x), list(self.bands))
+        if torch.jit.is_scripting():
+            return mix_bands(x, self.band_weights(x), list(self.bands))
+        return self._mix(x)
+
+    @torch.jit.unused
+    def _mix(self, x: Tensor) -> Tensor:
+        return mix_predicted_bands(x, self._maps(x), list(self.bands))
 
     def extra_repr(self) -> str:
         return f'bands={self.bands}, lowfreq_att={self.lowfreq_att}, spatial_group={self.spatial_group}'

@@ -35,7 +35,7 @@ class _Activations(TorchDispatchMode):
         self.counted = {
             aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
             torch.ops.torchvision.deform_conv2d.default, torch.ops.fadc_timm.sampled_conv2d.default,
-            torch.ops.fadc_timm.fused_conv2d.default}
+            torch.ops.fadc_timm.two_step_conv2d.default}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -52,26 +52,28 @@ def _sampled_conv2d_backward(
     return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
 
 
-@register_flop_formula(torch.ops.fadc_timm.fused_conv2d)
-def _fused_conv2d(
-        x_shape, dilation_shape, mask_shape, weight_shape, bias_shape, low_in_shape, *args, out_shape=None,
+@register_flop_formula(torch.ops.fadc_timm.two_step_conv2d)
+def _two_step_conv2d(
+        x_shape, weight_shape, bias_shape, dilation_shape, mask_shape, low_shape, high_shape, *args, out_shape=None,
         **kwargs) -> int:
-    return 2 * _sampled_multiply_adds(out_shape, weight_shape, low_in_shape is not None)
+    split = low_shape is not None or high_shape is not None
+    return 2 * _sampled_multiply_adds(out_shape[0], weight_shape, split)
 
 
-@register_flop_formula(torch.ops.fadc_timm.fused_conv2d_backward)
-def _fused_conv2d_backward(
-        grad_shape, x_shape, dilation_shape, mask_shape, weight_shape, low_in_shape, *args, out_shape=None,
-        **kwargs) -> int:
-    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, low_in_shape is not None)
+@register_flop_formula(torch.ops.fadc_timm.two_step_conv2d_backward)
+def _two_step_conv2d_backward(
+        grad_shape, high_part_shape, low_part_shape, x_shape, weight_shape, bias_shape, dilation_shape, mask_shape,
+        low_shape, high_shape, *args, out_shape=None, **kwargs) -> int:
+    split = low_shape is not None or high_shape is not None
+    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
 
 
-@register_flop_formula([torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_bands_fused])
+@register_flop_formula([torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_bands_triton])
 def _mix_low_passes(x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
     return 2 * multiply_adds(x_shape, factors)
 
 
-@register_flop_formula([torch.ops.fadc_timm.mix_low_passes_backward, torch.ops.fadc_timm.mix_bands_fused_backward])
+@register_flop_formula([torch.ops.fadc_timm.mix_low_passes_backward, torch.ops.fadc_timm.mix_bands_triton_backward])
 def _mix_low_passes_backward(
         grad_shape, x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
     return 4 * multiply_adds(x_shape, factors)
@@ -91,8 +93,8 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
     return {
         'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
         'fadc_timm::sampled_conv2d': lambda i, o: _sampled_multiply_adds(shape(o[0]), shape(i[3]), i[9].toIValue()),
-        'fadc_timm::fused_conv2d': lambda i, o: _sampled_multiply_adds(
-            shape(o[0]), shape(i[3]), i[5].type().kind() == 'TensorType'),
+        'fadc_timm::two_step_conv2d': lambda i, o: _sampled_multiply_adds(
+            shape(o[0]), shape(i[1]), 'TensorType' in (i[5].type().kind(), i[6].type().kind())),
         'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
-        'fadc_timm::mix_bands_fused': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
+        'fadc_timm::mix_bands_triton': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
     }

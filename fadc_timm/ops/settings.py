@@ -7,15 +7,19 @@ The operators read each variable at every call.
 * `FADC_TIMM_AUTOTUNE`: With 1 the Triton kernels measure a few configurations per shape and keep the fastest; without
   it the configuration is a function of the shape.
 
+* `FADC_TIMM_WORKSPACE_MB`: Megabytes (of 2**20 bytes) that the samples of one call of the Triton backend may take at a
+  time, 256 by default. Larger maps go through in tiles.
+
 Not ours, and read by Triton when its kernels are first imported: with `TRITON_INTERPRET=1` they run on a CPU.
 """
 import os
 from typing import Any, Collection, Optional
 
-__all__ = ['add_backends', 'check_name', 'is_autotuning', 'named_backend', 'set_backend']
+__all__ = ['add_backends', 'check_name', 'is_autotuning', 'named_backend', 'set_backend', 'workspace_bytes']
 
 _BACKEND = 'FADC_TIMM_BACKEND'
 _AUTOTUNE = 'FADC_TIMM_AUTOTUNE'
+_WORKSPACE = 'FADC_TIMM_WORKSPACE_MB'
 
 # The names that may be set. The convolution puts its registry here, as settings import no operator.
 _names: Collection[str] = ()
@@ -89,3 +93,15 @@ def named_backend() -> Optional[str]:
 def is_autotuning() -> bool:
     """Whether FADC_TIMM_AUTOTUNE asks for measured configurations of the Triton kernels."""
     return os.environ.get(_AUTOTUNE) == '1'
+
+
+def workspace_bytes() -> int:
+    """Bytes that the samples of one call of the Triton backend may take at a time.
+
+    Raises:
+        ValueError: The environment variable is not a positive integer.
+    """
+    value = os.environ.get(_WORKSPACE, '256')
+    if not value.isdecimal() or not int(value):
+        raise ValueError(f'The environment variable {_WORKSPACE} is {value!r}, it must be a positive integer.')
+    return int(value) * 2 ** 20

@@ -1,10 +1,16 @@
-"""Whether Triton can be used. It is optional, and only imported here and where its kernels are, at their first use."""
+"""Whether Triton can be used, and how its kernels are launched.
+
+Triton is optional. It is only imported here and where its kernels are, at their first use.
+"""
 import functools
-from typing import Optional
+import warnings
+from typing import Any, Dict, Optional, Tuple
 
 import torch
+from torch import Tensor
 
-__all__ = ['block', 'is_interpreted', 'unavailable', 'why_not_on']
+__all__ = [
+    'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not_on']
 
 MINIMUM = (3, 5)  # torch 2.9 brings it; 3.2 and 3.3 lack float64 products, and fail in other places
 
@@ -16,6 +22,8 @@ def unavailable() -> Optional[str]:
         import triton
     except ImportError as e:
         return f'Triton is not installed ({e})'
+    except Exception as e:
+        return f'Triton cannot be imported ({type(e).__name__}: {e})'
     if tuple(int(n) for n in triton.__version__.split('.')[:2]) < MINIMUM:
         return f'Triton {triton.__version__} is too old, it must be {MINIMUM[0]}.{MINIMUM[1]} or newer'
     return None
@@ -32,18 +40,112 @@ def is_interpreted() -> bool:
     return not isinstance(triton.jit(probe), triton.runtime.JITFunction)
 
 
+@functools.cache
+def _why_not_on_cuda() -> Optional[str]:
+    """Why a kernel cannot be compiled and run on this machine's GPU, or None. It is tried once."""
+    if is_interpreted() or not torch.cuda.is_available():
+        return None  # nothing runs: tensors on this device are fake
+    try:
+        from .triton_math import probe
+        out = torch.empty(1, dtype=torch.int32, device='cuda')
+        launch(Launch(probe, (1,), (), ()), out)
+    except Exception as e:
+        return f'Triton cannot run a kernel on {torch.cuda.get_device_name()} ({type(e).__name__}: {e})'
+    return None
+
+
 @torch.compiler.assume_constant_result
 def why_not_on(device_type: str) -> Optional[str]:
     """Why Triton's kernels do not run on a device, or None."""
     reason = unavailable()
     if reason is not None:
         return reason
-    if device_type in ('cuda', 'meta') or (device_type == 'cpu' and is_interpreted()):
+    if device_type == 'cuda':
+        return _why_not_on_cuda()
+    if device_type == 'meta' or (device_type == 'cpu' and is_interpreted()):
         return None
     return (f'Triton does not run on {device_type}, but for a CPU if TRITON_INTERPRET=1 is in the environment before '
             'the first use')
 
 
+@torch.compiler.assume_constant_result
+def is_default_on(device_type: str) -> bool:
+    """Whether Triton's kernels are what runs on a device where no backend is named: on CUDA, if they can run there.
+
+    If they cannot, the first call warns with the reason.
+    """
+    return device_type == 'cuda' and _is_default_on_cuda()
+
+
+@functools.cache
+def _is_default_on_cuda() -> bool:
+    reason = why_not_on('cuda')
+    if reason is not None:
+        warnings.warn(f"{reason}: on CUDA the slower backend 'torchvision' runs in place of 'triton'.", stacklevel=2)
+    return reason is None
+
+
 def block(n: int, low: int, high: int) -> int:
     """The power of two for n, within bounds: sides of a kernel's blocks."""
     return min(max(1 << (n - 1).bit_length(), low), high)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def types_of(dtype: torch.dtype) -> Tuple[Any, bool]:
+    """Triton's type to accumulate in for tensors of a dtype, and whether kernels have to round to bfloat16 themselves.
+
+    Triton's interpreter truncates where a GPU rounds.
+    """
+    import triton.language as tl
+    return tl.float64 if dtype == torch.float64 else tl.float32, dtype == torch.bfloat16 and is_interpreted()
+
+
+class Launch:
+    """A kernel with all but its tensors: `kernel[grid](*tensors, *numbers, *constants)`.
+
+    A kernel's parameters have that order: pointers, numbers, constants of the compiler. Launches are made once for
+    shapes, strides and dtypes, and kept: each remembers what the compiler made of it, so that the next call need not
+    ask Triton for it.
+
+    Args:
+        kernel: A function under `triton.jit`.
+        grid: One to three numbers of programs.
+        numbers: Integers and floats.
+        constants: Values of the parameters marked `tl.constexpr`.
+        num_warps: Warps of a program.
+        num_stages: Stages of its pipelined loops.
+    """
+    __slots__ = ('constants', 'grid', 'kept', 'kernel', 'num_stages', 'num_warps', 'numbers')
+
+    def __init__(
+            self,
+            kernel: Any,
+            grid: Tuple[int, ...],
+            numbers: Tuple[Any, ...],
+            constants: Tuple[Any, ...],
+            num_warps: int = 4,
+            num_stages: int = 1,
+    ) -> None:
+        self.kernel, self.numbers, self.constants = kernel, numbers, constants
+        self.grid = (*grid, 1, 1)[:3]
+        self.num_warps, self.num_stages = num_warps, num_stages
+        # by device, and by dtype and alignment of each tensor
+        self.kept: Dict[Tuple[Any, ...], Any] = {}
+
+
+def launch(this: Launch, *tensors: Optional[Tensor]) -> None:
+    """Launch on the current stream of the current device. All launches go through here."""
+    if is_interpreted():
+        this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
+        return
+    key = (torch.cuda.current_device(), *[None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors])
+    compiled = this.kept.get(key)
+    if compiled is None:
+        this.kept[key] = this.kernel[this.grid](
+            *tensors, *this.numbers, *this.constants, num_warps=this.num_warps, num_stages=this.num_stages)
+    else:
+        compiled[this.grid](*tensors, *this.numbers, *this.constants)

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..runtime import accumulation_dtype, is_exporting, match_layout, without_autocast
 from ..settings import named_backend
+from ..triton_support import is_default_on
 from . import fused, triton
 from .low_pass import low_pass
 
-__all__ = ['BACKENDS', 'choose_backend', 'mix_bands']
+__all__ = ['BACKENDS', 'choose_backend', 'mix_bands', 'mix_predicted_bands']
 
 
 def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
@@ -25,10 +26,13 @@ BACKENDS = ['fused', 'written_out', 'triton']
 
 
 def choose_backend(x: Tensor) -> str:
-    """The one that `backend=None` takes: Triton's where that is set, as on CUDA it has not been measured yet."""
-    if named_backend() == 'triton':
+    """The one that `backend=None` takes: Triton's where that is set, and on CUDA where it can run."""
+    name = named_backend()
+    if name == 'triton':
         return 'triton'
-    return 'written_out' if is_exporting() else 'fused'
+    if is_exporting():
+        return 'written_out'
+    return 'triton' if name is None and is_default_on(x.device.type) and triton.why_not(x) is None else 'fused'
 
 
 def _exact(x: Tensor, weights: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
@@ -79,3 +83,19 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
         exact, steps = _exact(x, weights, factors)
         return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
     return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)
+
+
+def mix_predicted_bands(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
+    """:func:`mix_bands` with the weights 2 * sigmoid(maps).
+
+    Args:
+        x: Map (B, C, H, W).
+        maps: (B, M, S, H, W), what a layer predicts.
+        factors: Where the spectrum is split, f >= 1, from high to low.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of x.
+    """
+    if choose_backend(x) == 'triton' and triton.why_not(x) is None:
+        return match_layout(triton.mix_bands_triton(x, maps, factors, True)[0], x)
+    return mix_bands(x, 2 * torch.sigmoid(maps), factors)

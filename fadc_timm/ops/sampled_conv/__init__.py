@@ -1,5 +1,6 @@
 """Adaptive dilated convolution: a convolution over bilinear samples, with AdaKern's gains, and its backends."""
 from .backends import BACKENDS, choose_backend, list_backends
-from .functional import adaptive_dilated_conv2d
+from .functional import adaptive_dilated_conv2d, predicted_conv2d, takes_predictions
 
-__all__ = ['BACKENDS', 'adaptive_dilated_conv2d', 'choose_backend', 'list_backends']
+__all__ = [
+    'BACKENDS', 'adaptive_dilated_conv2d', 'choose_backend', 'list_backends', 'predicted_conv2d', 'takes_predictions']

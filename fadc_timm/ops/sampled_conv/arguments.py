@@ -54,6 +54,14 @@ class ConvArgs(NamedTuple):
         """One input and one output channel a group (without a channel multiplier)."""
         return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
 
+    def to(self, dtype: torch.dtype) -> 'ConvArgs':
+        """The call in another dtype."""
+        x, weight, dilation = (t.to(dtype) for t in (self.x, self.weight, self.dilation))
+        mask, bias, low_in, low_out, high_in, high_out = (
+            None if t is None else t.to(dtype) for t in (self.mask, self.bias, *self.gains))
+        return self._replace(x=x, weight=weight, dilation=dilation, mask=mask, bias=bias,
+                             gains=(low_in, low_out, high_in, high_out))
+
     def geometry(self) -> Tuple[List[int], List[int], int]:
         """Stride, padding and groups as arguments of an operator of torch."""
         # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers

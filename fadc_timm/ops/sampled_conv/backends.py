@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import settings
 from ..runtime import is_exporting
+from ..triton_support import is_default_on
 from . import gather, grid_sample, reference, torchvision, triton
 from .arguments import ConvArgs
 
@@ -41,5 +42,7 @@ def choose_backend(args: ConvArgs) -> str:
     if device in ('cpu', 'meta'):
         return 'gather'
     if device == 'cuda':
+        if is_default_on(device):
+            return 'triton'
         return 'gather' if args.is_depthwise else 'torchvision'
     return 'grid_sample'

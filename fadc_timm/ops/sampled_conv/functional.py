@@ -7,11 +7,14 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from ..runtime import is_exporting, match_layout
 from ..settings import check_name, named_backend
+from ..triton_support import is_default_on
+from . import triton
 from .arguments import NO_GAINS, ConvArgs, Gains
 from .backends import BACKENDS, choose_backend
 
-__all__ = ['adaptive_dilated_conv2d']
+__all__ = ['adaptive_dilated_conv2d', 'predicted_conv2d', 'takes_predictions']
 
 IntOrPair = Union[int, Tuple[int, int]]
 
@@ -137,7 +140,7 @@ def adaptive_dilated_conv2d(
     Raises:
         TypeError: An argument is not a tensor, or has another dtype than x.
         ValueError: A shape or device does not fit the other arguments, or there is no such backend.
-        NotImplementedError: The named backend, or the one that is set, cannot run this args.
+        NotImplementedError: The named backend, or the one that is set, cannot run this call.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
@@ -165,8 +168,57 @@ def adaptive_dilated_conv2d(
     else:
         reason = BACKENDS[name].why_not(args)
         if reason:
-            raise NotImplementedError(f'The backend {name!r} cannot run this args: {reason}.')
+            raise NotImplementedError(f'The backend {name!r} cannot run this call: {reason}.')
     if not autocast:
         return BACKENDS[name].forward(args)
     with torch.autocast(device_type, enabled=False):
         return BACKENDS[name].forward(args)
+
+
+def takes_predictions(x: Tensor, backend: Optional[str]) -> bool:
+    """Whether :func:`predicted_conv2d` computes a call on x: whether its backend is `triton`, which can run it."""
+    name = named_backend() if backend is None else backend
+    if name is None:
+        return is_default_on(x.device.type) and not is_exporting() and triton.why_not_map(x) is None
+    return name == 'triton' and triton.why_not_map(x) is None
+
+
+def predicted_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        o: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        *,
+        dilation_act: str,
+        dilation: int,
+        stride: int,
+        padding: int,
+        groups: int,
+) -> Tensor:
+    """:func:`adaptive_dilated_conv2d` of what a layer predicts: the activations are in the kernels that read it.
+
+    Args:
+        x: Input (B, C, H, W).
+        weight: Weight (O, C/groups, k, k).
+        bias: Bias (O,).
+        o: Outputs of AdaDR's convolution (B, G, H', W'), or without `mask` with those for the mask behind them
+            (B, G + G*k*k, H', W').
+        mask: What the modulation is 2 * sigmoid of (B, G*k*k, H', W').
+        low, high: What AdaKern's gains are 2 * sigmoid of, (B, C + O), or (B, C) where the kernel is depthwise.
+        dilation_act, dilation: AdaDR's activation and base dilation.
+        stride, padding, groups: As there.
+
+    Returns:
+        Output (B, O, H', W').
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = _autocast(x, torch.get_autocast_dtype(device_type))
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
+    y, _, _ = triton.two_step_conv2d(
+        x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,
+        [stride, stride], [padding, padding], groups)
+    return match_layout(y, x)

@@ -77,15 +77,8 @@ def _at_a_time(b: int) -> int:
 
 
 def forward(args: ConvArgs) -> Tensor:
-    dtype = accumulation_dtype(args.x.dtype)
-
-    def cast(t: Optional[Tensor]) -> Optional[Tensor]:
-        return None if t is None else t.to(dtype)
-
-    low_in, low_out, high_in, high_out = (cast(g) for g in args.gains)
-    full = args._replace(
-        x=args.x.to(dtype), weight=args.weight.to(dtype), dilation=args.dilation.to(dtype), mask=cast(args.mask),
-        bias=cast(args.bias), gains=(low_in, low_out, high_in, high_out))
+    full = args.to(accumulation_dtype(args.x.dtype))
+    low_in, _, high_in, _ = full.gains
     b = full.x.shape[0]
 
     def conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,293 +1,221 @@
-"""Triton kernels of the band mix: ideal low-passes of a map, weighed at every position, and the gradients of that.
+"""Triton kernels of the band mix that stand between products of the library.
 
-A program has some channels of one sample. It goes through the map in chunks of rows twice: to analyse it onto cosines
-and sines, of the columns' axis and then of the rows', and to synthesise each low-pass of a chunk, weigh it and add it
-up. All of these are matrix products of a basis and a chunk or a block of coefficients. In between the coefficients, a
-quarter of the map, lie in global memory: there each filter takes its part of them and exchanges those that it couples,
-by addresses alone. What a program holds is bounded by the block sizes, whatever the size of the map.
+The library analyses the map onto the cosines and sines of both axes: coefficients (B, J, J', C), means over the map.
+`synthesise_rows` turns them back into rows, one column for each frequency of the columns' axis that a filter keeps:
+rows (B, H, columns, C). `mix` turns these into low-passes, weighs them and adds them up. The other kernels are the
+transposes.
 
-PASS says what of this a launch does: all of it in one program (0, for small maps, whose second reading finds them in
-the cache), or the analysis (1) or the rest (2), each with a program for every block, on the grid's second axis.
-
-Chunks are (WB, R, CB), columns, rows and channels; coefficients (IB, JB, CB), frequencies of the rows' and of the
-columns' axis, in the synthesis (JB, JB, CB). Needs Triton: imported when the band mix first uses it.
+A column has a frequency `frequency[column]` of the columns' axis and one of the matrices `rows_basis` (matrices, H, J).
+Filters with one-sided frequencies have two columns more: they couple cosines and sines of both axes.
 """
 import triton
 import triton.language as tl
 
-__all__ = ['backward', 'forward', 'offset']
+from ...triton_math import dot, round_to, twice_sigmoid
 
-# columns of the table of filters
-_ROWS, _COLS, _START, _TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-@triton.jit
-def offset(a, b, stride_a, stride_b):
-    """In memory, in elements: int64, as maps may have more than 2^31 of them."""
-    return a.to(tl.int64) * stride_a + b.to(tl.int64) * stride_b
+__all__ = ['mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows', 'synthesise_rows_gradient']
 
 
 @triton.jit
-def _operand(t, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """t as a factor of a product. To nearest where that takes ten bits of float32, which the hardware cuts off."""
-    if PRECISION == 'tf32':
-        return ((t.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return t.to(DT)
+def _band(maps, m, live, stride_m, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr):
+    """The weight of band m at some places; after the last given one comes one band at most, which weighs 1."""
+    band = tl.full(live.shape, 1., dtype=ACC)
+    if m < COUNT:
+        band = twice_sigmoid(tl.load(maps + m * stride_m, mask=live, other=0.).to(ACC), ACT)
+    return band
 
 
 @triton.jit
-def _swap(t, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    """(A, B*C) to (B, A*C)."""
-    return tl.reshape(tl.permute(tl.reshape(t, (A, B, C)), (1, 0, 2)), (B, A * C))
+def synthesise_rows(
+        coefficients, rows_basis, frequency, matrix, rows,
+        height, count_h, count_w, columns, channels,
+        ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+):
+    """Grid: columns of all samples, blocks of channels, blocks of rows."""
+    b, column = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
+    j, basis = tl.load(frequency + column), rows_basis + tl.load(matrix + column) * height * count_h
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c_live, h_live = c < channels, h < height
+    acc = tl.zeros([BLOCK_H, BLOCK_C], dtype=ACC)
+    for start in range(0, count_h, BLOCK_J):
+        i = start + tl.arange(0, BLOCK_J)
+        i_live = i < count_h
+        s = tl.load(basis + h[:, None] * count_h + i[None, :], mask=h_live[:, None] & i_live[None, :], other=0.)
+        at = ((b * count_h + i)[:, None] * count_w + j) * channels + c[None, :]
+        k = tl.load(coefficients + at, mask=i_live[:, None] & c_live[None, :], other=0.)
+        acc = dot(s, k, acc, PRECISION, UPCAST)
+    at = ((b * height + h)[:, None] * columns + column) * channels + c[None, :]
+    tl.store(rows + at, round_to(acc, rows, UPCAST), mask=h_live[:, None] & c_live[None, :])
 
 
 @triton.jit
-def _spread(t, WB: tl.constexpr, R: tl.constexpr, CB: tl.constexpr):
-    """(WB, R, 1) or (1, 1, CB) to (WB, R*CB)."""
-    return tl.reshape(tl.broadcast_to(t, (WB, R, CB)), (WB, R * CB))
+def synthesise_rows_gradient(
+        grad_rows, rows_basis, columns_of, matrix, grad_coefficients,
+        height, count_h, count_w, columns, channels,
+        MOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr,
+        BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Transpose of `synthesise_rows`, over the height. columns_of (J', MOST): the columns of a frequency, or -1.
 
-
-@triton.jit
-def _basis(basis, i, j, points, frequencies):
-    return tl.load(basis + i * frequencies + j, mask=(i < points) & (j < frequencies), other=0.)
-
-
-@triton.jit
-def _step(weights, inside, stride, f, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """What low-pass f is multiplied by, the 0th being the map: (WB, R, 1), exactly 0 where two bands weigh the same.
-
-    There are COUNT weights; after the last of them comes one band at most, which weighs 1.
+    Grid: frequencies of the columns' axis of all samples, blocks of channels, blocks of frequencies of the rows' axis.
     """
-    at = weights + tl.cast(f, tl.int64) * stride
-    step = tl.load(at, mask=inside & (f < COUNT), other=1.).to(ACC)
-    return step - tl.load(at - stride, mask=inside & (f > 0), other=0.).to(ACC)
+    b, j = (tl.program_id(0) // count_w).to(tl.int64), tl.program_id(0) % count_w
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
+    c_live, i_live = c < channels, i < count_h
+    acc = tl.zeros([BLOCK_J, BLOCK_C], dtype=ACC)
+    for n in range(MOST):
+        column = tl.load(columns_of + j * MOST + n)
+        if column >= 0:
+            basis = rows_basis + tl.load(matrix + column) * height * count_h
+            for start in range(0, height, BLOCK_H):
+                h = start + tl.arange(0, BLOCK_H)
+                h_live = h < height
+                s = tl.load(basis + h[None, :] * count_h + i[:, None], mask=h_live[None, :] & i_live[:, None], other=0.)
+                at = ((b * height + h)[:, None] * columns + column) * channels + c[None, :]
+                g = tl.load(grad_rows + at, mask=h_live[:, None] & c_live[None, :], other=0.)
+                acc = dot(s, g, acc, PRECISION, UPCAST)
+    at = ((b * count_h + i)[:, None] * count_w + j) * channels + c[None, :]
+    tl.store(grad_coefficients + at, round_to(acc / height, grad_coefficients, UPCAST),
+             mask=i_live[:, None] & c_live[None, :])
 
 
 @triton.jit
-def _frequencies(
-        t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
-        basis, count, f,
-        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, CB: tl.constexpr,
-        DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """t (JB, R*CB) plus a chunk's share of the frequencies j of the columns' axis, under step f if WEIGHED."""
-    inside = (h < height) & (w < width)
-    chunk = tl.load(x + offset(h, w, stride_h, stride_w), mask=inside & live, other=0.)
-    if WEIGHED:
-        step = _step(weights + offset(h, w, stride_mh, stride_mw), inside, stride_m, f, COUNT, ACC)
-        chunk = _operand(chunk.to(ACC) * step, DT, PRECISION)
-    columns = _basis(basis, (w0 + tl.arange(0, WB))[None, :], j[:, None], width, count)
-    return tl.dot(columns, tl.reshape(chunk.to(DT), (WB, R * CB)), t, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
-def _analyse(
-        x, weights, live, coefficients, rows, cols, ld, height, width, stride_h, stride_w, stride_m, stride_mh,
-        stride_mw, basis_h, basis_w, count_h, count_w, f,
-        WEIGHED: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr,
-        JB: tl.constexpr, CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-        PASS: tl.constexpr):
-    """The first (rows, cols) coefficients of x, or of x under step f if WEIGHED, to a matrix with ld columns."""
-    across = tl.cdiv(cols, JB)
-    for block in range(tl.program_id(1), tl.cdiv(rows, IB) * across, tl.num_programs(1)):
-        i = block // across * IB + tl.arange(0, IB)
-        j = block % across * JB + tl.arange(0, JB)
-        acc = tl.zeros((IB, JB * CB), ACC)
-        for h0 in range(0, height, R):
-            h = (h0 + tl.arange(0, R))[None, :, None]
-            t = tl.zeros((JB, R * CB), ACC)
-            if PASS == 0:
-                w = tl.arange(0, WB)[:, None, None]
-                t = _frequencies(
-                    t, x, weights, h, w, 0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh, stride_mw,
-                    basis_w, count_w, f, WEIGHED, COUNT, R, WB, CB, DT, ACC, PRECISION)
-            else:
-                for w0 in range(0, width, WB):
-                    w = (w0 + tl.arange(0, WB))[:, None, None]
-                    t = _frequencies(
-                        t, x, weights, h, w, w0, j, live, height, width, stride_h, stride_w, stride_m, stride_mh,
-                        stride_mw, basis_w, count_w, f, WEIGHED, COUNT, R, WB, CB, DT, ACC, PRECISION)
-            # means, not sums: these stay in the range of float16
-            t = _operand(_swap(t / width, JB, R, CB), DT, PRECISION)
-            down = _basis(basis_h, (h0 + tl.arange(0, R))[None, :], i[:, None], height, count_h)
-            acc = tl.dot(down, t, acc, input_precision=PRECISION, out_dtype=ACC)
-        at = offset(i[:, None, None], j[None, :, None], ld * CB, CB) + tl.arange(0, CB)[None, None, :]
-        inside = (i[:, None, None] < rows) & (j[None, :, None] < cols) & live
-        tl.store(coefficients + at, tl.reshape(acc / height, (IB, JB, CB)), mask=inside)
-
-
-@triton.jit
-def _pass(coefficients, ld, filter_h, filter_w, i, j, live, count_h, count_w, f, CB: tl.constexpr):
-    """What filter f leaves of coefficients (IB, JB, CB) but the mean; the adjoint is the same.
-
-    Where both axes have a frequency of which the filter keeps only one sign, cos cos and sin sin come together there,
-    and cos sin and sin cos. Cosines are at even places, sines at odd ones.
-    """
-    at_h, at_w = filter_h + 2 * f * count_h + i, filter_w + 2 * f * count_w + j
-    keep_h = tl.load(at_h, mask=i < count_h, other=0.)
-    keep_w = tl.load(at_w, mask=j < count_w, other=0.)
-    side_h = tl.load(at_h + count_h, mask=i < count_h, other=0.)
-    side_w = tl.load(at_w + count_w, mask=j < count_w, other=0.)
-    c = tl.arange(0, CB)[None, None, :]
-    inside = (keep_h * keep_w != 0) & (i + j > 0) & live
-    value = tl.load(coefficients + offset(i, j, ld * CB, CB) + c, mask=inside, other=0.)
-    other = tl.load(coefficients + offset(i ^ 1, j ^ 1, ld * CB, CB) + c, mask=(side_h * side_w != 0) & live, other=0.)
-    return value * (keep_h * keep_w) - other * (side_h * side_w)
-
-
-@triton.jit
-def _mean(coefficients, filter_h, filter_w, live, count_h, count_w, f, CB: tl.constexpr):
-    """What filter f leaves of the mean (1, 1, CB)."""
-    keep = tl.load(filter_h + 2 * f * count_h) * tl.load(filter_w + 2 * f * count_w)
-    return tl.load(coefficients + tl.arange(0, CB)[None, None, :], mask=live, other=0.) * keep
-
-
-@triton.jit
-def _synthesise(
-        coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height, width, f,
-        FILTERS: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, JB: tl.constexpr, CB: tl.constexpr,
-        DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """Low-pass f on a chunk (WB, R*CB).
-
-    If there are FILTERS > 0, their sum instead, each of coefficients of its own in the places that the table gives.
-    """
-    # the mean, as a rule the largest coefficient, is not rounded to be a factor of products
-    if FILTERS > 0:
-        rows, cols = count_h, count_w
-        mean = tl.zeros((1, 1, CB), ACC)
-        for own in range(FILTERS):
-            start = tl.load(table + own * _TABLE + _START).to(tl.int64) * CB
-            mean += _mean(coefficients + start, filter_h, filter_w, live, count_h, count_w, own, CB)
-    else:
-        mean = _mean(coefficients, filter_h, filter_w, live, count_h, count_w, f, CB)
-        rows, cols = tl.load(table + f * _TABLE + _ROWS), tl.load(table + f * _TABLE + _COLS)
-    low = _spread(mean, WB, R, CB)
-    for j0 in range(0, cols, JB):
-        j = j0 + tl.arange(0, JB)
-        z = tl.zeros((R, JB * CB), ACC)
-        for i0 in range(0, rows, JB):
-            i = i0 + tl.arange(0, JB)
-            if FILTERS > 0:
-                k = tl.zeros((JB, JB, CB), ACC)
-                for own in range(FILTERS):
-                    start = tl.load(table + own * _TABLE + _START).to(tl.int64) * CB
-                    k += _pass(coefficients + start, tl.load(table + own * _TABLE + _COLS), filter_h, filter_w,
-                               i[:, None, None], j[None, :, None], live, count_h, count_w, own, CB)
-            else:
-                k = _pass(coefficients, count_w, filter_h, filter_w, i[:, None, None], j[None, :, None], live, count_h,
-                          count_w, f, CB)
-            down = _basis(basis_h, (h0 + tl.arange(0, R))[:, None], i[None, :], height, count_h)
-            z = tl.dot(down, tl.reshape(_operand(k, DT, PRECISION), (JB, JB * CB)), z, input_precision=PRECISION,
-                       out_dtype=ACC)
-        columns = _basis(basis_w, (w0 + tl.arange(0, WB))[:, None], j[None, :], width, count_w)
-        low = tl.dot(columns, _operand(_swap(z, R, JB, CB), DT, PRECISION), low, input_precision=PRECISION,
-                     out_dtype=ACC)
+def _low_pass(rows, basis, w, w_live, c, c_live, first, last, columns, channels, ACC: tl.constexpr,
+              PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
+              BLOCK_C: tl.constexpr):
+    """One low-pass of a row (W, C), from its columns first to last."""
+    low = tl.zeros([BLOCK_W, BLOCK_C], dtype=ACC)
+    for start in range(first, last, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        live = j < last
+        s = tl.load(basis + w[:, None] * columns + j[None, :], mask=w_live[:, None] & live[None, :], other=0.)
+        z = tl.load(rows + j[:, None] * channels + c[None, :], mask=live[:, None] & c_live[None, :], other=0.)
+        low = dot(s, z, low, PRECISION, UPCAST)
     return low
 
 
 @triton.jit
-def forward(
-        x, weights, out, basis_h, basis_w, filter_h, filter_w, table, coefficients,
-        height, width, channels, groups, count_h, count_w,
-        x_b, x_c, x_h, x_w, weights_b, weights_m, weights_s, weights_h, weights_w, out_b, out_c, out_h, out_w,
-        FILTERS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr,
-        JB: tl.constexpr, CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-        PASS: tl.constexpr):
-    """Grid: (B * groups * blocks of channels, 1) or with the blocks of the pass. channels: of a group."""
-    blocks = tl.cdiv(channels, CB)
-    sample, group = tl.program_id(0) // blocks // groups, tl.program_id(0) // blocks % groups
-    channel = tl.program_id(0) % blocks * CB + tl.arange(0, CB)[None, None, :]
-    live = channel < channels
-    channel += group * channels
-    x += offset(sample, channel, x_b, x_c)
-    out += offset(sample, channel, out_b, out_c)
-    weights += offset(sample, group, weights_b, weights_s)
-    stride_m = tl.full((), 1, tl.int64) * weights_m
-    coefficients += tl.program_id(0).to(tl.int64) * count_h * count_w * CB
-    if PASS != 2:
-        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m,
-                 weights_h, weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC,
-                 PRECISION, PASS)
-    if PASS == 0:
-        tl.debug_barrier()
-    if PASS != 1:
-        across = tl.cdiv(width, WB)
-        for chunk in range(tl.program_id(1), tl.cdiv(height, R) * across, tl.num_programs(1)):
-            h0, w0 = chunk // across * R, chunk % across * WB
-            h, w = (h0 + tl.arange(0, R))[None, :, None], (w0 + tl.arange(0, WB))[:, None, None]
-            inside = (h < height) & (w < width)
-            weigh = weights + offset(h, w, weights_h, weights_w)
-            y = tl.zeros((WB, R * CB), ACC)
-            for f in range(FILTERS):
-                low = _synthesise(
-                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
-                    width, f, 0, R, WB, JB, CB, DT, ACC, PRECISION)
-                y += low * _spread(_step(weigh, inside, stride_m, f + 1, COUNT, ACC), WB, R, CB)
-            y = tl.reshape(y, (WB, R, CB))
-            chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
-            y += chunk_x * _step(weigh, inside, stride_m, 0, COUNT, ACC)
-            tl.store(out + offset(h, w, out_h, out_w), y.to(out.dtype.element_ty), mask=inside & live)
+def mix(
+        x, maps, rows, basis, first_column, y,
+        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
+        FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+        UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f. Grid: rows of all samples, blocks of columns, of channels.
+
+    A block of channels is in one of the groups, which have maps of their own.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // height, row % height
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    blocks = tl.cdiv(channels // groups, BLOCK_C)
+    group = tl.program_id(2) // blocks
+    c = tl.program_id(2) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels // groups
+    c += group * (channels // groups)
+    w_live = w < width
+    live = w_live[:, None] & c_live[None, :]
+    maps += b * m_b + group * m_s + h * m_h + w * m_w
+    rows += row * columns * channels
+    at = (row * width + w)[:, None] * channels + c[None, :]
+    before = _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)
+    acc = tl.load(x + at, mask=live, other=0.).to(ACC) * before[:, None]
+    for f in tl.static_range(FILTERS):
+        band = _band(maps, f + 1, w_live, m_m, COUNT, ACT, ACC)
+        low = _low_pass(rows, basis, w, w_live, c, c_live, tl.load(first_column + f), tl.load(first_column + f + 1),
+                        columns, channels, ACC, PRECISION, UPCAST, BLOCK_W, BLOCK_J, BLOCK_C)
+        acc += low * (band - before)[:, None]
+        before = band
+    tl.store(y + at, round_to(acc, y, UPCAST), mask=live)
 
 
 @triton.jit
-def backward(
-        grad, x, weights, grad_x, shares, basis_h, basis_w, filter_h, filter_w, table, coefficients, size,
-        height, width, channels, groups, count_h, count_w,
-        grad_b, grad_c, grad_h, grad_w, x_b, x_c, x_h, x_w, weights_b, weights_m, weights_s, weights_h, weights_w,
-        out_b, out_c, out_h, out_w,
-        FILTERS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, IB: tl.constexpr,
-        JB: tl.constexpr, CB: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-        PASS: tl.constexpr):
-    """As `forward`. shares (programs, COUNT, H, W): of the weights' gradient. size: of a program's coefficients."""
-    blocks = tl.cdiv(channels, CB)
-    sample, group = tl.program_id(0) // blocks // groups, tl.program_id(0) // blocks % groups
-    channel = tl.program_id(0) % blocks * CB + tl.arange(0, CB)[None, None, :]
-    live = channel < channels
-    channel += group * channels
-    grad += offset(sample, channel, grad_b, grad_c)
-    x += offset(sample, channel, x_b, x_c)
-    grad_x += offset(sample, channel, out_b, out_c)
-    weights += offset(sample, group, weights_b, weights_s)
-    stride_m = tl.full((), 1, tl.int64) * weights_m
-    coefficients += tl.program_id(0).to(tl.int64) * size * CB
-    plane = tl.full((), 1, tl.int64) * height * width
-    shares += tl.program_id(0) * (COUNT * plane)
-    if PASS != 2:
-        _analyse(x, weights, live, coefficients, count_h, count_w, count_w, height, width, x_h, x_w, stride_m,
-                 weights_h, weights_w, basis_h, basis_w, count_h, count_w, 0, False, COUNT, R, WB, IB, JB, CB, DT, ACC,
-                 PRECISION, PASS)
-        for f in range(FILTERS):
-            row = table + f * _TABLE
-            rows, cols = tl.load(row + _ROWS), tl.load(row + _COLS)
-            own = coefficients + tl.load(row + _START).to(tl.int64) * CB
-            _analyse(grad, weights, live, own, rows, cols, cols, height, width, grad_h, grad_w, stride_m, weights_h,
-                     weights_w, basis_h, basis_w, count_h, count_w, f + 1, True, COUNT, R, WB, IB, JB, CB, DT, ACC,
-                     PRECISION, PASS)
-    if PASS == 0:
-        tl.debug_barrier()
-    if PASS != 1:
-        across = tl.cdiv(width, WB)
-        for chunk in range(tl.program_id(1), tl.cdiv(height, R) * across, tl.num_programs(1)):
-            h0, w0 = chunk // across * R, chunk % across * WB
-            h, w = (h0 + tl.arange(0, R))[None, :, None], (w0 + tl.arange(0, WB))[:, None, None]
-            inside = (h < height) & (w < width)
-            weigh = weights + offset(h, w, weights_h, weights_w)
-            share = shares + h0.to(tl.int64) * width + (h - h0) * width + w
-            g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
-            chunk_x = tl.load(x + offset(h, w, x_h, x_w), mask=inside & live, other=0.).to(ACC)
-            above = tl.sum(g * chunk_x, axis=2, keep_dims=True)
-            for f in range(FILTERS):
-                low = _synthesise(
-                    coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
-                    width, f, 0, R, WB, JB, CB, DT, ACC, PRECISION)
-                g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
-                below = tl.sum(g * tl.reshape(low, (WB, R, CB)), axis=2, keep_dims=True)
-                tl.store(share + f * plane, above - below, mask=inside)
-                above = below
-            if COUNT > FILTERS:
-                tl.store(share + FILTERS * plane, above, mask=inside)
-            low = _synthesise(
-                coefficients, table, filter_h, filter_w, basis_h, basis_w, count_h, count_w, h0, w0, live, height,
-                width, 0, FILTERS, R, WB, JB, CB, DT, ACC, PRECISION)
-            g = tl.load(grad + offset(h, w, grad_h, grad_w), mask=inside & live, other=0.).to(ACC)
-            y = g * _step(weigh, inside, stride_m, 0, COUNT, ACC) + tl.reshape(low, (WB, R, CB))
-            tl.store(grad_x + offset(h, w, out_h, out_w), y.to(grad_x.dtype.element_ty), mask=inside & live)
+def mix_gradient(
+        grad, x, maps, rows, basis, first_column, grad_x, grad_maps,
+        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, g_b, g_m, g_s, g_h, g_w,
+        FILTERS: tl.constexpr, STEPS_UP: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+        PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+):
+    """The gradient of the maps, and of x what does not pass through the low-passes.
+
+    Grid: rows of all samples, blocks of columns, groups.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // height, row % height
+    group = tl.program_id(2)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    w_live = w < width
+    maps += b * m_b + group * m_s + h * m_h + w * m_w
+    rows += row * columns * channels
+    first_band = _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)
+    step = tl.arange(0, STEPS_UP)
+    steps = tl.zeros([BLOCK_W, STEPS_UP], dtype=ACC)  # gradients of the steps: of x, and of the low-passes
+    width_of_group = channels // groups
+    for start in range(0, width_of_group, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        c_live = c < width_of_group
+        c += group * width_of_group
+        live = w_live[:, None] & c_live[None, :]
+        at = (row * width + w)[:, None] * channels + c[None, :]
+        g = tl.load(grad + at, mask=live, other=0.).to(ACC)
+        tl.store(grad_x + at, round_to(g * first_band[:, None], grad_x, UPCAST), mask=live)
+        of_x = tl.sum(g * tl.load(x + at, mask=live, other=0.).to(ACC), axis=1)
+        steps += tl.where(step[None, :] == 0, of_x[:, None], 0.)
+        for f in tl.static_range(FILTERS):
+            low = _low_pass(
+                rows, basis, w, w_live, c, c_live, tl.load(first_column + f), tl.load(first_column + f + 1), columns,
+                channels, ACC, PRECISION, UPCAST, BLOCK_W, BLOCK_J, BLOCK_C)
+            steps += tl.where(step[None, :] == f + 1, tl.sum(g * low, axis=1)[:, None], 0.)
+    grad_maps += b * g_b + group * g_s + h * g_h + w * g_w
+    for m in tl.static_range(COUNT):
+        # band m is in step m, and with the other sign in step m + 1
+        of_band = tl.sum(tl.where(step[None, :] == m, steps, 0.) - tl.where(step[None, :] == m + 1, steps, 0.), axis=1)
+        if ACT:
+            band = _band(maps, m, w_live, m_m, COUNT, ACT, ACC)
+            of_band = of_band * band * (1 - band / 2)
+        tl.store(grad_maps + m * g_m, round_to(of_band, grad_maps, UPCAST), mask=w_live)
+
+
+@triton.jit
+def rows_gradient(
+        grad, maps, basis, filter_of, grad_rows,
+        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
+        COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+        BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Transpose of the low-passes' last step, over the width: grad_rows (B, H, columns, C).
+
+    Grid: rows of all samples, blocks of columns, blocks of channels.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // height, row % height
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    j_live = j < columns
+    blocks = tl.cdiv(channels // groups, BLOCK_C)
+    group = tl.program_id(2) // blocks
+    c = tl.program_id(2) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels // groups
+    c += group * (channels // groups)
+    maps += b * m_b + group * m_s + h * m_h
+    f = tl.load(filter_of + j, mask=j_live, other=0)
+    acc = tl.zeros([BLOCK_J, BLOCK_C], dtype=ACC)
+    for start in range(0, width, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        w_live = w < width
+        live = j_live[:, None] & w_live[None, :]
+        at = maps + f[:, None] * m_m + w[None, :] * m_w
+        step = tl.zeros([BLOCK_J, BLOCK_W], dtype=ACC) - twice_sigmoid(
+            tl.load(at, mask=live & (f < COUNT)[:, None], other=0.).to(ACC), ACT)
+        after = live & (f + 1 < COUNT)[:, None]
+        band = twice_sigmoid(tl.load(at + m_m, mask=after, other=0.).to(ACC), ACT)
+        step += tl.where(after, band, 1.)
+        s = tl.load(basis + w[None, :] * columns + j[:, None], mask=live, other=0.).to(ACC) * step
+        at_grad = (row * width + w)[:, None] * channels + c[None, :]
+        g = tl.load(grad + at_grad, mask=w_live[:, None] & c_live[None, :], other=0.)
+        acc = dot(round_to(s, grad_rows, UPCAST), g, acc, PRECISION, UPCAST)
+    at = (row * columns + j)[:, None] * channels + c[None, :]
+    tl.store(grad_rows + at, round_to(acc / width, grad_rows, UPCAST), mask=j_live[:, None] & c_live[None, :])

@@ -18,6 +18,9 @@ def why_not(args: ConvArgs) -> Optional[str]:
 
 
 def forward(args: ConvArgs) -> Tensor:
+    if args.x.device.type == 'cuda' and args.x.dtype == torch.bfloat16:
+        # torch has no gradient of embedding bags' weights for it there
+        return forward(args.to(torch.float32)).to(args.x.dtype)
     split = args.has_gains and not args.is_depthwise
     weight = args.sample_kernels() if args.has_gains and args.is_depthwise else args.weight
     gains = args.gains if split else NO_GAINS

@@ -68,7 +68,8 @@ class Tile:
             into_taps, into_kernel, _ = torch.ops.aten.convolution_backward(
                 grad.permute(0, 3, 1, 2), self._image(taps), kernel, None, [k, k], [0, 0], [1, 1], False, [0, 0],
                 self.tiling.groups, [True, True, False])
-            return into_taps.permute(0, 2, 3, 1).reshape(taps.shape), into_kernel
+            # CUDA's float64 convolutions are contiguous, whatever they are given
+            return into_taps.permute(0, 2, 3, 1).contiguous().view(taps.shape), into_kernel
         grad = grad.reshape(-1, len(kernel))
         into_kernel = _matmul(grad.t(), taps.view(len(grad), -1).t()).view(len(kernel), k, k, -1)
         return _matmul(grad, _as_rows(kernel).t()).view(taps.shape), into_kernel.permute(0, 3, 1, 2)

@@ -1,254 +1,234 @@
-"""Triton kernels of the dense and grouped operator: forward, and its gradients in two.
+"""The dense and grouped operator in two steps: kernels write samples as columns, the library multiplies them."""
+import functools
+from typing import List, NamedTuple, Optional, Tuple
 
-Groups are bundled until a bundle has enough channels for matrix instructions; its kernel is block-diagonal. Channels
-are visited in slices of `slice_width`, which lie in one bundle and in one dilation group. AdaKern's split costs one
-product more: the mean over the taps sees the total of the samples, so there are ten products for nine taps and no
-kernel for each sample.
+import torch
+from torch import Tensor
 
-Shapes: x (B, H, W, C), y and its gradient (B, H', W', O) contiguous, kernel (bundles, k*k, bundle_in, bundle_out), its
-mean (bundles, bundle_in, bundle_out), gains (B, C) and (B, O).
-"""
-import triton
-import triton.language as tl
+from ... import triton_support
+from ...triton_support import Launch, block, cdiv
+from .call import Call, Spec, Tile, call_of, mask_in
+from .sums import gains_gradient, sampling_gradient
 
-from .sampling import corner_values, dot, locate, offset, sample, scatter, slopes, tap
+__all__ = ['backward', 'forward']
 
-__all__ = ['backward_kernel', 'backward_samples', 'forward']
+# Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
+_COLUMNS = 4, 128, 2
+_SCATTER = 8, 32, 2
+# Positions of a program in the interpreter, whose time goes with the number of programs.
+_INTERPRETED = 32
+# Positions of one sample of which a program of `spread` adds up the gradients of the output gains.
+_SPREAD = 128
 
 
-@triton.jit
+class _Launches(NamedTuple):
+    """The launches of a call. columns and scatter have one per tile."""
+    tiles: List[Tile]
+    pack: Launch
+    columns: List[Launch]
+    combine: Launch
+    spread: Launch
+    scatter: List[Launch]
+    unpack: Launch
+    scatter_blocks: Tuple[int, int]  # of channels, and of a sample's positions
+
+
+def _blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
+    block_p, block_c, warps = sizes
+    if triton_support.is_interpreted():
+        block_p = _INTERPRETED
+    wide = call.spec.dtype.itemsize // 2
+    return block_p, block(call.dilation_width, 16, max(block_c // wide, 16)), warps
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(spec: Spec, fixed: bool) -> _Launches:
+    from . import dense_kernels as kernels
+    call = call_of(spec)
+    columns_p, columns_c, columns_warps = _blocks(call, _COLUMNS)
+    scatter_p, scatter_c, scatter_warps = _blocks(call, _SCATTER)
+    tiles = call.tiles(max(columns_p, scatter_p))
+    gains_b = call.c + call.o
+    taps_up = block(call.taps, 1, 4096)
+    groups = call.per_group, call.out_per_group, call.width, call.out_width
+    kernel = call.taps, taps_up, call.split, call.acc, call.upcast
+    pack_c, unpack_c = (block(n, 1, max(2048 // taps_up, 1)) for n in (call.width, call.per_group))
+    chunks = cdiv(call.area, scatter_p)
+    columns, scatter = [], []
+    for tile in tiles:
+        place = tile.first_sample, tile.first, tile.count, call.h, call.w
+        channels = *call.strides, call.c, gains_b, call.width, call.dilation_width
+        columns.append(Launch(
+            kernels.columns, (tile.samples * cdiv(tile.count, columns_p), call.channel_blocks(columns_c)),
+            (*place, call.out_w, *call.centres, *channels, spec.base),
+            (*call.constants, call.upcast, columns_p, columns_c), columns_warps))
+        scatter.append(Launch(
+            kernels.scatter_columns, (tile.samples * cdiv(tile.count, scatter_p), call.channel_blocks(scatter_c)),
+            (*place, call.out_h, call.out_w, *call.centres, *channels, call.positions,
+             tile.first_sample * chunks + tile.first // scatter_p, spec.base),
+            (*call.constants, fixed, scatter_p, scatter_c), scatter_warps))
+    block_o = block(call.o, 16, 64)
+    return _Launches(
+        tiles=tiles,
+        pack=Launch(kernels.pack, (call.o, cdiv(call.width, pack_c)), groups, (*kernel, pack_c)),
+        columns=columns,
+        combine=Launch(
+            kernels.combine, (cdiv(call.positions * call.o, 1024),),
+            (call.area, call.c, call.o, gains_b, call.positions * call.o),
+            (spec.gains_act, call.acc, call.upcast, 1024)),
+        spread=Launch(
+            kernels.spread, (call.b * cdiv(call.area, _SPREAD), cdiv(call.o, block_o)),
+            (call.area, _SPREAD, call.c, call.o, gains_b), (spec.gains_act, call.acc, call.upcast, 16, block_o)),
+        scatter=scatter,
+        unpack=Launch(kernels.unpack, (call.o, cdiv(call.per_group, unpack_c)), groups, (*kernel, unpack_c)),
+        scatter_blocks=(call.channel_blocks(scatter_c), chunks))
+
+
+def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    """The kernel for the products: its rest (bundles, out_width, K*K*width) over its mean (bundles, out_width, width).
+
+    Without gains there is no mean, and the rest is the kernel.
+    """
+    rest = weight.new_empty(call.bundles, call.out_width, call.taps * call.width, dtype=call.spec.dtype)
+    mean = weight.new_empty(call.bundles, call.out_width, call.width, dtype=call.spec.dtype) if call.split else None
+    triton_support.launch(launches.pack, weight.contiguous(), rest, mean)
+    return rest, mean
+
+
+def _workspace(call: Call, launches: _Launches, like: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    """Columns (positions, K*K*C) and totals (positions, C) of the largest tile."""
+    most = max(tile.positions for tile in launches.tiles)
+    return like.new_empty(most, call.taps * call.c), like.new_empty(most, call.c) if call.split else None
+
+
+def _by_bundle(call: Call, t: Tensor) -> Tensor:
+    """(positions, bundles * n) as (bundles, positions, n)."""
+    return t.unflatten(1, (call.bundles, -1)).transpose(0, 1)
+
+
+def _product(call: Call, columns: Tensor, kernel: Tensor, out: Tensor) -> None:
+    """columns (positions, bundles*K) times kernel (bundles, out_width, K), into out (positions, O)."""
+    if call.bundles == 1:
+        torch.mm(columns, kernel[0].t(), out=out)
+    else:
+        torch.bmm(_by_bundle(call, columns), kernel.transpose(1, 2), out=_by_bundle(call, out))
+
+
+def _columns_gradient(call: Call, grad: Tensor, kernel: Tensor, out: Tensor) -> None:
+    """The gradient of the columns of :func:`_product`, into out."""
+    if call.bundles == 1:
+        torch.mm(grad, kernel[0], out=out)
+    else:
+        torch.bmm(_by_bundle(call, grad), kernel, out=_by_bundle(call, out))
+
+
+def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, into: Optional[Tensor]) -> Tensor:
+    """The gradient of the kernel of :func:`_product`, plus `into`, that of earlier tiles."""
+    if call.bundles == 1:
+        product = torch.mm(grad.t(), columns)[None]
+    else:
+        product = torch.bmm(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns))
+    # where there are several tiles, their sum is not to be rounded to half precision again and again
+    product = product if into is None else into + product
+    return product
+
+
 def forward(
-        x, dilation, mask, kernel, mean, bias, low_in, low_out, high_in, high_out, y,
-        positions, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        x_b, x_h, x_w, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w,
-        channels, out_channels, bundle_in, bundle_out, slice_width, dilation_width,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-        INDEX: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-):
-    """Grid: blocks of positions, blocks of a bundle's output channels, bundles."""
-    p = tl.program_id(0).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    bundle = tl.program_id(2).to(tl.int64)
-    alive, o_live = p < positions, o < bundle_out
-    b, i, j = locate(p, out_h, out_w)
-    b = b.to(tl.int64)
-    centre_row, centre_col = (i * stride_h + start_h).to(tl.int32), (j * stride_w + start_w).to(tl.int32)
-    at_dilation, at_mask = offset(b, i, j, d_b, d_h, d_w), offset(b, i, j, m_b, m_h, m_w)
-    acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=ACC)
-    acc_low = tl.zeros([BLOCK_P, BLOCK_O], dtype=ACC)
-    for first in range(0, bundle_in, slice_width):
-        group = (bundle * bundle_in + first) // dilation_width
-        d = tl.load(dilation + at_dilation + group * d_g, mask=alive, other=0.).to(ACC)
-        for start in range(first, first + slice_width, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            c_live = c < first + slice_width
-            channel = bundle * bundle_in + c
-            live = alive[:, None] & c_live[None, :]
-            w_live = c_live[:, None] & o_live[None, :]
-            at_gain = b[:, None] * channels + channel[None, :]
-            if SPLIT:
-                gain = tl.load(high_in + at_gain, mask=live, other=0.).to(ACC)
-                total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-            for k in range(0, K * K):
-                t, u = k // K - K // 2, k % K - K // 2
-                row, row1, f = tap(d, t, centre_row)
-                col, col1, e = tap(d, u, centre_col)
-                v00, v01, v10, v11 = corner_values(
-                    x, b, row, row1, col, col1, height, width, x_b, x_h, x_w, channel, live, ACC)
-                s = sample(v00, v01, v10, v11, f, e)
-                if HAS_MASK:
-                    m = tl.load(mask + at_mask + (group * (K * K) + k) * m_c, mask=alive, other=0.).to(ACC)
-                    s = s * m[:, None]
-                if SPLIT:
-                    total += s
-                    s = s * gain
-                at = ((bundle * (K * K) + k) * bundle_in + c)[:, None] * bundle_out + o[None, :]
-                acc = dot(s, tl.load(kernel + at, mask=w_live, other=0.), acc, PRECISION, UPCAST)
-            if SPLIT:
-                total = total * tl.load(low_in + at_gain, mask=live, other=0.).to(ACC)
-                at = (bundle * bundle_in + c)[:, None] * bundle_out + o[None, :]
-                acc_low = dot(total, tl.load(mean + at, mask=w_live, other=0.), acc_low, PRECISION, UPCAST)
-    out = bundle * bundle_out + o
-    live = alive[:, None] & o_live[None, :]
-    if SPLIT:
-        at_gain = b[:, None] * out_channels + out[None, :]
-        acc = acc * tl.load(high_out + at_gain, mask=live, other=0.).to(ACC)
-        acc += acc_low * tl.load(low_out + at_gain, mask=live, other=0.).to(ACC)
-    if HAS_BIAS:
-        acc += tl.load(bias + out, mask=o_live, other=0.).to(ACC)[None, :]
-    tl.store(y + p.to(tl.int64)[:, None] * out_channels + out[None, :], acc.to(y.dtype.element_ty), mask=live)
+        spec: Spec,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        y: Tensor,
+        save: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Into y (B, H', W', O) from x (B, H, W, C), both contiguous.
 
-
-@triton.jit
-def backward_samples(
-        grad, x, dilation, mask, kernel, mean, low_in, low_out, high_in, high_out, grad_x, grad_sampling, scale,
-        positions, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        x_b, x_h, x_w, g_b, g_h, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w,
-        channels, out_channels, bundle_in, bundle_out, slice_width, dilation_width,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, FIXED: tl.constexpr,
-        INDEX: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-):
-    """Gradients of x, and of mask and dilation: those of a block of channels, (blocks, k*k + 1, positions).
-
-    grad_x (B, H, W, C) contiguous is added to. Grid: blocks of positions, blocks of channels.
+    Returns:
+        The two parts of the output (positions, O) before the output gains, if save; else anything.
     """
-    p = tl.program_id(0).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
-    alive = p < positions
-    b, i, j = locate(p, out_h, out_w)
-    b = b.to(tl.int64)
-    blocks = tl.cdiv(slice_width, BLOCK_C)
-    piece = tl.program_id(1).to(tl.int64)
-    first = piece // blocks * slice_width
-    channel = first + piece % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_live = channel < first + slice_width
-    bundle, group = first // bundle_in, first // dilation_width
-    c = channel - bundle * bundle_in
-    live = alive[:, None] & c_live[None, :]
-    centre_row, centre_col = (i * stride_h + start_h).to(tl.int32), (j * stride_w + start_w).to(tl.int32)
-    at_mask = offset(b, i, j, m_b, m_h, m_w)
-    d = tl.load(dilation + offset(b, i, j, d_b, d_h, d_w) + group * d_g, mask=alive, other=0.).to(ACC)
-    factor = 1.
-    if FIXED:
-        factor = tl.load(scale)
-    if SPLIT:
-        at_gain = b[:, None] * channels + channel[None, :]
-        gain = tl.load(high_in + at_gain, mask=live, other=0.).to(ACC)
-        low = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-        for start in range(0, bundle_out, BLOCK_O):
-            o = start + tl.arange(0, BLOCK_O)
-            o_live = o < bundle_out
-            out = bundle * bundle_out + o
-            g_live = alive[:, None] & o_live[None, :]
-            g = tl.load(grad + p.to(tl.int64)[:, None] * out_channels + out[None, :], mask=g_live, other=0.).to(ACC)
-            g = g * tl.load(low_out + b[:, None] * out_channels + out[None, :], mask=g_live, other=0.).to(ACC)
-            at = (bundle * bundle_in + c)[None, :] * bundle_out + o[:, None]
-            w = tl.load(mean + at, mask=o_live[:, None] & c_live[None, :], other=0.)
-            low = dot(g, w, low, PRECISION, UPCAST)
-        low = low * tl.load(low_in + at_gain, mask=live, other=0.).to(ACC)
-    grad_d = tl.zeros([BLOCK_P], dtype=ACC)
-    for k in range(0, K * K):
-        acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-        for start in range(0, bundle_out, BLOCK_O):
-            o = start + tl.arange(0, BLOCK_O)
-            o_live = o < bundle_out
-            out = bundle * bundle_out + o
-            g_live = alive[:, None] & o_live[None, :]
-            g = tl.load(grad + p.to(tl.int64)[:, None] * out_channels + out[None, :], mask=g_live, other=0.)
-            if SPLIT:
-                scale_out = tl.load(high_out + b[:, None] * out_channels + out[None, :], mask=g_live, other=0.)
-                g = g.to(ACC) * scale_out.to(ACC)
-            at = ((bundle * (K * K) + k) * bundle_in + c)[None, :] * bundle_out + o[:, None]
-            w = tl.load(kernel + at, mask=o_live[:, None] & c_live[None, :], other=0.)
-            acc = dot(g, w, acc, PRECISION, UPCAST)
-        if SPLIT:
-            acc = acc * gain + low
-        t, u = k // K - K // 2, k % K - K // 2
-        row, row1, f = tap(d, t, centre_row)
-        col, col1, e = tap(d, u, centre_col)
-        v00, v01, v10, v11 = corner_values(x, b, row, row1, col, col1, height, width, x_b, x_h, x_w, channel, live, ACC)
-        into = grad_sampling + (piece * (K * K + 1) + k) * positions + p
-        if HAS_MASK:
-            tl.store(into, tl.sum(acc * sample(v00, v01, v10, v11, f, e), axis=1), mask=alive)
-            m = tl.load(mask + at_mask + (group * (K * K) + k) * m_c, mask=alive, other=0.).to(ACC)
-            acc = acc * m[:, None]
-        grad_d += tl.sum(acc * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
-        scatter(grad_x, b, row, row1, col, col1, f, e, height, width, g_b, g_h, channels, channel, live, acc,
-                factor, FIXED)
-    tl.store(grad_sampling + (piece * (K * K + 1) + K * K) * positions + p, grad_d, mask=alive)
+    call, launches = call_of(spec), _launches(spec, False)
+    rest, mean = _pack(call, launches, weight)
+    cols, totals = _workspace(call, launches, x)
+    y = y.view(call.positions, call.o)
+    high_part = torch.empty_like(y) if save else y
+    low_part = torch.empty_like(y) if call.split else y
+    mask = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    start = 0
+    for tile, columns in zip(launches.tiles, launches.columns):
+        n = tile.positions
+        triton_support.launch(columns, x, dilation, mask, low, high, cols, totals)
+        _product(call, cols[:n], rest, high_part[start:start + n])
+        if mean is not None and totals is not None:
+            _product(call, totals[:n], mean, low_part[start:start + n])
+        start += n
+    if call.split:
+        triton_support.launch(launches.combine, high_part, low_part, low, high, bias, y)
+    elif bias is not None:
+        y += bias
+    return high_part, low_part
 
 
-@triton.jit
-def _gain_gradients(product, own, other, into_in, into_out, in_live, out_live):
-    """Of the gains of a block of channels, own (C,), and of output channels, other (O,), from kernel * its gradient."""
-    tl.store(into_in, tl.sum(product * other[None, :], axis=1), mask=in_live)
-    tl.store(into_out, tl.sum(product * own[:, None], axis=0), mask=out_live)
+def backward(
+        spec: Spec,
+        grad: Tensor,
+        parts: Tuple[Optional[Tensor], Optional[Tensor]],
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        grad_x: Tensor,
+        scale: Optional[Tensor],
+) -> List[Optional[Tensor]]:
+    """Gradients of weight, bias, dilation, mask, low and high from grad (B, H', W', O) contiguous.
 
-
-@triton.jit
-def backward_kernel(
-        grad, x, dilation, mask, kernel, mean, low_in, low_out, high_in, high_out,
-        grad_kernel, grad_mean, grad_high_in, grad_low_in, grad_high_out, grad_low_out,
-        batch, chunks, chunk, units_a_split, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        x_b, x_h, x_w, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w,
-        channels, out_channels, bundle_in, bundle_out, slice_width, dilation_width,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
-        PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-):
-    """Gradients of the kernel, its mean and the gains.
-
-    A unit is `chunk` positions of one sample, so that the gains are its own, and M = sum over its positions of the
-    masked sample times the gradient; all of these gradients follow from M. A split takes some units and adds up what
-    concerns the kernel: (splits, bundles, k*k, bundle_in, bundle_out). What concerns gains is kept for each unit:
-    (rows, units, C) and (rows, units, O), a row for each tap and block of the other channels.
-    Grid: blocks of channels times blocks of a bundle's output channels, taps, splits.
+    The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale where there is one.
     """
-    o_blocks = tl.cdiv(bundle_out, BLOCK_O)
-    blocks = tl.cdiv(slice_width, BLOCK_C)
-    piece = (tl.program_id(0) // o_blocks).to(tl.int64)
-    o_block = tl.program_id(0) % o_blocks
-    k = tl.program_id(1)
-    split = tl.program_id(2).to(tl.int64)
-    first = piece // blocks * slice_width
-    channel = first + piece % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_live = channel < first + slice_width
-    bundle, group = first // bundle_in, first // dilation_width
-    c = channel - bundle * bundle_in
-    o = o_block * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_live = o < bundle_out
-    out = bundle * bundle_out + o
-    w_live = c_live[:, None] & o_live[None, :]
-    t, u = k // K - K // 2, k % K - K // 2
-    units = batch * chunks
-    area = out_h * out_w
-    pieces_a_bundle = bundle_in // slice_width * blocks
-    row_in = (k * o_blocks + o_block).to(tl.int64) * units
-    row_out = (k * pieces_a_bundle + piece % pieces_a_bundle).to(tl.int64) * units
-    at_kernel = (bundle * (K * K) + k) * bundle_in * bundle_out + c[:, None] * bundle_out + o[None, :]
-    high = tl.zeros([BLOCK_C, BLOCK_O], dtype=ACC)
-    low = tl.zeros([BLOCK_C, BLOCK_O], dtype=ACC)
-    for unit in range(split * units_a_split, tl.minimum((split + 1) * units_a_split, units)):
-        b = (unit // chunks).to(tl.int64)
-        begin = unit % chunks * chunk
-        end = tl.minimum(begin + chunk, area)
-        acc = tl.zeros([BLOCK_C, BLOCK_O], dtype=ACC)
-        for at in range(begin, end, BLOCK_P):
-            q = at + tl.arange(0, BLOCK_P)
-            alive = q < end
-            i, j = q // out_w, q % out_w
-            d = tl.load(dilation + offset(b, i, j, d_b, d_h, d_w) + group * d_g, mask=alive, other=0.).to(ACC)
-            row, row1, f = tap(d, t, (i * stride_h + start_h).to(tl.int32))
-            col, col1, e = tap(d, u, (j * stride_w + start_w).to(tl.int32))
-            live = alive[:, None] & c_live[None, :]
-            v00, v01, v10, v11 = corner_values(
-                x, b, row, row1, col, col1, height, width, x_b, x_h, x_w, channel, live, ACC)
-            s = sample(v00, v01, v10, v11, f, e)
-            if HAS_MASK:
-                at_mask = offset(b, i, j, m_b, m_h, m_w) + (group * (K * K) + k) * m_c
-                s = s * tl.load(mask + at_mask, mask=alive, other=0.).to(ACC)[:, None]
-            g = tl.load(grad + (b * area + q)[:, None] * out_channels + out[None, :],
-                        mask=alive[:, None] & o_live[None, :], other=0.)
-            acc = dot(tl.trans(s), g, acc, PRECISION, UPCAST)
-        if SPLIT:
-            own = tl.load(high_in + b * channels + channel, mask=c_live, other=0.).to(ACC)
-            other = tl.load(high_out + b * out_channels + out, mask=o_live, other=0.).to(ACC)
-            high += acc * own[:, None] * other[None, :]
-            w = tl.load(kernel + at_kernel, mask=w_live, other=0.).to(ACC)
-            _gain_gradients(
-                acc * w, own, other, grad_high_in + (row_in + unit) * channels + channel,
-                grad_high_out + (row_out + unit) * out_channels + out, c_live, o_live)
-            own = tl.load(low_in + b * channels + channel, mask=c_live, other=0.).to(ACC)
-            other = tl.load(low_out + b * out_channels + out, mask=o_live, other=0.).to(ACC)
-            low += acc * own[:, None] * other[None, :]
-            w = tl.load(mean + (bundle * bundle_in + c)[:, None] * bundle_out + o[None, :], mask=w_live, other=0.)
-            _gain_gradients(
-                acc * w.to(ACC), own, other, grad_low_in + (row_in + unit) * channels + channel,
-                grad_low_out + (row_out + unit) * out_channels + out, c_live, o_live)
-        else:
-            high += acc
-    at_split = split * (channels // bundle_in) * (K * K) * bundle_in * bundle_out + at_kernel
-    tl.store(grad_kernel + at_split, high, mask=w_live)
-    if SPLIT:
-        tl.store(grad_mean + at_split, low, mask=w_live)
+    call, launches = call_of(spec), _launches(spec, scale is not None)
+    rest, mean = _pack(call, launches, weight)
+    cols, totals = _workspace(call, launches, x)
+    grad = grad.view(call.positions, call.o)
+    blocks, chunks = launches.scatter_blocks
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=call.wide, device=x.device)
+
+    sampling = empty(blocks, call.taps + 1, call.positions)
+    of_input = of_output = None
+    grad_high = grad_low = grad
+    if call.split:
+        grad_high, grad_low = torch.empty_like(grad), torch.empty_like(grad)
+        of_input = empty(call.b, chunks, 2, call.c)
+        of_output = empty(call.b, cdiv(call.area, _SPREAD), 3, call.o)
+        triton_support.launch(launches.spread, grad, *parts, low, high, grad_high, grad_low, of_output)
+    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    grad_rest = grad_mean = None
+    start = 0
+    for tile, columns, scatter in zip(launches.tiles, launches.columns, launches.scatter):
+        n = tile.positions
+        triton_support.launch(columns, x, dilation, masks, low, high, cols, totals)
+        # the columns' gradients take their place
+        g = grad_high[start:start + n]
+        grad_rest = _kernel_gradient(call, g, cols[:n], grad_rest)
+        _columns_gradient(call, g, rest, cols[:n])
+        if mean is not None and totals is not None:
+            g = grad_low[start:start + n]
+            grad_mean = _kernel_gradient(call, g, totals[:n], grad_mean)
+            _columns_gradient(call, g, mean, totals[:n])
+        triton_support.launch(
+            scatter, x, dilation, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
+        start += n
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
+    grad_bias = None
+    if bias is not None:
+        grad_bias = grad.sum(0) if of_output is None else of_output[:, :, 2].sum((0, 1))
+    return [
+        grad_weight, grad_bias, *sampling_gradient(call, sampling, dilation, mask),
+        *gains_gradient(call, of_input, of_output, low, high)]

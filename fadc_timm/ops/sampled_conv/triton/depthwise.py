@@ -1,117 +1,99 @@
-"""Triton kernels of the depthwise operator: forward, and all of its gradients in one.
+"""The depthwise operator: one kernel forward, and one for all gradients with two that add up."""
+import functools
+from typing import List, NamedTuple, Optional, Tuple
 
-There is no matrix product in it: a program reads the pixels of its positions, a block of channels at a time, through
-the cache. A unit is BLOCK_P positions of one sample, which has a kernel of its own or shares one.
+import torch
+from torch import Tensor
 
-Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous, kernel (B or 1, k*k, C).
-"""
-import triton
-import triton.language as tl
-
-from .sampling import corner_values, offset, sample, scatter, slopes, tap
+from ... import triton_support
+from ...triton_support import Launch, block, cdiv
+from .call import Spec, call_of, mask_in
+from .sums import sampling_gradient
 
 __all__ = ['backward', 'forward']
 
-
-@triton.jit
-def channels_of_part(dilation_width, part_width, parts_a_group):
-    """Dilation group, first channel and end of the program's part."""
-    part = tl.program_id(1).to(tl.int64)
-    group = part // parts_a_group
-    first = group * dilation_width + part % parts_a_group * part_width
-    return group, first, tl.minimum(first + part_width, (group + 1) * dilation_width)
+# Positions and channels of a program, and its warps.
+_FORWARD = 32, 64, 4
+_BACKWARD = 32, 32, 4
 
 
-@triton.jit
+class _Launches(NamedTuple):
+    forward: Launch
+    backward: Launch
+    kernel: Launch
+    backward_blocks: Tuple[int, int]  # of channels, and of a sample's positions
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(spec: Spec, has_bias: bool, fixed: bool) -> _Launches:
+    from . import depthwise_kernels as kernels
+    call = call_of(spec)
+    size = call.h, call.w, call.out_h, call.out_w, *call.centres, *call.strides, call.c, call.dilation_width
+    p, c, warps = _FORWARD[0], block(call.dilation_width, 16, _FORWARD[1]), _FORWARD[2]
+    bp, bc, back_warps = _BACKWARD[0], block(call.dilation_width, 16, _BACKWARD[1]), _BACKWARD[2]
+    chunks = cdiv(call.area, bp)
+    return _Launches(
+        Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),
+               (*call.constants, has_bias, call.upcast, p, c), warps),
+        Launch(kernels.backward, (call.b * chunks, call.channel_blocks(bc)), (*size, call.positions, spec.base),
+               (*call.constants, fixed, bp, bc), back_warps),
+        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (chunks, call.c),
+               (call.taps, block(call.taps, 1, 4096), call.split, spec.gains_act, call.acc, call.upcast, 32)),
+        (call.channel_blocks(bc), chunks))
+
+
+def _kernel(weight: Tensor, split: bool, wide: torch.dtype) -> Tuple[Tensor, Optional[Tensor]]:
+    """The kernel (K*K, C), and if split its mean over the taps (C,)."""
+    kernel = weight.flatten(1).to(wide).t().contiguous()
+    return kernel, kernel.mean(0) if split else None
+
+
 def forward(
-        x, dilation, mask, kernel, bias, y,
-        chunks, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        x_b, x_h, x_w, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, w_b,
-        channels, dilation_width, part_width, parts_a_group,
-        K: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """Grid: units, parts: `part_width` channels of one dilation group."""
-    unit = tl.program_id(0).to(tl.int64)
-    b = unit // chunks
-    area = out_h * out_w
-    q = (unit % chunks * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int32)
-    alive = q < area
-    group, first, last = channels_of_part(dilation_width, part_width, parts_a_group)
-    i, j = q // out_w, q % out_w
-    d = tl.load(dilation + offset(b, i, j, d_b, d_h, d_w) + group * d_g, mask=alive, other=0.).to(ACC)
-    for start in range(first, last, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        c_live = channel < last
-        live = alive[:, None] & c_live[None, :]
-        acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-        for k in range(0, K * K):
-            t, u = k // K - K // 2, k % K - K // 2
-            row, row1, f = tap(d, t, i * stride_h + start_h)
-            col, col1, e = tap(d, u, j * stride_w + start_w)
-            v00, v01, v10, v11 = corner_values(
-                x, b, row, row1, col, col1, height, width, x_b, x_h, x_w, channel, live, ACC)
-            s = sample(v00, v01, v10, v11, f, e)
-            if HAS_MASK:
-                at_mask = offset(b, i, j, m_b, m_h, m_w) + (group * (K * K) + k) * m_c
-                s = s * tl.load(mask + at_mask, mask=alive, other=0.).to(ACC)[:, None]
-            acc += s * tl.load(kernel + b * w_b + k * channels + channel, mask=c_live, other=0.).to(ACC)[None, :]
-        if HAS_BIAS:
-            acc += tl.load(bias + channel, mask=c_live, other=0.).to(ACC)[None, :]
-        into = y + (b * area + q)[:, None] * channels + channel[None, :]
-        tl.store(into, acc.to(y.dtype.element_ty), mask=live)
+        spec: Spec,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        y: Tensor,
+) -> None:
+    """Into y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high (B, C)."""
+    call, launches = call_of(spec), _launches(spec, bias is not None, False)
+    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    triton_support.launch(
+        launches.forward, x, dilation, masks, low, high, *_kernel(weight, call.split, call.wide), bias, y)
 
 
-@triton.jit
 def backward(
-        grad, x, dilation, mask, kernel, grad_x, grad_sampling, grad_kernel, scale,
-        positions, chunks, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        x_b, x_h, x_w, g_b, g_h, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, w_b,
-        channels, dilation_width, part_width, parts_a_group,
-        K: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, FIXED: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """Gradients of x (added to grad_x), of mask and dilation of a part's channels (parts, k*k + 1, positions), and of
-    the kernel of a unit (units, k*k, C). Grid: units, parts.
-    """
-    unit = tl.program_id(0).to(tl.int64)
-    b = unit // chunks
-    area = out_h * out_w
-    q = (unit % chunks * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int32)
-    alive = q < area
-    group, first, last = channels_of_part(dilation_width, part_width, parts_a_group)
-    i, j = q // out_w, q % out_w
-    d = tl.load(dilation + offset(b, i, j, d_b, d_h, d_w) + group * d_g, mask=alive, other=0.).to(ACC)
-    factor = 1.
-    if FIXED:
-        factor = tl.load(scale)
-    grad_d = tl.zeros([BLOCK_P], dtype=ACC)
-    into = grad_sampling + tl.program_id(1).to(tl.int64) * (K * K + 1) * positions + b * area + q
-    for k in range(0, K * K):
-        t, u = k // K - K // 2, k % K - K // 2
-        row, row1, f = tap(d, t, i * stride_h + start_h)
-        col, col1, e = tap(d, u, j * stride_w + start_w)
-        m = tl.full([BLOCK_P], 1., dtype=ACC)
-        if HAS_MASK:
-            at_mask = offset(b, i, j, m_b, m_h, m_w) + (group * (K * K) + k) * m_c
-            m = tl.load(mask + at_mask, mask=alive, other=0.).to(ACC)
-        grad_m = tl.zeros([BLOCK_P], dtype=ACC)
-        for start in range(first, last, BLOCK_C):
-            channel = start + tl.arange(0, BLOCK_C)
-            c_live = channel < last
-            live = alive[:, None] & c_live[None, :]
-            g = tl.load(grad + (b * area + q)[:, None] * channels + channel[None, :], mask=live, other=0.).to(ACC)
-            v00, v01, v10, v11 = corner_values(
-                x, b, row, row1, col, col1, height, width, x_b, x_h, x_w, channel, live, ACC)
-            s = sample(v00, v01, v10, v11, f, e)
-            at = k * channels + channel
-            tl.store(grad_kernel + unit * (K * K) * channels + at, tl.sum(g * s * m[:, None], axis=0), mask=c_live)
-            g = g * tl.load(kernel + b * w_b + at, mask=c_live, other=0.).to(ACC)[None, :]
-            grad_m += tl.sum(g * s, axis=1)
-            g = g * m[:, None]
-            grad_d += tl.sum(g * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
-            scatter(grad_x, b, row, row1, col, col1, f, e, height, width, g_b, g_h, channels, channel, live,
-                    g, factor, FIXED)
-        if HAS_MASK:
-            tl.store(into + k * positions, grad_m, mask=alive)
-    tl.store(into + K * K * positions, grad_d, mask=alive)
+        spec: Spec,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        grad_x: Tensor,
+        scale: Optional[Tensor],
+) -> List[Optional[Tensor]]:
+    """Gradients of weight, bias, dilation, mask, low and high, as those of the dense operator."""
+    call, launches = call_of(spec), _launches(spec, bias is not None, scale is not None)
+    kernel, mean = _kernel(weight, call.split, call.wide)
+    blocks, chunks = launches.backward_blocks
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=call.wide, device=x.device)
+
+    sampling, products = empty(blocks, call.taps + 1, call.positions), empty(call.b * chunks, call.taps, call.c)
+    triton_support.launch(
+        launches.backward, grad, x, dilation, mask_in(dilation, mask, call.dilation_groups, call.joint), low, high,
+        kernel, mean, grad_x, sampling, products, scale)
+    of_samples = empty(call.b, call.taps, call.c)
+    grads = [None if t is None else torch.empty_like(t) for t in (low, high)]
+    triton_support.launch(launches.kernel, products, kernel, mean, low, high, of_samples, *grads)
+    grad_weight = of_samples.sum(0).t().to(weight.dtype).reshape(weight.shape)
+    grad_bias = None if bias is None else grad.sum((0, 1, 2))
+    return [grad_weight, grad_bias, *sampling_gradient(call, sampling, dilation, mask), *grads]

@@ -1,74 +1,79 @@
-"""Bilinear sampling inside of Triton kernels: positions, taps, corners, and the transposes of these.
+"""Bilinear sampling inside Triton kernels: positions, taps, corners, and the transposes of these.
 
-A tap t (in -r..r, times a dilation d) lies at a whole centre plus d*t, so its first pixel and the weight of the second
-come from d*t alone; the tap 0 has no second pixel. Offsets in memory are int64, as maps may have more than 2^31
-elements.
-
-Needs Triton: imported by the `triton` backend when it is first used. With TRITON_INTERPRET=1 in the environment, set
-before that, the kernels run on a CPU.
+The tap (t, u), in -r..r each, reads at a whole centre plus (d*t, d*u). So the first pixel and the weight of the second
+follow from d*t alone, and an axis with t = 0 has no second pixel: its corners are never read. Where t and u are
+constants of the compiler, as in unrolled loops, the code for these corners is left out.
 """
 import triton
 import triton.language as tl
 
-__all__ = ['corner_values', 'dot', 'locate', 'offset', 'sample', 'scatter', 'slopes', 'tap']
+__all__ = ['corners', 'dilation_of', 'dilation_slope', 'inside', 'sample', 'scatter', 'slopes', 'tap']
 
-# Steps beyond are clamped, which keeps them in the range of int32: they are outside of any map, and stay there.
+# Steps beyond are clamped, which keeps them in the range of int32: they are outside any map, and stay there.
 _FAR = tl.constexpr(2.0 ** 30)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b, a rounded to the dtype of b. UPCAST: in float32, as the interpreter has no products in bfloat16."""
-    a = a.to(b.dtype)
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+def dilation_of(o, base, ACT: tl.constexpr):
+    """AdaDR's dilation from the output o of its convolution. ACT: 0 none, o is the dilation; 1 abs; 2 relu; 3 zero."""
+    d = o
+    if ACT == 1:
+        d = 1 + tl.where(o < 0, -o, o) * base
+    elif ACT == 2:
+        d = 1 + tl.where(o < 0, 0., o) * base
+    elif ACT == 3:
+        d = 1 + (tl.where(o + 1 < 0, 0., o + 1) - 1) * base
+    return d
 
 
 @triton.jit
-def locate(p, out_h, out_w):
-    """Sample, row and column of positions counted over the batch."""
-    row = p // out_w
-    return row // out_h, row % out_h, p % out_w
+def dilation_slope(o, base, ACT: tl.constexpr):
+    """Derivative of :func:`dilation_of` for o."""
+    slope = tl.full(o.shape, 1., dtype=o.dtype)
+    if ACT == 1:
+        slope = tl.where(o < 0, -base, base).to(o.dtype)
+    elif ACT == 2:
+        slope = tl.where(o < 0, 0., base).to(o.dtype)
+    elif ACT == 3:
+        slope = tl.where(o + 1 > 0, base, 0.).to(o.dtype)
+    return slope
 
 
 @triton.jit
 def tap(d, t, centre):
-    """First and second pixel of the tap on an axis, and the weight of the second, which is outside where t is zero."""
+    """First pixel of the tap on an axis, and the weight of the second."""
     step = d * t
     near = tl.minimum(tl.maximum(step, -_FAR), _FAR)
     whole = tl.floor(near)
-    first = centre + whole.to(tl.int32)
-    # minimum and maximum drop NaN, which is to be seen in the output
-    return first, tl.where(t != 0, first + 1, -1), tl.where(step == step, near - whole, step)
+    # minimum and maximum drop NaN, which has to be seen in the output
+    return centre + whole.to(tl.int32), tl.where(step == step, near - whole, step)
 
 
 @triton.jit
-def offset(b, row, col, stride_b, stride_h, stride_w):
-    """Of a pixel in memory, in elements: int64."""
-    return b.to(tl.int64) * stride_b + row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w
-
-
-@triton.jit
-def _inside(row, col, height, width):
+def inside(row, col, height, width):
     return (row >= 0) & (row < height) & (col >= 0) & (col < width)
 
 
 @triton.jit
-def _corner(x, b, row, col, height, width, stride_b, stride_h, stride_w, channel, live, ACC: tl.constexpr):
-    pixel = offset(b, row, col, stride_b, stride_h, stride_w)
-    inside = _inside(row, col, height, width)
-    return tl.load(x + pixel[:, None] + channel[None, :], mask=inside[:, None] & live, other=0.).to(ACC)
+def _corner(x, row, col, height, width, channels, c, live, ACC: tl.constexpr, INDEX: tl.constexpr):
+    pixel = row.to(INDEX) * width + col
+    return tl.load(x + pixel[:, None] * channels + c[None, :],
+                   mask=inside(row, col, height, width)[:, None] & live, other=0.).to(ACC)
 
 
 @triton.jit
-def corner_values(x, b, row, row1, col, col1, height, width, stride_b, stride_h, stride_w, channel, live,
-                  ACC: tl.constexpr):
-    """The pixels at two rows and two columns, (P,) each: four of (P, C), zero outside of the map."""
-    v00 = _corner(x, b, row, col, height, width, stride_b, stride_h, stride_w, channel, live, ACC)
-    v01 = _corner(x, b, row, col1, height, width, stride_b, stride_h, stride_w, channel, live, ACC)
-    v10 = _corner(x, b, row1, col, height, width, stride_b, stride_h, stride_w, channel, live, ACC)
-    v11 = _corner(x, b, row1, col1, height, width, stride_b, stride_h, stride_w, channel, live, ACC)
+def corners(x, row, col, t, u, height, width, channels, c, live, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """The pixels at two rows and two columns of a sample x (H, W, C): four of (P, C), zero outside the map."""
+    v00 = _corner(x, row, col, height, width, channels, c, live, ACC, INDEX)
+    v01 = tl.zeros_like(v00)
+    v10 = tl.zeros_like(v00)
+    v11 = tl.zeros_like(v00)
+    if u != 0:
+        v01 = _corner(x, row, col + 1, height, width, channels, c, live, ACC, INDEX)
+    if t != 0:
+        v10 = _corner(x, row + 1, col, height, width, channels, c, live, ACC, INDEX)
+        if u != 0:
+            v11 = _corner(x, row + 1, col + 1, height, width, channels, c, live, ACC, INDEX)
     return v00, v01, v10, v11
 
 
@@ -81,33 +86,34 @@ def sample(v00, v01, v10, v11, f, e):
 
 @triton.jit
 def slopes(v00, v01, v10, v11, f, e, t, u):
-    """Derivative of :func:`sample` for the dilation, of which the tap (t, u) is that many away."""
+    """Derivative of :func:`sample` for the dilation, for the tap (t, u)."""
     down = (v10 - v00) + e[:, None] * ((v11 - v01) - (v10 - v00))
     across = (v01 - v00) + f[:, None] * ((v11 - v10) - (v01 - v00))
     return t * down + u * across
 
 
 @triton.jit
-def _add(into, b, row, col, height, width, stride_b, stride_h, stride_w, channel, live, value, scale,
-         FIXED: tl.constexpr):
-    pixel = offset(b, row, col, stride_b, stride_h, stride_w)
-    inside = _inside(row, col, height, width)
+def _add(into, row, col, height, width, channels, c, live, value, scale, FIXED: tl.constexpr, INDEX: tl.constexpr):
     if FIXED:
         value = (value.to(tl.float64) * scale).to(tl.int64)
-    tl.atomic_add(into + pixel[:, None] + channel[None, :], value, mask=inside[:, None] & live, sem='relaxed')
+    pixel = row.to(INDEX) * width + col
+    tl.atomic_add(into + pixel[:, None] * channels + c[None, :], value.to(into.dtype.element_ty),
+                  mask=inside(row, col, height, width)[:, None] & live, sem='relaxed')
 
 
 @triton.jit
-def scatter(into, b, row, row1, col, col1, f, e, height, width, stride_b, stride_h, stride_w, channel, live, value,
-            scale, FIXED: tl.constexpr):
-    """Transpose of :func:`sample`: add value (P, C) to its four pixels. FIXED: as whole multiples of 1/scale.
+def scatter(into, row, col, f, e, t, u, height, width, channels, c, live, value, scale, FIXED: tl.constexpr,
+            INDEX: tl.constexpr):
+    """Transpose of :func:`sample`: add value (P, C) to its pixels in a sample (H, W, C).
 
-    The order in which atomics add is not determined; whole numbers add up to the same in any order.
+    FIXED: as whole multiples of 1/scale. The order in which atomics add is not determined; whole numbers add up to the
+    same in any order.
     """
     f, e = f[:, None], e[:, None]
-    top, bottom = value * (1 - f), value * f
-    _add(into, b, row, col, height, width, stride_b, stride_h, stride_w, channel, live, top * (1 - e), scale, FIXED)
-    _add(into, b, row, col1, height, width, stride_b, stride_h, stride_w, channel, live, top * e, scale, FIXED)
-    _add(into, b, row1, col, height, width, stride_b, stride_h, stride_w, channel, live, bottom * (1 - e), scale,
-         FIXED)
-    _add(into, b, row1, col1, height, width, stride_b, stride_h, stride_w, channel, live, bottom * e, scale, FIXED)
+    _add(into, row, col, height, width, channels, c, live, value * ((1 - f) * (1 - e)), scale, FIXED, INDEX)
+    if u != 0:
+        _add(into, row, col + 1, height, width, channels, c, live, value * ((1 - f) * e), scale, FIXED, INDEX)
+    if t != 0:
+        _add(into, row + 1, col, height, width, channels, c, live, value * (f * (1 - e)), scale, FIXED, INDEX)
+        if u != 0:
+            _add(into, row + 1, col + 1, height, width, channels, c, live, value * (f * e), scale, FIXED, INDEX)

@@ -1,0 +1,123 @@
+"""The band mix on a GPU, forward and backward: matrix products and launches."""
+import functools
+from typing import List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+from ... import triton_support
+from ...triton_support import Launch, block, cdiv, types_of
+from .tables import Tables, tables_of
+
+__all__ = ['Spec', 'backward', 'forward', 'spec_of']
+
+
+class Spec(NamedTuple):
+    """What a call follows from. maps: Strides of the maps (B, M, S, H, W)."""
+    x: Tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    count: int
+    groups: int
+    maps: Tuple[int, ...]
+    factors: Tuple[int, ...]
+    act: bool
+    tf32: bool
+
+
+def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
+    tf32 = x.dtype == torch.float32 and x.device.type == 'cuda' and torch.backends.cuda.matmul.allow_tf32
+    return Spec(tuple(x.shape), x.dtype, x.device, *maps.shape[1:3], maps.stride(), tuple(factors), act, tf32)
+
+
+class _Launches(NamedTuple):
+    rows: Launch
+    mix: Launch
+    mix_gradient: Launch
+    rows_gradient: Launch
+    coefficients_gradient: Launch
+
+
+def _tables(spec: Spec) -> Tables:
+    return tables_of(*spec.x[2:], spec.factors, spec.dtype, spec.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(spec: Spec, count_h: int, count_w: int, columns: int, most: int) -> _Launches:
+    from . import kernels
+    (b, c, h, w), half = spec.x, spec.dtype.itemsize == 2
+    acc, upcast = types_of(spec.dtype)
+    how = acc, 'tf32' if spec.tf32 else 'ieee', upcast
+    warps = 4 if half else 8
+    # the accumulators of `mix` have width times channels numbers
+    block_w, own = block(w, 16, 64), c // spec.groups
+    block_c = block(own, 16, 128 if half and block_w < 64 else 64)
+    all_c = block(c, 16, 128 if half else 64)
+    c_blocks = spec.groups * cdiv(own, block_c)
+    sizes = h, w, columns, c, spec.groups, *spec.maps
+    # the gradient of the maps is contiguous
+    plane = h * w
+    grad_maps = spec.count * spec.groups * plane, spec.groups * plane, plane, w, 1
+    axes = h, count_h, count_w, columns, c
+    filters, bands = len(spec.factors), (spec.count, spec.act, *how)
+    block_h, block_i, block_j = block(h, 16, 64), block(count_h, 16, 64), block(columns, 16, 64)
+    return _Launches(
+        Launch(kernels.synthesise_rows, (b * columns, cdiv(c, all_c), cdiv(h, block_h)), axes,
+               (*how, block_h, block(count_h, 16, 32), all_c), warps),
+        Launch(kernels.mix, (b * h, cdiv(w, block_w), c_blocks), sizes,
+               (filters, *bands, block_w, 16, block_c), warps),
+        Launch(kernels.mix_gradient, (b * h, cdiv(w, block_w), spec.groups), (*sizes, *grad_maps),
+               (filters, block(filters + 2, 2, 64), *bands, block_w, 16, block_c), warps),
+        Launch(kernels.rows_gradient, (b * h, cdiv(columns, block_j), c_blocks), sizes,
+               (*bands, block_w, block_j, block_c), warps),
+        Launch(kernels.synthesise_rows_gradient, (b * count_w, cdiv(c, all_c), cdiv(count_h, block_i)), axes,
+               (most, *how, block_h, block_i, all_c), warps))
+
+
+def _launches_of(spec: Spec, t: Tables) -> _Launches:
+    return _launches(spec, len(t.mean_h), len(t.mean_w), t.columns_basis.shape[1], t.columns_of.shape[1])
+
+
+def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: Tensor) -> Tensor:
+    """Coefficients (B, J, J', C) to rows (B, H, columns, C)."""
+    b, c, h, _ = spec.x
+    rows = coefficients.new_empty(b, h, t.columns_basis.shape[1], c)
+    triton_support.launch(launches.rows, coefficients, t.rows_basis, t.frequency, t.matrix, rows)
+    return rows
+
+
+def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor) -> Tensor:
+    """Into y (B, H, W, C) from x (B, H, W, C), both contiguous. Returns the coefficients (B, J, J', C)."""
+    t = _tables(spec)
+    launches = _launches_of(spec, t)
+    b, c, h, w = spec.x
+    down = torch.bmm(t.mean_h.expand(b, -1, -1), x.view(b, h, w * c)).view(-1, w, c)
+    coefficients = torch.bmm(t.mean_w.expand(len(down), -1, -1), down).view(b, len(t.mean_h), -1, c)
+    rows = _synthesise_rows(spec, t, launches, coefficients)
+    triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.first_column, y)
+    return coefficients
+
+
+def backward(
+        spec: Spec,
+        grad: Tensor,
+        x: Tensor,
+        maps: Tensor,
+        coefficients: Tensor,
+        grad_x: Tensor,
+        grad_maps: Tensor,
+) -> None:
+    """Into grad_x (B, H, W, C) and grad_maps (B, M, S, H, W), all contiguous except maps."""
+    t = _tables(spec)
+    launches = _launches_of(spec, t)
+    b, c, h, w = spec.x
+    rows = _synthesise_rows(spec, t, launches, coefficients)
+    triton_support.launch(
+        launches.mix_gradient, grad, x, maps, rows, t.columns_basis, t.first_column, grad_x, grad_maps)
+    # the rows' gradients take their place
+    triton_support.launch(launches.rows_gradient, grad, maps, t.columns_basis, t.filter_of, rows)
+    total = torch.empty_like(coefficients)
+    triton_support.launch(launches.coefficients_gradient, rows, t.rows_basis, t.columns_of, t.matrix, total)
+    total = total.view(-1, total.shape[2], c)
+    down = torch.bmm(t.basis_w.expand(len(total), -1, -1), total).view(b, -1, w * c)
+    grad_x.view(b, h, w * c).baddbmm_(t.basis_h.expand(b, -1, -1), down)

@@ -1,0 +1,106 @@
+"""Tables of a band mix on a GPU: bases of both axes, and the columns that each filter keeps."""
+import functools
+from typing import List, NamedTuple, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..frequencies import frequencies
+
+__all__ = ['Tables', 'padded', 'tables_of']
+
+
+class Tables(NamedTuple):
+    """What the kernels want to know of some filters on maps of one size.
+
+    basis_h (H, J), basis_w (W, J'): the frequencies of both axes, with columns of zeros up to a multiple of 8, without
+        which the library's products are slow. mean_h, mean_w: their transposes, divided by H and by W.
+    rows_basis (matrices, H, J): of each filter and of the coupled frequencies, the synthesis along the height.
+    columns_basis (W, columns): the synthesis along the width.
+    frequency, matrix, filter_of (columns,): of each column. columns_of (J', most): the columns of each frequency.
+    first_column (filters + 1,): where the columns of a filter begin.
+    """
+    basis_h: Tensor
+    basis_w: Tensor
+    mean_h: Tensor
+    mean_w: Tensor
+    rows_basis: Tensor
+    columns_basis: Tensor
+    frequency: Tensor
+    matrix: Tensor
+    filter_of: Tensor
+    columns_of: Tensor
+    first_column: Tensor
+
+
+def padded(count: int) -> int:
+    """Frequencies of a table for so many."""
+    return -(-count // 8) * 8
+
+
+def _integers(values: List[int], device: torch.device) -> Tensor:
+    """int32 on the device, filled there: a copy from the host may not be captured in a CUDA graph."""
+    out = torch.empty(len(values), dtype=torch.int32, device=device)
+    for i, value in enumerate(values):
+        out[i].fill_(value)
+    return out
+
+
+def _swapped(pair: Tensor) -> Tensor:
+    """Of a cosine and a sine (n, 2) the sine negated and the cosine."""
+    return torch.stack((-pair[:, 1], pair[:, 0]), dim=1)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tables:
+    rows, cols = (frequencies(n, factors, device) for n in (h, w))
+    basis_h, basis_w = (F.pad(f.basis, (0, padded(f.basis.shape[1]) - f.basis.shape[1])) for f in (rows, cols))
+    count_h, count_w = basis_h.shape[1], basis_w.shape[1]
+    matrices, parts = [], []
+    frequency: List[int] = []
+    matrix: List[int] = []
+    filter_of: List[int] = []
+    first_column = [0]
+    for f in range(len(factors)):
+        keep_h, keep_w = len(rows.kept[f]), len(cols.kept[f])
+        full = torch.zeros(h, count_h, dtype=torch.float64, device=device)
+        full[:, :keep_h] = rows.basis[:, :keep_h] * rows.kept[f]
+        parts.append(cols.basis[:, :keep_w] * cols.kept[f])
+        frequency += range(keep_w)
+        matrix += [len(matrices)] * keep_w
+        matrices.append(full)
+        (k, side), (k2, side2) = rows.one_sided[f], cols.one_sided[f]
+        if side * side2:
+            # of the pairs of one-sided frequencies two of the four products of exponentials pass: these couple
+            # cos cos and sin sin, and cos sin and sin cos, with the sign of the sides
+            coupled = torch.zeros_like(full)
+            coupled[:, 2 * k - 1:2 * k + 1] = _swapped(rows.basis[:, 2 * k - 1:2 * k + 1])
+            parts.append(-side * side2 * _swapped(cols.basis[:, 2 * k2 - 1:2 * k2 + 1]))
+            frequency += [2 * k2 - 1, 2 * k2]
+            matrix += [len(matrices)] * 2
+            matrices.append(coupled)
+        filter_of += [f] * (len(frequency) - len(filter_of))
+        first_column.append(len(frequency))
+    found = [[n for n, j in enumerate(frequency) if j == own] for own in range(count_w)]
+    most = max(map(len, found))
+    columns_of = [n for own in found for n in own + [-1] * (most - len(own))]
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype).contiguous()
+
+    return Tables(
+        cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)), cast(torch.cat(parts, dim=1)),
+        *(_integers(n, device) for n in (frequency, matrix, filter_of)),
+        _integers(columns_of, device).view(count_w, most), _integers(first_column, device))
+
+
+_kept_tables = functools.lru_cache(maxsize=256)(_make_tables)
+
+
+def tables_of(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tables:
+    """The tables of some filters, made once on each device."""
+    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+    # what is made during a capture is only there once the graph runs
+    return (_make_tables if capturing else _kept_tables)(h, w, factors, dtype, device)

@@ -1,0 +1,394 @@
+"""Triton kernels around the matrix products of the dense and grouped operator.
+
+Forward: `pack` splits the kernel, `columns` writes masked and scaled samples, two products multiply them by the rest
+and by the mean of the kernel, `combine` applies the output gains. Backward: `spread` applies them to the gradient,
+two products and `scatter` lead to the map, the dilation and the mask, two products and `unpack` to the kernel,
+`sampling_gradient` and `gains_gradient` add up what the programs left.
+
+A program of `columns` and `scatter` has a block of positions of one sample and a block of channels of one dilation
+group. A tile is what the workspace holds: some samples, or some positions of one.
+
+Shapes: x (B, H, W, C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H', W') of any strides; low and high,
+AdaKern's gains (B, C + O), those of the input channels first. A bundle is some groups together, with `width` input and
+`out_width` output channels and a block-diagonal kernel: rest (bundles, out_width, K*K*width), mean (bundles, out_width,
+width). columns (positions of the tile, bundles, K*K, width), totals (positions of the tile, C).
+"""
+import triton
+import triton.language as tl
+
+from ...triton_math import round_to, twice_sigmoid
+from .sampling import corners, dilation_of, dilation_slope, sample, scatter, slopes, tap
+
+__all__ = [
+    'channels_of', 'columns', 'combine', 'gain', 'gain_gradient', 'gains_gradient', 'pack', 'place', 'samples',
+    'sampling_gradient', 'scatter_columns', 'spread', 'unpack']
+
+
+@triton.jit
+def gain(gains, at, live, ACT: tl.constexpr, ACC: tl.constexpr):
+    """The gains at some places, ones where there are none."""
+    if gains is None:
+        g = tl.full(at.shape, 1., dtype=ACC)
+    else:
+        g = twice_sigmoid(tl.load(gains + at, mask=live, other=0.).to(ACC), ACT)
+    return g
+
+
+@triton.jit
+def pack(
+        weight, rest, mean,
+        channels_a_group, out_a_group, width, out_width,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+):
+    """The kernel weight (O, C/groups, K*K) as the rest over its mean over the taps, and the mean.
+
+    Without SPLIT the rest is the kernel itself. Grid: output channels, blocks of a bundle's input channels.
+    """
+    o = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, TAPS_UP)
+    own = c // channels_a_group == o % out_width // out_a_group
+    at = (o * channels_a_group + c % channels_a_group)[:, None] * TAPS + k[None, :]
+    w = tl.load(weight + at, mask=own[:, None] & (c < width)[:, None] & (k < TAPS)[None, :], other=0.).to(ACC)
+    if SPLIT:
+        m = tl.sum(w, axis=1) / TAPS
+        tl.store(mean + o.to(tl.int64) * width + c, round_to(m, mean, UPCAST), mask=c < width)
+        w = w - m[:, None]
+    at = o.to(tl.int64) * TAPS * width + k[None, :] * width + c[:, None]
+    tl.store(rest + at, round_to(w, rest, UPCAST), mask=(c < width)[:, None] & (k < TAPS)[None, :])
+
+
+@triton.jit
+def unpack(
+        grad_rest, grad_mean, grad_weight,
+        channels_a_group, out_a_group, width, out_width,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+):
+    """Transpose of `pack`. Grid: output channels, blocks of a group's input channels."""
+    o = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, TAPS_UP)
+    live = c < channels_a_group
+    all_live = live[:, None] & (k < TAPS)[None, :]
+    place = o % out_width // out_a_group * channels_a_group + c
+    at = o.to(tl.int64) * TAPS * width + k[None, :] * width + place[:, None]
+    g = tl.load(grad_rest + at, mask=all_live, other=0.).to(ACC)
+    if SPLIT:
+        m = tl.load(grad_mean + o.to(tl.int64) * width + place, mask=live, other=0.).to(ACC)
+        g = g + ((m - tl.sum(g, axis=1)) / TAPS)[:, None]
+    at = (o * channels_a_group + c)[:, None] * TAPS + k[None, :]
+    tl.store(grad_weight + at, round_to(g, grad_weight, UPCAST), mask=all_live)
+
+
+@triton.jit
+def place(program, first_sample, first, count, BLOCK_P: tl.constexpr):
+    """Sample of a program, and its positions within the sample and within the tile."""
+    chunks = tl.cdiv(count, BLOCK_P)
+    sample_of_tile = program // chunks
+    q = program % chunks * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (first_sample + sample_of_tile).to(tl.int64), first + q, sample_of_tile.to(tl.int64) * count + q, q < count
+
+
+@triton.jit
+def channels_of(block, dilation_width, BLOCK_C: tl.constexpr):
+    """Dilation group and channels of a block, and which of them there are."""
+    blocks = tl.cdiv(dilation_width, BLOCK_C)
+    group = block // blocks
+    c = block % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return group, group * dilation_width + c, c < dilation_width
+
+
+@triton.jit
+def samples(x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK: tl.constexpr,
+             MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """The four pixels of a tap, their place and fractions, and the modulation (P,)."""
+    row, f = tap(d, t, centre_row)
+    col, e = tap(d, u, centre_col)
+    v00, v01, v10, v11 = corners(x, row, col, t, u, height, width, channels, c, live, ACC, INDEX)
+    m = tl.full(d.shape, 1., dtype=ACC)
+    if HAS_MASK:
+        m = twice_sigmoid(tl.load(mask, mask=alive, other=0.).to(ACC), MASK_ACT)
+    return v00, v01, v10, v11, row, col, f, e, m
+
+
+@triton.jit
+def _write_tap(
+        x, d, mask, into, total, high_in, alive, centre_row, centre_col, t, u, height, width, channels, c, live,
+        SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+        UPCAST: tl.constexpr):
+    """Write one tap's column, and return the total with it."""
+    v00, v01, v10, v11, row, col, f, e, m = samples(
+        x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
+        INDEX)
+    s = sample(v00, v01, v10, v11, f, e) * m[:, None]
+    if SPLIT:
+        total += s
+        s = s * high_in[None, :]
+    tl.store(into, round_to(s, into, UPCAST), mask=live)
+    return total
+
+
+@triton.jit
+def columns(
+        x, dilation, mask, low, high, cols, totals,
+        first_sample, first, count, height, width, out_w, start_h, start_w, stride_h, stride_w,
+        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, dilation_width, base,
+        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+        UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """The samples of each tap times mask and high gain, and where SPLIT their total times the low gain.
+
+    Grid: blocks of positions, blocks of channels.
+    """
+    b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
+    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    live = alive[:, None] & c_live[None, :]
+    i, j = q // out_w, q % out_w
+    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    x += b * height * width * channels
+    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+    d = dilation_of(o, base, DILATION_ACT)
+    mask += b * m_b + group * (K * K) * m_c
+    at_mask = mask + i.to(tl.int64) * m_h + j * m_w
+    at_column = c // bundle_width * (K * K * bundle_width) + c % bundle_width
+    into = cols + row_of_tile[:, None] * (channels * K * K) + at_column[None, :]
+    high_in = gain(high, b * gains_b + c, c_live, GAINS_ACT, ACC)
+    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    if K <= 3:
+        for k in tl.static_range(K * K):
+            total = _write_tap(
+                x, d, at_mask + k * m_c, into + k * bundle_width, total, high_in, alive, centre_row, centre_col,
+                k // K - K // 2, k % K - K // 2, height, width, channels, c, live, SPLIT, HAS_MASK, MASK_ACT, ACC,
+                INDEX, UPCAST)
+    else:
+        for k in range(K * K):
+            total = _write_tap(
+                x, d, at_mask + k * m_c, into + k * bundle_width, total, high_in, alive, centre_row, centre_col,
+                k // K - K // 2, k % K - K // 2, height, width, channels, c, live, SPLIT, HAS_MASK, MASK_ACT, ACC,
+                INDEX, UPCAST)
+    if SPLIT:
+        total = total * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
+        tl.store(totals + row_of_tile[:, None] * channels + c[None, :], round_to(total, totals, UPCAST), mask=live)
+
+
+@triton.jit
+def combine(
+        high_part, low_part, low, high, bias, y,
+        area, channels, out_channels, gains_b, numel,
+        GAINS_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """y = high_out * high_part + low_out * low_part + bias, (P, O) each. Grid: blocks of elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < numel
+    o = (at % out_channels).to(tl.int32)
+    b = at // out_channels // area
+    at_gain = b * gains_b + channels + o
+    v = tl.load(high_part + at, mask=live, other=0.).to(ACC) * gain(high, at_gain, live, GAINS_ACT, ACC)
+    v += tl.load(low_part + at, mask=live, other=0.).to(ACC) * gain(low, at_gain, live, GAINS_ACT, ACC)
+    if bias is not None:
+        v += tl.load(bias + o, mask=live, other=0.).to(ACC)
+    tl.store(y + at, round_to(v, y, UPCAST), mask=live)
+
+
+@triton.jit
+def spread(
+        grad, high_part, low_part, low, high, grad_high_part, grad_low_part, sums,
+        area, chunk, channels, out_channels, gains_b,
+        GAINS_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):
+    """Transpose of `combine`: the gradients of both parts (P, O), and sums of a chunk of positions of one sample.
+
+    sums (chunks, 3, O): the gradients of low_out and of high_out, and of the bias.
+    Grid: chunks of all samples, blocks of output channels.
+    """
+    chunks = tl.cdiv(area, chunk)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = tl.program_id(0) % chunks * chunk
+    end = tl.minimum(begin + chunk, area)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_live = o < out_channels
+    at_gain = b * gains_b + channels + o
+    low_out = gain(low, at_gain, o_live, GAINS_ACT, ACC)
+    high_out = gain(high, at_gain, o_live, GAINS_ACT, ACC)
+    of_low = tl.zeros([BLOCK_P, BLOCK_O], dtype=ACC)
+    of_high = tl.zeros([BLOCK_P, BLOCK_O], dtype=ACC)
+    of_bias = tl.zeros([BLOCK_P, BLOCK_O], dtype=ACC)
+    for start in range(begin, end, BLOCK_P):
+        q = start + tl.arange(0, BLOCK_P)
+        live = (q < end)[:, None] & o_live[None, :]
+        at = (b * area + q)[:, None] * out_channels + o[None, :]
+        g = tl.load(grad + at, mask=live, other=0.).to(ACC)
+        tl.store(grad_high_part + at, round_to(g * high_out[None, :], grad_high_part, UPCAST), mask=live)
+        tl.store(grad_low_part + at, round_to(g * low_out[None, :], grad_low_part, UPCAST), mask=live)
+        if high_part is not None:
+            of_high += g * tl.load(high_part + at, mask=live, other=0.).to(ACC)
+            of_low += g * tl.load(low_part + at, mask=live, other=0.).to(ACC)
+        of_bias += g
+    into = sums + tl.program_id(0).to(tl.int64) * 3 * out_channels + o
+    tl.store(into, tl.sum(of_low, axis=0), mask=o_live)
+    tl.store(into + out_channels, tl.sum(of_high, axis=0), mask=o_live)
+    tl.store(into + 2 * out_channels, tl.sum(of_bias, axis=0), mask=o_live)
+
+
+@triton.jit
+def _scatter_tap(
+        x, d, mask, from_column, from_total, grad_x, into_mask, grad_d, of_high, total, high_in, alive, centre_row,
+        centre_col, t, u, height, width, channels, c, live, factor, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
+        MASK_ACT: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """Scatter one tap's gradient, and return what its block adds up with it."""
+    v00, v01, v10, v11, row, col, f, e, m = samples(
+        x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
+        INDEX)
+    s = sample(v00, v01, v10, v11, f, e)
+    g = tl.load(from_column, mask=live, other=0.).to(ACC)
+    v = g
+    if SPLIT:
+        total += m[:, None] * s
+        of_high += g * (m[:, None] * s)
+        v = g * high_in[None, :] + from_total
+    if HAS_MASK:
+        tl.store(into_mask, tl.sum(v * s, axis=1), mask=alive)
+        v = v * m[:, None]
+    grad_d += tl.sum(v * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
+    scatter(grad_x, row, col, f, e, t, u, height, width, channels, c, live, v, factor, FIXED, INDEX)
+    return grad_d, of_high, total
+
+
+@triton.jit
+def scatter_columns(
+        x, dilation, mask, low, high, cols, totals, grad_x, sampling, gains, scale,
+        first_sample, first, count, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
+        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, dilation_width, positions,
+        first_block, base,
+        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+        FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Transpose of `columns`, of which cols and totals hold the gradients.
+
+    grad_x (B, H, W, C) is added to. What a program's channels add to the gradients of mask and dilation goes to
+    sampling (blocks of channels, K*K + 1, B*H'*W'), and what its positions add to those of low_in and high_in to gains
+    (blocks of positions, 2, C). Grid: as `columns`.
+    """
+    b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
+    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    live = alive[:, None] & c_live[None, :]
+    i, j = q // out_w, q % out_w
+    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    x += b * height * width * channels
+    grad_x += b * height * width * channels
+    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+    d = dilation_of(o, base, DILATION_ACT)
+    mask += b * m_b + group * (K * K) * m_c
+    at_mask = mask + i.to(tl.int64) * m_h + j * m_w
+    at_column = c // bundle_width * (K * K * bundle_width) + c % bundle_width
+    at = cols + row_of_tile[:, None] * (channels * K * K) + at_column[None, :]
+    sampling += tl.program_id(1).to(tl.int64) * (K * K + 1) * positions
+    into = sampling + b * (out_h * out_w) + q
+    positions = positions.to(tl.int64)
+    factor = 1.
+    if FIXED:
+        factor = tl.load(scale)
+    high_in = gain(high, b * gains_b + c, c_live, GAINS_ACT, ACC)
+    of_total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    from_total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    if SPLIT:
+        at_total = totals + row_of_tile[:, None] * channels + c[None, :]
+        of_total = tl.load(at_total, mask=live, other=0.).to(ACC)
+        from_total = of_total * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
+    grad_d = tl.zeros([BLOCK_P], dtype=ACC)
+    of_high = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    if K <= 3:
+        for k in tl.static_range(K * K):
+            grad_d, of_high, total = _scatter_tap(
+                x, d, at_mask + k * m_c, at + k * bundle_width, from_total, grad_x, into + k * positions, grad_d,
+                of_high, total, high_in, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
+                channels, c, live, factor, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
+    else:
+        for k in range(K * K):
+            grad_d, of_high, total = _scatter_tap(
+                x, d, at_mask + k * m_c, at + k * bundle_width, from_total, grad_x, into + k * positions, grad_d,
+                of_high, total, high_in, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
+                channels, c, live, factor, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
+    tl.store(into + K * K * positions, grad_d, mask=alive)
+    if SPLIT:
+        at_gain = gains + (first_block + tl.program_id(0)).to(tl.int64) * 2 * channels + c
+        tl.store(at_gain, tl.sum(of_total * total, axis=0), mask=c_live)
+        tl.store(at_gain + channels, tl.sum(of_high, axis=0), mask=c_live)
+
+
+@triton.jit
+def sampling_gradient(
+        sampling, dilation, mask, grad_dilation, grad_mask,
+        positions, out_h, out_w, parts, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w,
+        gd_b, gd_g, gd_h, gd_w, gm_b, gm_c, gm_h, gm_w, base,
+        TAPS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    """Gradients of dilation and mask, from those of some channels each, sampling (G * parts, TAPS + 1, positions).
+
+    Grid: blocks of positions, dilation groups, taps and the dilation.
+    """
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    group, k = tl.program_id(1), tl.program_id(2)
+    alive = p < positions
+    b, i, j = p // out_w // out_h, p // out_w % out_h, p % out_w
+    total = tl.zeros([BLOCK_P], dtype=ACC)
+    for part in range(parts):
+        row = (group * parts + part).to(tl.int64) * (TAPS + 1) + k
+        total += tl.load(sampling + row * positions + p, mask=alive, other=0.)
+    if k == TAPS:
+        o = tl.load(dilation + b * d_b + group * d_g + i * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+        total = total * dilation_slope(o, base, DILATION_ACT)
+        at_dilation = grad_dilation + b * gd_b + group * gd_g + i * gd_h + j * gd_w
+        tl.store(at_dilation, round_to(total, grad_dilation, UPCAST), mask=alive)
+    elif HAS_MASK:
+        channel = group * TAPS + k
+        if MASK_ACT:
+            a = tl.load(mask + b * m_b + channel * m_c + i * m_h + j * m_w, mask=alive, other=0.).to(ACC)
+            m = twice_sigmoid(a, MASK_ACT)
+            total = total * m * (1 - m / 2)
+        at_mask = grad_mask + b * gm_b + channel * gm_c + i * gm_h + j * gm_w
+        tl.store(at_mask, round_to(total, grad_mask, UPCAST), mask=alive)
+
+
+@triton.jit
+def gain_gradient(gains, grad_gains, at, total, live, ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    if gains is not None:
+        if ACT:
+            g = gain(gains, at, live, ACT, ACC)
+            total = total * g * (1 - g / 2)
+        tl.store(grad_gains + at, round_to(total, grad_gains, UPCAST), mask=live)
+
+
+@triton.jit
+def gains_gradient(
+        of_input, of_output, low, high, grad_low, grad_high,
+        chunks, out_chunks, channels, out_channels, gains_b,
+        ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Gradients of low and high (B, C + O), from those of some positions each.
+
+    of_input (B, chunks, 2, C) and of_output (B, out_chunks, 3, O), low before high. Grid: samples, blocks of C + O.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = n < channels + out_channels
+    of_low = tl.zeros([BLOCK], dtype=ACC)
+    of_high = tl.zeros([BLOCK], dtype=ACC)
+    is_input = n < channels
+    for chunk in range(chunks):
+        at = of_input + (b * chunks + chunk) * 2 * channels + n
+        of_low += tl.load(at, mask=is_input, other=0.)
+        of_high += tl.load(at + channels, mask=is_input, other=0.)
+    for chunk in range(out_chunks):
+        at = of_output + (b * out_chunks + chunk) * 3 * out_channels + (n - channels)
+        of_low += tl.load(at, mask=live & (n >= channels), other=0.)
+        of_high += tl.load(at + out_channels, mask=live & (n >= channels), other=0.)
+    at = b * gains_b + n
+    gain_gradient(low, grad_low, at, of_low, live, ACT, ACC, UPCAST)
+    gain_gradient(high, grad_high, at, of_high, live, ACT, ACC, UPCAST)

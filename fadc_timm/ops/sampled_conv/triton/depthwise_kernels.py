@@ -1,0 +1,147 @@
+"""Triton kernels of the depthwise operator: forward, and all of its gradients in one.
+
+There is no matrix product in it. A program has a block of positions of one sample and a block of channels of one
+dilation group, and reads the pixels through the cache. AdaKern's gains of the input channels go into the kernel there.
+
+Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H',
+W') of any strides; kernel (K*K, C) and its mean over the taps (C,); low and high, the gains (B, C).
+"""
+import triton
+import triton.language as tl
+
+from ...triton_math import round_to
+from .dense_kernels import channels_of, gain, gain_gradient, place, samples
+from .sampling import dilation_of, sample, scatter, slopes
+
+__all__ = ['backward', 'forward', 'kernel_gradient']
+
+
+@triton.jit
+def _kernel_of_sample(kernel, mean, low_in, high_in, c, c_live, SPLIT: tl.constexpr, ACC: tl.constexpr):
+    """A tap of the kernel under the gains (C,)."""
+    w = tl.load(kernel + c, mask=c_live, other=0.).to(ACC)
+    if SPLIT:
+        w = high_in * (w - mean) + low_in * mean
+    return w
+
+
+@triton.jit
+def forward(
+        x, dilation, mask, low, high, kernel, mean, bias, y,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
+        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, base,
+        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+        HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Grid: blocks of positions, blocks of channels."""
+    b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
+    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    live = alive[:, None] & c_live[None, :]
+    i, j = q // out_w, q % out_w
+    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    x += b * height * width * channels
+    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+    d = dilation_of(o, base, DILATION_ACT)
+    at_mask = mask + b * m_b + group * (K * K) * m_c + i.to(tl.int64) * m_h + j * m_w
+    low_in = gain(low, b * channels + c, c_live, GAINS_ACT, ACC)
+    high_in = gain(high, b * channels + c, c_live, GAINS_ACT, ACC)
+    m_of_kernel = tl.zeros([BLOCK_C], dtype=ACC)
+    if SPLIT:
+        m_of_kernel = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    for k in range(K * K):
+        v00, v01, v10, v11, row, col, f, e, m = samples(
+            x, d, at_mask + k * m_c, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
+            channels, c, live, HAS_MASK, MASK_ACT, ACC, INDEX)
+        w = _kernel_of_sample(kernel + k * channels, m_of_kernel, low_in, high_in, c, c_live, SPLIT, ACC)
+        acc += sample(v00, v01, v10, v11, f, e) * m[:, None] * w[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + c, mask=c_live, other=0.).to(ACC)[None, :]
+    tl.store(y + p[:, None] * channels + c[None, :], round_to(acc, y, UPCAST), mask=live)
+
+
+@triton.jit
+def backward(
+        grad, x, dilation, mask, low, high, kernel, mean, grad_x, sampling, products, scale,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
+        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, positions, base,
+        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+        FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Gradients of x (added to grad_x), of mask and dilation, and of the kernel of a block of positions.
+
+    sampling (blocks of channels, K*K + 1, positions), products (blocks of positions, K*K, C). Grid: as `forward`.
+    """
+    b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
+    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    live = alive[:, None] & c_live[None, :]
+    i, j = q // out_w, q % out_w
+    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    x += b * height * width * channels
+    grad_x += b * height * width * channels
+    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+    d = dilation_of(o, base, DILATION_ACT)
+    at_mask = mask + b * m_b + group * (K * K) * m_c + i.to(tl.int64) * m_h + j * m_w
+    low_in = gain(low, b * channels + c, c_live, GAINS_ACT, ACC)
+    high_in = gain(high, b * channels + c, c_live, GAINS_ACT, ACC)
+    m_of_kernel = tl.zeros([BLOCK_C], dtype=ACC)
+    if SPLIT:
+        m_of_kernel = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
+    factor = 1.
+    if FIXED:
+        factor = tl.load(scale)
+    positions = positions.to(tl.int64)
+    into = sampling + tl.program_id(1) * (K * K + 1) * positions + p
+    products += tl.program_id(0).to(tl.int64) * (K * K) * channels + c
+    g = tl.load(grad + p[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
+    grad_d = tl.zeros([BLOCK_P], dtype=ACC)
+    for k in range(K * K):
+        t, u = k // K - K // 2, k % K - K // 2
+        v00, v01, v10, v11, row, col, f, e, m = samples(
+            x, d, at_mask + k * m_c, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK,
+            MASK_ACT, ACC, INDEX)
+        w = _kernel_of_sample(kernel + k * channels, m_of_kernel, low_in, high_in, c, c_live, SPLIT, ACC)
+        s = sample(v00, v01, v10, v11, f, e)
+        tl.store(products + k * channels, tl.sum(g * s * m[:, None], axis=0), mask=c_live)
+        v = g * w[None, :]
+        if HAS_MASK:
+            tl.store(into + k * positions, tl.sum(v * s, axis=1), mask=alive)
+            v = v * m[:, None]
+        grad_d += tl.sum(v * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
+        scatter(grad_x, row, col, f, e, t, u, height, width, channels, c, live, v, factor, FIXED, INDEX)
+    tl.store(into + K * K * positions, grad_d, mask=alive)
+
+
+@triton.jit
+def kernel_gradient(
+        products, kernel, mean, low, high, grad_kernel, grad_low, grad_high,
+        chunks, channels,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """A sample's part of the kernel's gradient (B, K*K, C), and the gradients of its gains, from `products`.
+
+    Grid: samples, blocks of channels.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, TAPS_UP)
+    c_live = c < channels
+    live = (k < TAPS)[:, None] & c_live[None, :]
+    at = k[:, None] * channels + c[None, :]
+    total = tl.zeros([TAPS_UP, BLOCK_C], dtype=ACC)
+    for chunk in range(chunks):
+        total += tl.load(products + (b * chunks + chunk) * TAPS * channels + at, mask=live, other=0.)
+    if SPLIT:
+        m = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
+        w = tl.load(kernel + at, mask=live, other=0.).to(ACC) - m[None, :]
+        of_all = tl.sum(total, axis=0)
+        at_gain = b * channels + c
+        gain_gradient(low, grad_low, at_gain, of_all * m, c_live, GAINS_ACT, ACC, UPCAST)
+        gain_gradient(high, grad_high, at_gain, tl.sum(total * w, axis=0), c_live, GAINS_ACT, ACC, UPCAST)
+        high_in = gain(high, at_gain, c_live, GAINS_ACT, ACC)
+        of_mean = (gain(low, at_gain, c_live, GAINS_ACT, ACC) - high_in) * of_all
+        total = total * high_in[None, :] + (of_mean / TAPS)[None, :]
+    tl.store(grad_kernel + b * TAPS * channels + at, total, mask=live)

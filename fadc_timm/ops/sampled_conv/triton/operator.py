@@ -1,0 +1,195 @@
+"""The Triton backend as an operator of torch, and its gradient."""
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ... import settings
+from ...runtime import without_autocast
+from . import dense, depthwise
+from .call import Spec, call_of
+from .sums import empty_map
+
+__all__ = ['two_step_conv2d']
+
+
+def _empty_output(x: Tensor, weight: Tensor, dilation: Tensor) -> Tensor:
+    return torch.empty(x.shape[0], weight.shape[0], *dilation.shape[2:], dtype=x.dtype, device=x.device,
+                       memory_format=torch.channels_last)
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    return groups > 1 and groups == x.shape[1] == weight.shape[0]
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups) -> Spec:
+    return Spec(
+        tuple(x.shape), x.dtype, tuple(dilation.shape), dilation.stride(), None if mask is None else mask.stride(),
+        tuple(weight.shape), low is not None or high is not None, act, base, gains_act, tuple(stride), tuple(padding),
+        groups, settings.workspace_bytes())
+
+
+@torch.library.custom_op('fadc_timm::two_step_conv2d', mutates_args=())
+def two_step_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        act: int,
+        base: float,
+        gains_act: bool,
+        save: bool,
+        stride: List[int],
+        padding: List[int],
+        groups: int,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Adaptive dilated convolution in Triton, with the activations of AdaDR and AdaKern in the kernels that read them.
+
+    Args:
+        x: Map (B, C, H, W), best channels_last; another layout costs one copy.
+        weight: (O, C/groups, k, k), in the dtype of x or float32.
+        bias: (O,) or None.
+        dilation: (B, G, H', W'), any strides, half or float32. If act is not 0, what AdaDR's convolution gives; without
+            a mask it then holds the mask's channels too, (B, G + G*k*k, H', W').
+        mask: (B, G*k*k, H', W') or None, any strides. If act is not 0, what it is 2 * sigmoid of.
+        low, high: AdaKern's gains (B, C + O), those of the input channels first, or None for ones. (B, C) where the
+            operator is depthwise.
+        act: The activation of the dilation: 0 none, 1 `1 + |o| * base`, 2 `1 + relu(o) * base`,
+            3 `1 + (relu(o + 1) - 1) * base`.
+        base: Base dilation.
+        gains_act: Whether the gains are 2 * sigmoid of what is given.
+        save: Whether the gains want gradients: then the second and third result are made.
+        stride: Of the rows and of the columns.
+        padding: Of the rows and of the columns, at dilation 1.
+        groups: Convolution groups.
+
+    Returns:
+        (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O), or nothing.
+    """
+    y = _empty_output(x, weight, dilation)
+    nothing = x.new_empty(0), x.new_empty(0)
+    if not y.numel():
+        return y, *nothing
+    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
+    tensors = _nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
+    if call_of(spec).is_depthwise:
+        depthwise.forward(spec, *tensors)
+        return y, *nothing
+    with without_autocast(x):
+        parts = dense.forward(spec, *tensors, save and spec.split)
+    return (y, *parts) if save and spec.split else (y, *nothing)
+
+
+@two_step_conv2d.register_fake
+def _(x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, stride, padding, groups):
+    y = _empty_output(x, weight, dilation)
+    if not save or (low is None and high is None) or _is_depthwise(x, weight, groups) or x.shape[0] == 0:
+        return y, x.new_empty(0), x.new_empty(0)
+    part = x.new_empty(x.shape[0] * dilation.shape[2] * dilation.shape[3], weight.shape[0])
+    return y, part, torch.empty_like(part)
+
+
+@torch.library.custom_op('fadc_timm::two_step_conv2d_backward', mutates_args=())
+def two_step_conv2d_backward(
+        grad: Tensor,
+        high_part: Tensor,
+        low_part: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        act: int,
+        base: float,
+        gains_act: bool,
+        stride: List[int],
+        padding: List[int],
+        groups: int,
+) -> List[Tensor]:
+    """Gradients of :func:`two_step_conv2d` for x, weight, bias, dilation, mask, low and high; empty for None.
+
+    Without the parts of the output, low and high get gradients that are right for the input channels only.
+    """
+    tensors = x, weight, bias, dilation, mask, low, high
+    if not grad.numel() or not x.numel():
+        return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
+    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
+    call = call_of(spec)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    scale = _scale(spec, grad, weight, mask, low, high) if fixed else None
+    into = torch.zeros(
+        x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
+    if call.is_depthwise:
+        grads = depthwise.backward(spec, _nhwc(grad), _nhwc(x), *tensors[1:], into, scale)
+    else:
+        parts = (high_part, low_part) if high_part.numel() else (None, None)
+        with without_autocast(x):
+            grads = dense.backward(spec, _nhwc(grad), parts, _nhwc(x), *tensors[1:], into, scale)
+    grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
+    if bias is not None and grads[1] is not None:
+        grads[1] = grads[1].to(bias.dtype)
+    return [x.new_empty(0) if g is None else g for g in (grad_x, *grads)]
+
+
+def _scale(
+        spec: Spec,
+        grad: Tensor,
+        weight: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+) -> Tensor:
+    """Of whole multiples so small that no sum over a sample's positions and taps leaves the range of int64."""
+    # a tap of a kernel split into mean and rest is at most three times the largest number of the kernel
+    largest = grad.abs().amax().double() * (3 * weight.double().abs().amax((1, 2, 3)).sum())
+    if spec.act:
+        largest = largest * 2
+    elif mask is not None:
+        largest = largest * mask.abs().amax()
+    for t in (low, high):
+        if t is not None:
+            # input and output gains, each at most 2 after the activation
+            largest = largest * (4. if spec.gains_act else t.abs().amax().double().clamp(min=1) ** 2)
+    call = call_of(spec)
+    return 2. ** 62 / (largest.clamp(min=1e-300) * (call.area * call.taps))
+
+
+def _gradients(x, weight, bias, dilation, mask, low, high) -> List[Tensor]:
+    """Empty gradients."""
+    return [
+        empty_map(x), torch.empty_like(weight, memory_format=torch.contiguous_format),
+        x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(dilation),
+        x.new_empty(0) if mask is None else empty_map(mask),
+        *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (low, high))]
+
+
+@two_step_conv2d_backward.register_fake
+def _(grad, high_part, low_part, x, weight, bias, dilation, mask, low, high, act, base, gains_act, stride, padding,
+      groups):
+    return _gradients(x, weight, bias, dilation, mask, low, high)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, act, base, gains_act, _, stride, padding, groups = inputs
+    ctx.options = act, base, gains_act, stride, padding, groups
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2], *tensors)
+
+
+def _backward(ctx, grad: Optional[Tensor], *_):
+    if grad is None:
+        return (None,) * 14
+    grads = two_step_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 7
+
+
+two_step_conv2d.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,68 @@
+"""Gradients that add up what the programs of a backward pass left: of dilation, mask and gains."""
+import functools
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ... import triton_support
+from ...triton_support import Launch, cdiv
+from .call import Call, Spec, call_of, mask_in
+
+__all__ = ['empty_map', 'gains_gradient', 'sampling_gradient']
+
+
+def empty_map(like: Tensor) -> Tensor:
+    """A map of the shape, dtype and device of another, channels_last."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sampling_launch(
+        spec: Spec, parts: int, dilation_strides: Tuple[int, ...], mask_strides: Tuple[int, ...]) -> Launch:
+    from . import dense_kernels
+    call = call_of(spec)
+    return Launch(
+        dense_kernels.sampling_gradient, (cdiv(call.positions, 128), call.dilation_groups, call.taps + 1),
+        (call.positions, call.out_h, call.out_w, parts // call.dilation_groups, *call.strides, *dilation_strides,
+         *mask_strides, spec.base),
+        (call.taps, call.has_mask, spec.act, spec.act > 0, call.acc, call.upcast, 128))
+
+
+def sampling_gradient(
+        call: Call, sampling: Tensor, dilation: Tensor, mask: Optional[Tensor]) -> List[Optional[Tensor]]:
+    """Gradients of what was given as dilation and as mask, from sampling (blocks of channels, K*K + 1, positions)."""
+    grad_dilation, grad_mask = empty_map(dilation), None if mask is None else empty_map(mask)
+    masks, grad_masks = (mask_in(*pair, call.dilation_groups, call.joint)
+                         for pair in ((dilation, mask), (grad_dilation, grad_mask)))
+    triton_support.launch(
+        _sampling_launch(call.spec, len(sampling), grad_dilation.stride(), grad_masks.stride()), sampling, dilation,
+        masks, grad_dilation, grad_masks)
+    return [grad_dilation, grad_mask]
+
+
+@functools.lru_cache(maxsize=1024)
+def _gains_launch(spec: Spec, chunks: int, out_chunks: int) -> Launch:
+    from . import dense_kernels
+    call = call_of(spec)
+    return Launch(
+        dense_kernels.gains_gradient, (call.b, cdiv(call.c + call.o, 128)),
+        (chunks, out_chunks, call.c, call.o, call.c + call.o), (spec.gains_act, call.acc, call.upcast, 128))
+
+
+def gains_gradient(
+        call: Call,
+        of_input: Optional[Tensor],
+        of_output: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+) -> List[Optional[Tensor]]:
+    """Gradients of low and high (B, C + O), from those of some positions each.
+
+    of_input (B, chunks, 2, C), of_output (B, chunks, 3, O).
+    """
+    grads = [None if t is None else torch.empty_like(t) for t in (low, high)]
+    if of_input is not None and of_output is not None:
+        triton_support.launch(_gains_launch(call.spec, of_input.shape[1], of_output.shape[1]), of_input, of_output,
+                              low, high, *grads)
+    return grads
