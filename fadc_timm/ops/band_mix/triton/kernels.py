@@ -230,7 +230,8 @@ def rows_gradient(
         s = tl.load(basis + w[None, :] * columns + j[:, None], mask=live, other=0.).to(ACC) * step
         at_grad = (row * width + w)[:, None] * channels + c[None, :]
         at_means = b * n_b + (h * tl.cdiv(width, BLOCK_W) + start // BLOCK_W) * n_r + c * n_c
-        g = _with_mean(grad, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
+        g = _with_mean(
+            grad, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
         acc = dot(round_to(s, grad_rows, UPCAST), g, acc, PRECISION, UPCAST)
     at = (row * columns + j)[:, None] * channels + c[None, :]
     tl.store(grad_rows + at, round_to(acc / width, grad_rows, UPCAST), mask=j_live[:, None] & c_live[None, :])

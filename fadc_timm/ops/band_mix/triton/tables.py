@@ -90,7 +90,8 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
         return t.to(dtype).contiguous()
 
     return Tables(
-        cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)), cast(torch.cat(parts, dim=1)),
+        cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)),
+        cast(torch.cat(parts, dim=1)),
         *(_integers(n, device) for n in (frequency, matrix, filter_of)),
         _integers(columns_of, device).view(count_w, most), _integers(first_column, device))
 
