@@ -53,12 +53,17 @@ class AdaDR(nn.Module):
             eps: Distance from the base dilation at the start, in pixels.
 
         Raises:
-            ValueError: There is no such dilation_act, or eps is no number, or negative.
+            ValueError: There is no such dilation_act, the dilation groups do not divide the channels, or eps is not a
+                finite number of at least 0.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if dilation_act not in DILATION_ACTS:
             raise ValueError(f'dilation_act must be one of {DILATION_ACTS}, got {dilation_act!r}.')
+        if isinstance(dilation_groups, bool) or not isinstance(dilation_groups, int):
+            raise ValueError(f'dilation_groups must be an integer, got {dilation_groups!r}.')
+        if dilation_groups < 1 or in_channels % dilation_groups:
+            raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
             raise ValueError(f'eps must be a finite number and not negative, got {eps!r}.')
         padding = kernel_size // 2 if padding is None else padding
