@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .predictor_conv import convolve
+from .predictor_conv import PredictorConv2d
 
 __all__ = ['DILATION_ACTS', 'AdaDR']
 
@@ -76,7 +76,7 @@ class AdaDR(nn.Module):
         taps = kernel_size * kernel_size
         conv_args = dict(kernel_size=kernel_size, stride=stride, padding=max(padding, 0), **dd)
         # dilation and mask read the same tensor: one convolution, the dilation first
-        self.conv = nn.Conv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
+        self.conv = PredictorConv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
         self.mask_dw = nn.Conv2d(in_channels, in_channels, groups=in_channels, bias=False, **conv_args) \
             if depthwise else None
         self.mask_pw = nn.Conv2d(in_channels, dilation_groups * taps, 1, **dd) if depthwise else None
@@ -128,15 +128,11 @@ class AdaDR(nn.Module):
         """
         if self.crop > 0:
             x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
-        y = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
+        y = self.conv(x)
         mask: Optional[Tensor] = None
         if self.mask_dw is not None and self.mask_pw is not None:
             mask = self.mask_pw(self.mask_dw(x))
         return y, mask
-
-    @torch.jit.unused
-    def _convolve(self, x: Tensor) -> Tensor:
-        return convolve(self.conv, x)
 
     def extra_repr(self) -> str:
         return f'dilation={self.dilation}, dilation_groups={self.dilation_groups}, dilation_act={self.dilation_act!r}'
