@@ -51,7 +51,8 @@ class AdaKern(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if kernel_decompose not in ('both', 'low', 'high'):
-            raise ValueError(f"kernel_decompose must be 'both', 'low' or 'high', got {kernel_decompose!r}.")
+            raise ValueError(
+                f"kernel_decompose must be 'both', 'low' or 'high', or 'none' in FADConv2d, got {kernel_decompose!r}.")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_decompose = kernel_decompose

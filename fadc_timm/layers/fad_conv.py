@@ -2,6 +2,7 @@
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
+from inspect import signature
 from typing import Any, Optional, Tuple, Union
 
 import torch
@@ -18,11 +19,6 @@ from .ada_kern import AdaKern
 from .freq_select import FreqSelect
 
 __all__ = ['OPTIONS', 'FADConv2d']
-
-# Arguments of FADConv2d that a model passes to all of its layers.
-OPTIONS = (
-    'padding_mode', 'freq_select', 'bands', 'lowfreq_att', 'spatial_group', 'kernel_decompose', 'ada_dr',
-    'dilation_act', 'dilation_groups', 'eps', 'backend')
 
 
 def _one_int(name: str, value: Any, minimum: int) -> int:
@@ -103,15 +99,9 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
         if padding_mode not in ('zeros', 'replicate'):
             raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
-        if kernel_decompose not in ('both', 'low', 'high', 'none'):
-            raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
         for name, on in (('freq_select', freq_select), ('ada_dr', ada_dr)):
             if not isinstance(on, bool):
                 raise ValueError(f'{name} must be true or false, got {on!r}.')
-        if isinstance(dilation_groups, bool) or not isinstance(dilation_groups, int):
-            raise ValueError(f'dilation_groups must be an integer, got {dilation_groups!r}.')
-        if dilation_groups < 1 or in_channels % dilation_groups:
-            raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
         if backend is not None and backend not in list_backends():
             raise ValueError(f'backend must be None or one of {", ".join(list_backends())}, got {backend!r}.')
         super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
@@ -247,3 +237,11 @@ class FADConv2d(nn.Conv2d):
         if bias is not None:
             y = y + bias.to(y.dtype)[:, None, None]  # under autocast the bias is float32
         return y
+
+
+def _names(cls: type) -> Tuple[str, ...]:
+    return tuple(signature(cls).parameters)
+
+
+# Arguments of FADConv2d that a model passes to all of its layers: those that nn.Conv2d lacks, and padding_mode.
+OPTIONS = ('padding_mode', *(name for name in _names(FADConv2d) if name not in _names(nn.Conv2d)))
