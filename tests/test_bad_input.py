@@ -224,7 +224,7 @@ CASES = {
     'absent_backend_in_a_call': (operator(backend='cudnn'), ValueError, "no backend 'cudnn'.*gather"),
     'backend_elsewhere': (
         forward(lambda: conv(backend='torchvision')().to('meta'), 1, 4, 8, 8, device='meta'), NotImplementedError,
-        "'torchvision' cannot run this case: .*meta"),
+        "'torchvision' cannot run this call: .*meta"),
     # networks
     'in_chans': (create(in_chans=-1), RuntimeError, r'negative dimension -1'),
     'feature_index': (create(features_only=True, out_indices=(9,)), IndexError, 'index out of range'),

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .predictor_conv import convolve
+from .predictor_conv import PredictorConv2d
 
 __all__ = ['DILATION_ACTS', 'AdaDR']
 
@@ -53,12 +53,17 @@ class AdaDR(nn.Module):
             eps: Distance from the base dilation at the start, in pixels.
 
         Raises:
-            ValueError: There is no such dilation_act, or eps is no number, or negative.
+            ValueError: There is no such dilation_act, the dilation groups do not divide the channels, or eps is not a
+                finite number of at least 0.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if dilation_act not in DILATION_ACTS:
             raise ValueError(f'dilation_act must be one of {DILATION_ACTS}, got {dilation_act!r}.')
+        if isinstance(dilation_groups, bool) or not isinstance(dilation_groups, int):
+            raise ValueError(f'dilation_groups must be an integer, got {dilation_groups!r}.')
+        if dilation_groups < 1 or in_channels % dilation_groups:
+            raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
             raise ValueError(f'eps must be a finite number and not negative, got {eps!r}.')
         padding = kernel_size // 2 if padding is None else padding
@@ -71,7 +76,7 @@ class AdaDR(nn.Module):
         taps = kernel_size * kernel_size
         conv_args = dict(kernel_size=kernel_size, stride=stride, padding=max(padding, 0), **dd)
         # dilation and mask read the same tensor: one convolution, the dilation first
-        self.conv = nn.Conv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
+        self.conv = PredictorConv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
         self.mask_dw = nn.Conv2d(in_channels, in_channels, groups=in_channels, bias=False, **conv_args) \
             if depthwise else None
         self.mask_pw = nn.Conv2d(in_channels, dilation_groups * taps, 1, **dd) if depthwise else None
@@ -123,15 +128,11 @@ class AdaDR(nn.Module):
         """
         if self.crop > 0:
             x = x[:, :, self.crop:x.shape[2] - self.crop, self.crop:x.shape[3] - self.crop]
-        y = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
+        y = self.conv(x)
         mask: Optional[Tensor] = None
         if self.mask_dw is not None and self.mask_pw is not None:
             mask = self.mask_pw(self.mask_dw(x))
         return y, mask
-
-    @torch.jit.unused
-    def _convolve(self, x: Tensor) -> Tensor:
-        return convolve(self.conv, x)
 
     def extra_repr(self) -> str:
         return f'dilation={self.dilation}, dilation_groups={self.dilation_groups}, dilation_act={self.dilation_act!r}'

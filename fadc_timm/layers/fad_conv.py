@@ -2,6 +2,7 @@
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
+from inspect import signature
 from typing import Any, Optional, Tuple, Union
 
 import torch
@@ -19,17 +20,17 @@ from .freq_select import FreqSelect
 
 __all__ = ['OPTIONS', 'FADConv2d']
 
-# Arguments of FADConv2d that a model passes to all of its layers.
-OPTIONS = (
-    'padding_mode', 'freq_select', 'bands', 'lowfreq_att', 'spatial_group', 'kernel_decompose', 'ada_dr',
-    'dilation_act', 'dilation_groups', 'eps', 'backend')
-
 
 def _one_int(name: str, value: Any, minimum: int) -> int:
     values = value if isinstance(value, (tuple, list)) else (value,)
     if len(set(values)) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int) or values[0] < minimum:
         raise ValueError(f'{name} must be one integer for both axes, at least {minimum}, got {value!r}.')
     return values[0]
+
+
+def _has_hooks(module: Optional[nn.Module]) -> bool:
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 @register_notrace_module
@@ -98,15 +99,9 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
         if padding_mode not in ('zeros', 'replicate'):
             raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
-        if kernel_decompose not in ('both', 'low', 'high', 'none'):
-            raise ValueError(f"kernel_decompose must be 'both', 'low', 'high' or 'none', got {kernel_decompose!r}.")
         for name, on in (('freq_select', freq_select), ('ada_dr', ada_dr)):
             if not isinstance(on, bool):
                 raise ValueError(f'{name} must be true or false, got {on!r}.')
-        if isinstance(dilation_groups, bool) or not isinstance(dilation_groups, int):
-            raise ValueError(f'dilation_groups must be an integer, got {dilation_groups!r}.')
-        if dilation_groups < 1 or in_channels % dilation_groups:
-            raise ValueError(f'dilation_groups={dilation_groups} does not divide in_channels={in_channels}.')
         if backend is not None and backend not in list_backends():
             raise ValueError(f'backend must be None or one of {", ".join(list_backends())}, got {backend!r}.')
         super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
@@ -173,10 +168,10 @@ class FADConv2d(nn.Conv2d):
                 return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
-        if self.freq_select is not None:
-            x = self.freq_select(x)
         if not torch.jit.is_scripting() and self._is_fused(x):
             return self._fused(x)
+        if self.freq_select is not None:
+            x = self.freq_select(x)
         gains: Gains = (None, None, None, None)
         if self.ada_kern is not None:
             gains = self.ada_kern(x)
@@ -194,14 +189,21 @@ class FADConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _is_fused(self, x: Tensor) -> bool:
-        """Whether the operator computes the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
-        return self.ada_dr is not None and takes_predictions(x, self.backend) and not any(
-            m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-            for m in (self.ada_dr, self.ada_kern))
+        """Whether the operators compute the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
+        return (self.ada_dr is not None and takes_predictions(x, self.backend)
+                and not _has_hooks(self.ada_dr) and not _has_hooks(self.ada_kern))
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        low, high = (None, None) if self.ada_kern is None else self.ada_kern.predict(x)
+        mean: Optional[Tensor] = None
+        if self.freq_select is not None:
+            x, mean = (self.freq_select(x), None) if _has_hooks(self.freq_select) else self.freq_select.mix(x)
+        low, high = None, None
+        if self.ada_kern is not None and mean is None:
+            low, high = self.ada_kern.predict(x)
+        elif self.ada_kern is not None and mean is not None:
+            low, high = self.ada_kern.predict_from_mean(
+                mean if torch.is_autocast_enabled(x.device.type) else mean.to(x.dtype))
         padding = self.inner_padding
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
@@ -235,3 +237,11 @@ class FADConv2d(nn.Conv2d):
         if bias is not None:
             y = y + bias.to(y.dtype)[:, None, None]  # under autocast the bias is float32
         return y
+
+
+def _names(cls: type) -> Tuple[str, ...]:
+    return tuple(signature(cls).parameters)
+
+
+# Arguments of FADConv2d that a model passes to all of its layers: those that nn.Conv2d lacks, and padding_mode.
+OPTIONS = ('padding_mode', *(name for name in _names(FADConv2d) if name not in _names(nn.Conv2d)))

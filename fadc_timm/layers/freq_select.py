@@ -3,13 +3,13 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.band_mix import mix_bands, mix_predicted_bands
-from .predictor_conv import convolve
+from .predictor_conv import PredictorConv2d
 
 __all__ = ['FreqSelect']
 
@@ -58,7 +58,7 @@ class FreqSelect(nn.Module):
         self.spatial_group = groups
         self.num_maps = len(bands) + int(lowfreq_att)
         # all maps read the same tensor: one convolution, its outputs group by group
-        self.conv = nn.Conv2d(
+        self.conv = PredictorConv2d(
             in_channels, groups * self.num_maps, 3, padding=1, groups=groups, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -81,12 +81,7 @@ class FreqSelect(nn.Module):
     def _maps(self, x: Tensor) -> Tensor:
         """What the weights are 2 * sigmoid of (B, M, S, H, W)."""
         b, _, h, w = x.shape
-        maps = self.conv(x) if torch.jit.is_scripting() else self._convolve(x)
-        return maps.reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
-
-    @torch.jit.unused
-    def _convolve(self, x: Tensor) -> Tensor:
-        return convolve(self.conv, x)
+        return self.conv(x).reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
@@ -94,10 +89,11 @@ class FreqSelect(nn.Module):
             raise ValueError(f'FreqSelect wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if torch.jit.is_scripting():
             return mix_bands(x, self.band_weights(x), list(self.bands))
-        return self._mix(x)
+        return self.mix(x)[0]
 
     @torch.jit.unused
-    def _mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """What :meth:`forward` returns, and its mean (B, C) where the backend makes it on the way, or None."""
         return mix_predicted_bands(x, self._maps(x), list(self.bands))
 
     def extra_repr(self) -> str:

@@ -1,12 +1,19 @@
-"""Convolutions of few outputs, computed in another way: values, gradients, hooks, also compiled."""
+"""The convolution of few outputs against torch's: values, gradients, compiled and scripted."""
 import pytest
 import torch
 from torch import nn
 
-from fadc_timm.layers.predictor_conv import convolve
+from fadc_timm.layers.predictor_conv import PredictorConv2d
 from tests.support.cases import error
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def pair(*args, **kwargs):
+    """The convolution in float64 and torch's with its parameters."""
+    conv, plain = (cls(*args, **kwargs, dtype=torch.float64) for cls in (PredictorConv2d, nn.Conv2d))
+    plain.load_state_dict(conv.state_dict())
+    return conv, plain
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -16,12 +23,13 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def test_predictor_conv(layout, outputs, k, padding, bias):
     """The convolution, whatever way it is computed, and its gradients."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, outputs, k, padding=padding, bias=bias, dtype=torch.float64)
+    conv, plain = pair(6, outputs, k, padding=padding, bias=bias)
     x = torch.randn(2, 6, 7, 8, dtype=torch.float64).to(memory_format=layout).requires_grad_()
-    y, expected = convolve(conv, x), conv(x)
+    y, expected = conv(x), plain(x)
     assert y.shape == expected.shape and error(y, expected) < 1e-13
     grad = torch.randn_like(y)
-    for g, e in zip(*(torch.autograd.grad(t, [x, *conv.parameters()], grad) for t in (y, expected)), strict=True):
+    for g, e in zip(*(torch.autograd.grad(t, [x, *m.parameters()], grad) for t, m in ((y, conv), (expected, plain))),
+                    strict=True):
         assert error(g, e) < 1e-13
 
 
@@ -29,17 +37,18 @@ def test_predictor_conv(layout, outputs, k, padding, bias):
 def test_predictor_conv_compiled(size):
     """The form for inductor, on maps smaller than the kernel too."""
     torch.compiler.reset()
-    conv = nn.Conv2d(4, 1, 7, padding=3, dtype=torch.float64)
+    conv, plain = pair(4, 1, 7, padding=3)
     x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
-    y, expected = torch.compile(convolve, backend='aot_eager', fullgraph=True)(conv, x), conv(x)
+    y, expected = torch.compile(conv, backend='aot_eager', fullgraph=True)(x), plain(x)
     assert error(y, expected) < 1e-13
     grad = torch.randn_like(y)
-    for g, e in zip(*(torch.autograd.grad(t, [x, *conv.parameters()], grad) for t in (y, expected)), strict=True):
+    for g, e in zip(*(torch.autograd.grad(t, [x, *m.parameters()], grad) for t, m in ((y, conv), (expected, plain))),
+                    strict=True):
         assert error(g, e) < 1e-13
 
 
-def test_predictor_conv_calls_hooks():
-    conv, calls = nn.Conv2d(6, 1, 3), []
-    conv.register_forward_hook(lambda *_: calls.append(1))
-    convolve(conv, torch.randn(1, 6, 5, 5))
-    assert calls == [1]
+@pytest.mark.parametrize('outputs, groups', [(1, 1), (3, 1), (6, 1), (6, 2)])
+def test_predictor_conv_scripted(outputs, groups):
+    conv, plain = pair(4, outputs, 3, padding=1, groups=groups)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    assert error(torch.jit.script(conv)(x), plain(x)) < 1e-13
