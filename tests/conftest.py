@@ -61,8 +61,8 @@ def few_programs():
     from fadc_timm.ops.sampled_conv.triton import dense, depthwise
     dense._INTERPRETED = 64
     if not torch.cuda.is_available():
-        depthwise._FORWARD, depthwise._BACKWARD = ((64, *sizes[1:]) for sizes in (
-            depthwise._FORWARD, depthwise._BACKWARD))
+        for name in ('_FORWARD', '_BACKWARD', '_PRODUCTS'):
+            setattr(depthwise, name, (64, *getattr(depthwise, name)[1:]))
 
 
 @pytest.fixture(autouse=True)

@@ -96,8 +96,8 @@ class Bands:
         maps = empty_map(self.b, self.groups * self.count, self.h, self.w, dtype)
         maps = maps.unflatten(1, (self.groups, self.count)).transpose(1, 2)
         options = list(self.factors), self.act
-        y, coefficients = band_operator.mix_bands_triton._init_fn(x, maps, *options)
-        band_operator.mix_bands_triton_backward._init_fn(y, x, maps, coefficients, *options)
+        y, means, coefficients = band_operator.mix_bands_triton._init_fn(x, maps, *options)
+        band_operator.mix_bands_triton_backward._init_fn(y, means, x, maps, coefficients, *options)
 
 
 LAYERS: tuple[Layer | Bands, ...] = (

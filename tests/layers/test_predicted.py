@@ -36,7 +36,7 @@ LAYERS = [
          bias=False, freq_select=False),
     dict(padding=1, **DEPTHWISE, freq_select=False, dilation_act='zero'),
     sweep(dict(padding=1, lowfreq_att=True, bands=(2, 4))),
-    sweep(dict()), sweep(dict(kernel_size=1, kernel_decompose='low')),
+    dict(padding=1), sweep(dict()), sweep(dict(kernel_size=1, kernel_decompose='low')),
     *(sweep(dict(padding='same', dilation=2, dilation_act=act, kernel_decompose=parts, freq_select=False, **shape))
       for act in ('abs', 'relu', 'zero') for parts in ('both', 'low', 'high', 'none')
       for shape in (dict(), dict(groups=2, dilation_groups=2), DEPTHWISE)),

@@ -157,8 +157,8 @@ def test_layout(layout, device):
     grad = arrange(torch.randn(2, 8, 6, 6, dtype=torch.float64, device=device))
     leaves = [t.detach().requires_grad_() for t in (x, weights)]
     expected = torch.autograd.grad(definition(*leaves, [2, 4, 8]), leaves, grad)
-    _, coefficients = mix_bands_triton(x, weights, [2, 4, 8], False)
-    check(mix_bands_triton_backward(grad, x, weights, coefficients, [2, 4, 8], False), expected, 2e-15)
+    _, _, coefficients = mix_bands_triton(x, weights, [2, 4, 8], False)
+    check(mix_bands_triton_backward(grad, None, x, weights, coefficients, [2, 4, 8], False), expected, 2e-15)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -204,13 +204,28 @@ def test_opcheck(dtype, act, device):
     x = x.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(
         mix_bands_triton, (x.detach().requires_grad_(), weights.detach().requires_grad_(), [2], act), **tests)
-    y, coefficients = mix_bands_triton(x, weights, [2], act)
-    torch.library.opcheck(mix_bands_triton_backward, (torch.randn_like(y), x, weights, coefficients, [2], act), **tests)
+    y, means, coefficients = mix_bands_triton(x, weights, [2], act)
+    for grad_means in (torch.randn_like(means), None):
+        torch.library.opcheck(mix_bands_triton_backward, (
+            torch.randn_like(y), grad_means, x, weights, coefficients, [2], act), **tests)
 
 
 def predicted(x, maps, factors):
+    """The map, and one row more with its mean times a number of each channel, which has a gradient of its own."""
     with set_backend('triton'):
-        return mix_predicted_bands(x, maps, factors)
+        y, mean = mix_predicted_bands(x, maps, factors)
+    assert mean.shape == x.shape[:2] and mean.dtype == torch.promote_types(x.dtype, torch.float32)
+    return with_mean(y, mean)
+
+
+def with_mean(y, mean):
+    row = (mean * torch.arange(1, y.shape[1] + 1, device=y.device)).to(y.dtype)[:, :, None, None]
+    return torch.cat((y, row.expand(-1, -1, 1, y.shape[3])), 2)
+
+
+def predicted_definition(x, maps, factors):
+    y = definition(x, 2 * torch.sigmoid(maps), factors)
+    return with_mean(y, y.mean((2, 3)))
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -221,7 +236,7 @@ def test_predicted(case, device):
     x, maps = case.inputs(torch.float64, device)
     maps = 4 * maps - 4
     actual = results(predicted, x, maps, list(case.factors))
-    expected = results(lambda x, maps, factors: definition(x, 2 * torch.sigmoid(maps), factors), x, maps, case.factors)
+    expected = results(predicted_definition, x, maps, case.factors)
     check(actual, expected, TOLERANCES[torch.float64])
 
 
@@ -230,7 +245,7 @@ def test_predicted(case, device):
 def test_predicted_in_other_dtypes(dtype, device):
     x, maps = Case(3, 5, channels=16).inputs(dtype, device)
     actual = results(predicted, x.to(dtype), maps.to(dtype), [2, 4, 8])
-    expected = results(lambda x, maps, factors: definition(x, 2 * torch.sigmoid(maps), factors), x, maps, [2, 4, 8])
+    expected = results(predicted_definition, x, maps, [2, 4, 8])
     assert all(t.dtype == dtype for t in actual)
     check(actual, expected, 4 * torch.finfo(dtype).eps)
 
@@ -268,10 +283,10 @@ def test_compile(device):
 def test_cuda_graph(size, warm, device):
     """A captured graph follows its inputs, and what it makes while it is captured is not used outside of it."""
     x, weights = (t.float().requires_grad_() for t in Case(*size).inputs(torch.float32, device))
-    tables._kept_tables.cache_clear()
+    tables._kept.clear()
     mix_bands(x, weights, [2, 4, 8], 'triton').sum().backward()  # the kernels are compiled
     if not warm:
-        tables._kept_tables.cache_clear()
+        tables._kept.clear()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -291,16 +306,38 @@ def test_nothing_is_copied_to_the_device(size, monkeypatch):
     """Neither by the tables nor by the operators, so that a CUDA graph can hold all of it."""
     launches = []
     monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
-    monkeypatch.setattr(tables, '_kept_tables', tables._make_tables)  # what is fake is not to be kept
+    monkeypatch.setattr(tables, '_kept', {})  # what is fake is not to be kept
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     with no_copies():
         tables._make_tables(*size, (2, 3, 4, 8), torch.float16, torch.device('cuda'))
         for dtype in (torch.float16, torch.float32):
             x = torch.empty(2, 4, *size, dtype=dtype, device='cuda')
             maps = torch.empty(2, 3, 1, *size, dtype=dtype, device='cuda')
-            y, coefficients = mix_bands_triton._init_fn(x, maps, [2, 4, 8], True)
-            mix_bands_triton_backward._init_fn(y, x, maps, coefficients, [2, 4, 8], True)
+            y, means, coefficients = mix_bands_triton._init_fn(x, maps, [2, 4, 8], True)
+            mix_bands_triton_backward._init_fn(y, means, x, maps, coefficients, [2, 4, 8], True)
     assert len(launches) == 2 * 6  # forward two, backward four
+
+
+def test_tables_that_a_graph_reads_are_kept(monkeypatch):
+    """And no more of the others than a number, the oldest of which go; nothing of what a capture makes."""
+    for name in ('_kept', '_captured'):
+        monkeypatch.setattr(tables, name, {})
+    monkeypatch.setattr(tables, '_MOST_KEPT', 2)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+
+    def get(n):
+        return tables.tables_of(n, n, (2, 4), torch.float32, torch.device('cuda', 0))
+
+    with no_copies():
+        capturing = False
+        first, second = get(3), get(4)
+        assert get(3) is first and get(4) is second
+        capturing = True
+        assert get(4) is second and get(5) is not get(5) and len(tables._kept) == 2
+        capturing = False
+        get(6)
+        assert get(4) is second and get(3) is not first and get(4) is not second
+    assert [id(t) for t in tables._captured.values()] == [id(second)]
 
 
 def test_meta():

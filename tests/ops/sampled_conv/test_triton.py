@@ -52,7 +52,7 @@ def blocks(monkeypatch):
     """Set the positions of a program, whatever the device; launches are kept by shape, and forgotten here."""
     def choose(positions):
         for module, name in ((dense, '_COLUMNS'), (dense, '_SCATTER'), (depthwise, '_FORWARD'),
-                             (depthwise, '_BACKWARD')):
+                             (depthwise, '_BACKWARD'), (depthwise, '_PRODUCTS')):
             monkeypatch.setattr(module, name, (positions, *getattr(module, name)[1:]))
         monkeypatch.setattr(dense, '_INTERPRETED', positions)
         monkeypatch.setattr(dense, '_SPREAD', 2 * positions)
@@ -473,7 +473,7 @@ def test_cuda_graph_of_a_network(name, warm, training):
     def run():
         if not warm and torch.cuda.is_current_stream_capturing():
             forget_launches()
-            tables._kept_tables.cache_clear()
+            tables._kept.clear()
         if training:
             return step(model, x)
         with torch.no_grad():

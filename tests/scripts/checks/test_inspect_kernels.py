@@ -9,7 +9,7 @@ DENSE = (
     'dense_kernels pack', 'dense_kernels columns', 'dense_kernels combine', 'dense_kernels spread',
     'dense_kernels scatter_columns', 'dense_kernels unpack', 'dense_kernels sampling_gradient',
     'dense_kernels gains_gradient')
-DEPTHWISE = 'depthwise_kernels forward', 'depthwise_kernels backward', 'depthwise_kernels kernel_gradient'
+DEPTHWISE = tuple(f'depthwise_kernels {name}' for name in ('forward', 'backward', 'products', 'kernel_gradient'))
 BANDS = tuple(f'kernels {name}' for name in (
     'synthesise_rows', 'mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows_gradient'))
 
