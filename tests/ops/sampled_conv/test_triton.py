@@ -203,27 +203,10 @@ def test_cuda_graph(name):
         assert cases.error(t, expected[n].cpu().double()) <= cases.tolerance(n, torch.float32), n
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize('name', ['everything', 'depthwise'])
-def test_tuned(name, monkeypatch):
-    """The autotuner's choice computes the same; gradients that are added to are not added to twice."""
-    monkeypatch.setenv('FADC_TIMM_AUTOTUNE', '1')
-    assert max(errors(CASE[name], 'cuda').values()) <= 1
-
-
 def test_no_copy_of_a_channels_last_map():
     x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
     call = Call(x, torch.ones(2, 1, 5, 6), None, torch.randn(4, 8, 3, 3), [1, 1], [1, 1], 1)
     assert call.x.data_ptr() == x.data_ptr()
-
-
-def test_tuning_space_is_bounded():
-    from fadc_timm.ops.sampled_conv.triton import dense
-    for kernel in (dense.forward, dense.backward_samples):
-        default = tuple({'BLOCK_P': 64, 'BLOCK_C': 32, 'BLOCK_O': 64, 'num_warps': 8, 'num_stages': 2}.items())
-        configs = launch._autotuned(kernel, default).configs
-        assert 1 < len(configs) <= 18 and len({str(c) for c in configs}) == len(configs)
-        assert all(c.kwargs['BLOCK_C'] == 32 and c.kwargs['BLOCK_O'] == 64 for c in configs)
 
 
 # where it cannot run
