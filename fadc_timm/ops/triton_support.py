@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not_on']
@@ -47,8 +48,9 @@ def _why_not_on_cuda() -> Optional[str]:
         return None  # nothing runs: tensors on this device are fake
     try:
         from .triton_math import probe
-        out = torch.empty(1, dtype=torch.int32, device='cuda')
-        launch(Launch(probe, (1,), (), ()), out)
+        with _disable_current_modes():  # the first call may be one on fake tensors, as tracing makes them
+            out = torch.empty(1, dtype=torch.int32, device='cuda')
+            launch(Launch(probe, (1,), (), ()), out)
     except Exception as e:
         return f'Triton cannot run a kernel on {torch.cuda.get_device_name()} ({type(e).__name__}: {e})'
     return None

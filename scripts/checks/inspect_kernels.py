@@ -2,36 +2,45 @@
 
     python -m scripts.checks.inspect_kernels [--arch 90] [--only FILTER | --variants]
 
-For each kernel, as it is launched for some layers: registers a thread, bytes of stack (spilled registers), shared
-memory, matrix instructions, and how many programs a multiprocessor can hold. Written to scripts/results/kernels.csv.
-With --variants other calls of the same kernels are compiled, which shows that they can be: the interpreter, in which
-the tests run, accepts programs that the compiler does not.
+For each kernel that some layers and maps launch: its blocks, warps, registers a thread, bytes of stack (spilled
+registers), shared memory, how many programs a multiprocessor can hold, and its atomic and matrix instructions. Written
+to scripts/results/kernels.csv. Fails if one spills registers or does not fit on a multiprocessor. With --variants other
+calls of the same kernels are compiled, which shows that they can be: the interpreter, in which the tests run, accepts
+programs that the compiler does not.
 """
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fadc_timm.ops.sampled_conv.triton import launch
-from fadc_timm.ops.sampled_conv.triton.call import Call
+from fadc_timm.ops import triton_support
+from fadc_timm.ops.band_mix.triton import operator as band_operator
+from fadc_timm.ops.sampled_conv.triton import ACTS
+from fadc_timm.ops.sampled_conv.triton import operator as conv_operator
+from fadc_timm.ops.triton_support import Launch
 from scripts.results import RESULTS, write_csv
 
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.float64: '*fp64',
             torch.int32: '*i32', torch.int64: '*i64'}
 HALF, SINGLE = (torch.float16,), (torch.float16, torch.float32)
+Launches = list[tuple[Launch, tuple[Tensor | None, ...]]]
 
 
 @dataclass(frozen=True)
 class Layer:
+    """A layer that predicts its dilations and, unless act is 'none', leaves the activations to the operator."""
     name: str
     b: int
     c: int
@@ -41,89 +50,134 @@ class Layer:
     k: int = 3
     groups: int = 1
     gains: bool = True
-    mask: bool = True
     bias: bool = False
+    mask: bool = True
+    act: str = 'abs'
     dilation_groups: int = 1
     deterministic: bool = False
     dtypes: tuple[torch.dtype, ...] = SINGLE
 
+    def run(self, dtype: torch.dtype) -> None:
+        """Forward and backward, on shapes alone."""
+        b, c, o, taps = self.b, self.c, self.o, self.k ** 2
+        side, g = (self.side - 1) // self.stride + 1, self.dilation_groups
+        depthwise, act = 1 < self.groups == c == o, ACTS.index(self.act)
+        x, weight = empty_map(b, c, self.side, self.side, dtype), empty(o, c // self.groups, self.k, self.k)
+        joint = act > 0 and not depthwise
+        dilation = empty_map(b, g * (1 + taps * joint), side, side, dtype if act else torch.float32)
+        mask = empty_map(b, g * taps, side, side, dtype) if self.mask and not joint else None
+        gains = [empty(b, c if depthwise else c + o) if self.gains else None] * 2
+        tensors = x, weight, empty(o) if self.bias else None, dilation, mask, *gains
+        options = [self.stride] * 2, [self.k // 2] * 2, self.groups
+        torch.use_deterministic_algorithms(self.deterministic)
+        try:
+            y, *parts = conv_operator.two_step_conv2d._init_fn(*tensors, act, 1., act > 0, True, *options)
+            conv_operator.two_step_conv2d_backward._init_fn(y, *parts, *tensors, act, 1., act > 0, *options)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
-LAYERS = (
-    Layer('resnet50 stage 2', 32, 128, 128, 28),
-    Layer('resnet50 stage 3', 32, 256, 256, 14),
-    Layer('resnet50 stage 4', 32, 512, 512, 7),
-    Layer('resnet50 stage 3, strided', 32, 256, 256, 28, stride=2),
-    Layer('resnet50 stage 2, no gains', 32, 128, 128, 28, gains=False),
-    Layer('resnext50_32x4d stage 2', 32, 256, 256, 28, groups=32),
-    Layer('dense 7x7', 32, 64, 64, 28, k=7, dtypes=HALF),
+
+@dataclass(frozen=True)
+class Bands:
+    """A map of which FreqSelect mixes the bands."""
+    name: str
+    b: int
+    c: int
+    h: int
+    w: int
+    count: int = 3
+    groups: int = 1
+    factors: tuple[int, ...] = (2, 4, 8)
+    act: bool = True
+    dtypes: tuple[torch.dtype, ...] = SINGLE
+
+    def run(self, dtype: torch.dtype) -> None:
+        x = empty_map(self.b, self.c, self.h, self.w, dtype)
+        maps = empty_map(self.b, self.groups * self.count, self.h, self.w, dtype)
+        maps = maps.unflatten(1, (self.groups, self.count)).transpose(1, 2)
+        options = list(self.factors), self.act
+        y, means, coefficients = band_operator.mix_bands_triton._init_fn(x, maps, *options)
+        band_operator.mix_bands_triton_backward._init_fn(y, means, x, maps, coefficients, *options)
+
+
+LAYERS: tuple[Layer | Bands, ...] = (
+    Layer('resnet50 stage 2', 64, 128, 128, 28),
+    Layer('resnet50 stage 3', 64, 256, 256, 14),
+    Layer('resnet50 stage 4', 64, 512, 512, 7),
+    Layer('resnet50 stage 3, strided', 64, 256, 256, 28, stride=2),
+    Layer('resnet50 stage 2, no gains', 64, 128, 128, 28, gains=False),
+    Layer('resnext50_32x4d stage 2', 64, 256, 256, 28, groups=32),
+    Layer('dense 7x7', 64, 64, 64, 28, k=7, dtypes=HALF),
     Layer('convnext_tiny stage 2', 64, 192, 192, 28, k=7, groups=192),
     Layer('convnext_tiny stage 4', 64, 768, 768, 7, k=7, groups=768, dtypes=HALF),
+    Bands('bands, resnet50 stage 2, strided', 64, 128, 56, 56),
+    Bands('bands, resnet50 stage 2', 64, 128, 28, 28),
+    Bands('bands, resnet50 stage 4', 64, 512, 7, 7),
 )
-VARIANTS = (
-    Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, dtypes=(torch.bfloat16,)),
-    Layer('float64', 2, 16, 16, 7, dtypes=(torch.float64,)),
+VARIANTS: tuple[Layer | Bands, ...] = (
+    Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, act='none', dtypes=(torch.bfloat16,)),
+    Layer('float64', 2, 16, 16, 7, act='relu', dtypes=(torch.float64,)),
     Layer('one pixel', 1, 1, 1, 1, dtypes=HALF),
-    Layer('one channel, no gains', 1, 1, 2, 5, gains=False, dtypes=HALF),
+    Layer('one channel, no gains', 1, 1, 2, 5, gains=False, act='zero', dtypes=HALF),
     Layer('dilation groups', 2, 12, 6, 7, dilation_groups=3, dtypes=HALF),
     Layer('deterministic', 2, 32, 32, 7, deterministic=True, dtypes=HALF),
-    Layer('more than 2**31 positions', 70_000, 16, 16, 224, dtypes=HALF),
-    Layer('depthwise, bfloat16, bias, no mask', 2, 24, 24, 9, groups=24, mask=False, bias=True,
+    Layer('many positions and pixels', 700, 16, 16, 12_000, act='none', dtypes=HALF),
+    Layer('depthwise, bfloat16, bias, no mask', 2, 24, 24, 9, groups=24, mask=False, bias=True, act='none',
           dtypes=(torch.bfloat16,)),
     Layer('depthwise, deterministic', 2, 24, 24, 9, k=7, groups=24, deterministic=True, dtypes=HALF),
     Layer('depthwise, one pixel', 1, 2, 2, 1, groups=2, dilation_groups=2, dtypes=(torch.float64,)),
+    Bands('bands, one pixel', 1, 1, 1, 1, dtypes=(torch.float16, torch.bfloat16, torch.float32)),
+    Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
+    Bands('bands, one factor', 2, 200, 20, 65, 2, factors=(2,), dtypes=HALF),
 )
 # of a multiprocessor of compute capability 9.0
 REGISTERS, SHARED, MAX_WARPS = 65536, 227 * 1024, 64
 
 
-def launches(layer: Layer, dtype: torch.dtype) -> list[tuple[Any, Any, Any, Any, Any]]:
-    """What a layer launches forward and backward: kernel, grid, arguments, constants, configuration."""
-    b, c, o, k = layer.b, layer.c, layer.o, layer.k
-    side, g = (layer.side - 1) // layer.stride + 1, layer.dilation_groups
-    depthwise = layer.groups == c > 1
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device='meta')
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device='meta')
 
-    weight = empty(b, c, 1, k, k) if depthwise else empty(o, c // layer.groups, k, k)
-    mask = empty(b, g * k * k, side, side).to(memory_format=torch.channels_last) if layer.mask else None
-    call = Call(
-        empty(b, c, layer.side, layer.side).to(memory_format=torch.channels_last),
-        empty(b, g, side, side, dtype=torch.float32), mask, weight, [layer.stride] * 2, [k // 2] * 2, layer.groups)
-    gains = (empty(b, c), empty(b, o), empty(b, c), empty(b, o)) if layer.gains and not depthwise else (None,) * 4
-    found: list[Any] = []
-    original, launch.run = launch.run, lambda *args: found.append(args)
+def empty_map(b: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return empty(b, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def launches(layer: Layer | Bands, dtype: torch.dtype) -> Launches:
+    """What a layer launches forward and backward, each kernel once: tiles differ in numbers alone."""
+    found: Launches = []
+    original = triton_support.launch
+    triton_support.launch = lambda this, *tensors: found.append((this, tensors))
     try:
-        torch.use_deterministic_algorithms(layer.deterministic)
-        y, bias = empty(b, side, side, o), empty(o) if layer.bias else None
-        (launch.depthwise_forward if depthwise else launch.dense_forward)(call, bias, gains, y)
-        (launch.depthwise_backward if depthwise else launch.dense_backward)(call, y, gains, True, True)
+        layer.run(dtype)
     finally:
-        launch.run = original
-        torch.use_deterministic_algorithms(False)
-    return found
+        triton_support.launch = original
+    return list({(this.kernel, this.constants): (this, tensors) for this, tensors in found[::-1]}.values())[::-1]
 
 
-def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
-    """The kernel specialised as at a launch with these arguments, which are in the order of its parameters."""
+def source(this: Launch, tensors: tuple[Tensor | None, ...]) -> ASTSource:
+    """The kernel specialised as at this launch."""
+    args = *tensors, *this.numbers, *this.constants
+    names, constants_from = this.kernel.arg_names, len(tensors) + len(this.numbers)
+    assert len(names) == len(args), f'{this.kernel} has {len(names)} parameters, and is given {len(args)} values'
     signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = constants[name] if name in constants else args[i]
-        if name in constants or value is None or (isinstance(value, int) and value == 1):
+    for i, (name, value) in enumerate(zip(names, args)):
+        if i >= constants_from or value is None or (isinstance(value, int) and value == 1):
             signature[name], values[(i,)] = 'constexpr', value
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [['tt.divisibility', 16]]
+        elif isinstance(value, float):
+            signature[name] = 'fp32'
         else:
             signature[name] = 'i32' if abs(value) < 2 ** 31 else 'i64'
             if value % 16 == 0:
                 attributes[(i,)] = [['tt.divisibility', 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return ASTSource(fn=this.kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
-def inspect(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], config: dict[str, int], arch: int) -> dict:
-    options = {n: v for n, v in config.items() if not n.isupper()}
-    constants = {**constants, **{n: v for n, v in config.items() if n.isupper()}}
-    compiled = triton.compile(source(kernel, args, constants), target=GPUTarget('cuda', arch, 32), options=options)
+def inspect(this: Launch, tensors: tuple[Tensor | None, ...], arch: int) -> dict[str, Any]:
+    compiled = triton.compile(
+        source(this, tensors), target=GPUTarget('cuda', arch, 32),
+        options={'num_warps': this.num_warps, 'num_stages': this.num_stages})
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(compiled.asm['cubin'])
         f.flush()
@@ -132,21 +186,30 @@ def inspect(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], confi
     found = re.search(r'REG:(\d+) STACK:(\d+)', usage)
     assert found is not None, usage
     registers, stack = map(int, found.groups())
-    warps, shared = options['num_warps'], compiled.metadata.shared
+    shared = compiled.metadata.shared
     # registers are given out to a warp in units of 256
     a_warp = -(-registers * 32 // 256) * 256
-    programs = min(REGISTERS // (a_warp * warps), SHARED // max(shared + 1024, 1), MAX_WARPS // warps)
-    matrix = sorted(set(re.findall(r'\b(HGMMA|HMMA|DMMA|QGMMA|IMMA)[.\w]*', sass)))
-    widths = sorted({int(w or 32) for w in re.findall(r'\bLDG\.E(?:\.(\d+))?', sass)}
-                    | {int(w or 32) for w in re.findall(r'\bLDGSTS\.E(?:\.BYPASS)?(?:\.LTC128B)?(?:\.(\d+))?', sass)})
-    return {'warps': warps, 'registers': registers, 'stack_bytes': stack, 'shared_bytes': shared,
-            'programs_a_multiprocessor': programs, 'matrix_instructions': ' '.join(matrix) or 'none',
-            'widest_load_bits': widths[-1] if widths else 0,
-            'blocks': ' '.join(f'{n.removeprefix("BLOCK_")}{v}' for n, v in config.items() if n.startswith('BLOCK_')),
-            'stages': options['num_stages']}
+    programs = min(
+        REGISTERS // (a_warp * this.num_warps), SHARED // max(shared + 1024, 1), MAX_WARPS // this.num_warps)
+    atomics, matrix = (sorted(set(re.findall(pattern, sass))) for pattern in (
+        r'\b(?:REDG?|ATOMG?)\.[\w.]+', r'\b(HGMMA|HMMA|DMMA|QGMMA|IMMA)[.\w]*'))
+    blocks = dict(zip(this.kernel.arg_names[-len(this.constants):], this.constants))
+    return {
+        'blocks': ' '.join(f'{n.removeprefix("BLOCK_")}{v}' for n, v in blocks.items() if n.startswith('BLOCK')),
+        'warps': this.num_warps, 'registers': registers, 'stack_bytes': stack, 'shared_bytes': shared,
+        'programs_a_multiprocessor': programs, 'matrix_instructions': ' '.join(matrix) or 'none',
+        'atomics': ' '.join(atomics) or 'none'}
 
 
-def main() -> None:
+def rows_of(layer: Layer | Bands, arch: int) -> Iterator[dict[str, Any]]:
+    for dtype in layer.dtypes:
+        for this, tensors in launches(layer, dtype):
+            name = f'{this.kernel.fn.__module__.rpartition(".")[2]} {this.kernel.fn.__name__}'
+            yield {'layer': layer.name, 'kernel': name, 'dtype': str(dtype).removeprefix('torch.'), 'arch': arch,
+                   'triton': triton.__version__, **inspect(this, tensors, arch)}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', type=int, default=90, help='compute capability, 90 for H100 and H200')
     parser.add_argument('--only', default='', help='layers whose name contains this')
@@ -154,19 +217,18 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for layer in VARIANTS if args.variants else LAYERS:
-        if args.only not in layer.name:
-            continue
-        for dtype in layer.dtypes:
-            for kernel, _, arguments, constants, config in launches(layer, dtype):
-                name = f'{kernel.fn.__module__.rpartition(".")[2]} {kernel.fn.__name__}'
-                row = {'layer': layer.name, 'kernel': name, 'dtype': str(dtype).removeprefix('torch.'),
-                       'arch': args.arch, 'triton': triton.__version__,
-                       **inspect(kernel, arguments, constants, config, args.arch)}
-                print(*row.values(), sep=', ', flush=True)
-                rows.append(row)
-    if not args.only and not args.variants:
+        for row in rows_of(layer, args.arch) if args.only in layer.name else ():
+            print(*row.values(), sep=', ', flush=True)
+            rows.append(row)
+    if args.variants:
+        return 0
+    if not args.only:
         write_csv(RESULTS / 'kernels.csv', list(rows[0]), rows)
+    failed = [row for row in rows if row['stack_bytes'] or not row['programs_a_multiprocessor']]
+    for row in failed:
+        print('SPILLS OR DOES NOT FIT', *row.values(), sep=', ')
+    return int(bool(failed))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

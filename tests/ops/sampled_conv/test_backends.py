@@ -19,12 +19,6 @@ DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 AUTOCAST = {torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 
 
-@pytest.fixture(autouse=True)
-def no_tf32():
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', DTYPES, ids=ids)
 @pytest.mark.parametrize('case', CASES, ids=ids)
@@ -159,10 +153,10 @@ def test_no_uninitialised_memory(backend, case):
 
 
 GRADCHECK = [
-    OpCase('gradcheck', (2, 2, 2, 3), 2, dilation_groups=2, stride=(1, 2), interpreted='sweep'),
+    OpCase('gradcheck', (2, 2, 2, 3), 2, dilation_groups=2, stride=(1, 2)),
     OpCase('gradcheck_groups', (1, 4, 2, 2), 2, groups=2, use=GAINS),
-    OpCase('gradcheck_k5', (1, 1, 2, 3), 1, k=5, use=('mask', 'bias'), interpreted='sweep'),
-    OpCase('gradcheck_depthwise', (2, 2, 2, 2), 2, groups=2, interpreted='sweep'),
+    OpCase('gradcheck_k5', (1, 1, 2, 3), 1, k=5, use=('mask', 'bias')),
+    OpCase('gradcheck_depthwise', (2, 2, 2, 2), 2, groups=2),
     OpCase('gradcheck_depthwise_plain', (1, 4, 2, 2), 4, groups=4, dilation_groups=2, use=('mask',)),
 ]
 

@@ -288,7 +288,7 @@ def scatter_columns(
     at = cols + row_of_tile[:, None] * (channels * K * K) + at_column[None, :]
     sampling += tl.program_id(1).to(tl.int64) * (K * K + 1) * positions
     into = sampling + b * (out_h * out_w) + q
-    positions = positions.to(tl.int64)
+    positions = tl.cast(positions, tl.int64)  # a plain number where it is 1
     factor = 1.
     if FIXED:
         factor = tl.load(scale)

@@ -92,7 +92,7 @@ def backward(
     factor = 1.
     if FIXED:
         factor = tl.load(scale)
-    positions = positions.to(tl.int64)
+    positions = tl.cast(positions, tl.int64)  # a plain number where it is 1
     into = sampling + tl.program_id(1) * (K * K + 1) * positions + p
     g = tl.load(grad + p[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
     grad_d = tl.zeros([BLOCK_P], dtype=ACC)

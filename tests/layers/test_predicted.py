@@ -1,0 +1,143 @@
+"""Layers whose predictions the Triton backend activates itself: the same function as by the ordinary path."""
+import pytest
+import torch
+
+from fadc_timm import FreqSelect
+from fadc_timm.layers.hooks import watch_layers
+from fadc_timm.ops import set_backend, triton_support
+from tests.support.cases import error
+from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
+from tests.support.off_identity import off_identity
+
+pytest.importorskip('triton')
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def skip_unless_runs(request):
+    """On a machine with a GPU kernels are not interpreted, and run there alone."""
+    reason = triton_support.why_not_on(request.getfixturevalue('device'))
+    if reason:
+        pytest.skip(reason)
+
+
+def sweep(cfg):
+    return pytest.param(cfg, marks=pytest.mark.sweep)
+
+
+DEPTHWISE = dict(groups=4, out_channels=4)
+LAYERS = [
+    dict(padding=1, freq_select=False),
+    dict(padding=2, dilation=2, stride=2, dilation_act='relu', kernel_decompose='low', groups=2, freq_select=False),
+    dict(padding=1, dilation_act='zero', kernel_decompose='high', dilation_groups=2, padding_mode='replicate',
+         bias=False, freq_select=False),
+    dict(padding=1, **DEPTHWISE, freq_select=False, dilation_act='zero'),
+    sweep(dict(padding=1, lowfreq_att=True, bands=(2, 4))),
+    dict(padding=1), sweep(dict()), sweep(dict(kernel_size=1, kernel_decompose='low')),
+    *(sweep(dict(padding='same', dilation=2, dilation_act=act, kernel_decompose=parts, freq_select=False, **shape))
+      for act in ('abs', 'relu', 'zero') for parts in ('both', 'low', 'high', 'none')
+      for shape in (dict(), dict(groups=2, dilation_groups=2), DEPTHWISE)),
+    sweep(dict(padding=1, padding_mode='replicate', stride=2, **DEPTHWISE)),
+    sweep(dict(kernel_size=5, padding=4, dilation=2, padding_mode='replicate', stride=2, groups=4, out_channels=8)),
+    sweep(dict(kernel_size=5, padding='same', dilation_act='relu', spatial_group=2)),
+    sweep(dict(padding=1, dilation=3, kernel_decompose='high', bands=(2, 3))),  # crops
+]
+
+
+def both_ways(m, x, run=None):
+    """Outputs and gradients by the backend for CPUs, and by Triton."""
+    results = []
+    for backend in ('gather', 'triton'):
+        with set_backend(backend):
+            assert m._is_fused(x) == (backend == 'triton')
+            y = (run or m)(x)
+        results.append((y, *grads(y, [x, *m.parameters()])))
+    return results
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('cfg', LAYERS, ids=ids)
+def test_predicted_is_the_ordinary_path(cfg, device):
+    m = off_identity(make(**cfg, dtype=torch.float64)).to(device)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, device=device, requires_grad=True)
+    expected, actual = both_ways(m, x)
+    assert_same(actual, expected, EXACT)
+    with torch.no_grad(), set_backend('triton'):
+        assert_same((m(x),), expected[:1], EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_layout(device):
+    m = off_identity(make(padding=1, freq_select=False)).to(device, memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 5, 6, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    expected, actual = both_ways(m, x)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    assert_same(actual, [t.detach().cpu().double() for t in expected], 1e-6)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('part', ['ada_dr', 'ada_kern'])
+def test_hooks_are_called(part, device):
+    """With what the modules put out: dilations and gains, so by the ordinary path."""
+    m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device)
+    x = torch.randn(1, 4, 5, 4, dtype=torch.float64, device=device)
+    module, seen = getattr(m, part), []
+    with set_backend('triton'):
+        expected = m(x)
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert not m._is_fused(x)
+        assert_same((m(x),), (expected,), EXACT)
+        handle.remove()
+        assert m._is_fused(x)
+        handle = module.register_forward_pre_hook(lambda *_: seen.append(None))
+        assert not m._is_fused(x)
+        handle.remove()
+        handle = module.register_full_backward_hook(lambda *_: None)
+        assert not m._is_fused(x)
+        handle.remove()
+        assert_same(seen[0], module(x), EXACT)
+        with watch_layers(m, lambda call: seen.append(call.dilation)):
+            m(x)
+    assert torch.equal(seen[-1], m.ada_dr(x)[0])
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('whole', [False, True], ids=['forward', 'all'])
+@pytest.mark.parametrize('cfg', [
+    dict(padding=1, freq_select=False), sweep(dict(padding=1)), sweep(dict(padding=1, groups=2, dilation_act='relu')),
+    sweep(dict(padding=1, **DEPTHWISE, freq_select=False))], ids=ids)
+def test_autocast(cfg, whole, device):
+    """Inside and outside of the block, the backward pass is that of the same step; parameters keep their dtype."""
+    m = off_identity(make(**cfg)).to(device)
+    x = torch.randn(2, 4, 5, 6, device=device, requires_grad=True)
+    inputs = [x, *m.parameters()]
+    exact_y = m.double()(x.double())
+    exact = [g.detach() for g in grads(exact_y, m.parameters())]
+    m.float()
+    with set_backend('triton'):
+        with torch.autocast(device, torch.bfloat16):
+            assert m._is_fused(x)
+            y = m(x)
+            if whole:
+                actual = grads(y.float(), inputs)
+        if not whole:
+            actual = grads(y.float(), inputs)
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in actual)
+    assert error(y.detach(), exact_y.detach().cpu()) < 2e-2
+    assert_same(actual[1:], [g.cpu() for g in exact], 5e-2)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('cfg', [dict(), sweep(dict(lowfreq_att=True, spatial_group=2))], ids=ids)
+def test_freq_select(cfg, device):
+    m = off_identity(FreqSelect(4, **cfg, dtype=torch.float64)).to(device)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
+    inputs = [x, *m.parameters()]
+    with set_backend('gather'):
+        expected = m(x)
+    with set_backend('triton'):
+        y = m(x)
+    assert_same((y, *grads(y, inputs)), (expected, *grads(expected, inputs)), EXACT)

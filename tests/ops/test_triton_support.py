@@ -1,0 +1,207 @@
+"""Whether there is a Triton to be used: what is said where there is none, and what runs in its place."""
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fadc_timm import FADConv2d
+from fadc_timm.ops import adaptive_dilated_conv2d, mix_bands, triton_support
+from fadc_timm.ops.band_mix.functional import choose_backend as choose_bands
+from fadc_timm.ops.sampled_conv import takes_predictions
+from fadc_timm.ops.sampled_conv.arguments import NO_GAINS, ConvArgs
+from fadc_timm.ops.sampled_conv.backends import choose_backend
+from fadc_timm.ops.triton_support import Launch
+from tests.support.no_copies import no_copies
+from tests.support.processes import python
+
+triton = pytest.importorskip('triton')
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'fresh')
+
+
+@pytest.fixture
+def fresh():
+    """The answers, forgotten before and after."""
+    def forget():
+        for answer in (triton_support.unavailable, triton_support._why_not_on_cuda, triton_support._is_default_on_cuda):
+            answer.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+class BrokenTriton:
+    """An import of Triton that raises."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == 'triton':
+            raise OSError('libtriton.so: no such symbol')
+
+
+def missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'triton', None)
+
+
+def broken(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'triton')
+    monkeypatch.setattr(sys, 'meta_path', [BrokenTriton(), *sys.meta_path])
+
+
+def old(monkeypatch):
+    monkeypatch.setattr(triton, '__version__', '3.4.1')
+
+
+def fails(monkeypatch):
+    """On a machine with a GPU on which no kernel can be compiled."""
+    def launch(*args):
+        raise RuntimeError('ptxas: unsupported architecture')
+
+    monkeypatch.setattr(triton_support, 'launch', launch)
+    pretend_gpu(monkeypatch)
+
+
+def pretend_gpu(monkeypatch):
+    """Where the probe can put its tensor, and nothing else."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, 'empty', lambda *args, device, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a GPU of 2031')
+
+
+REASONS = {
+    missing: 'Triton is not installed (import of triton halted',
+    broken: 'Triton cannot be imported (OSError: libtriton.so: no such symbol)',
+    old: 'Triton 3.4.1 is too old, it must be 3.5 or newer',
+    fails: 'Triton cannot run a kernel on a GPU of 2031 (RuntimeError: ptxas: unsupported architecture)',
+}
+
+
+def conv_args(groups=1):
+    x = torch.zeros(1, 4, 5, 5, device='cuda')
+    weight, dilation = x.new_ones(4, 4 // groups, 3, 3), x.new_ones(1, 1, 5, 5)
+    return ConvArgs(x, weight, dilation, None, None, NO_GAINS, (1, 1), (1, 1), groups)
+
+
+@pytest.mark.parametrize('breaks', REASONS)
+def test_another_backend_is_the_default(breaks, monkeypatch):
+    """With one warning, which names the reason, whatever asks and however often."""
+    breaks(monkeypatch)
+    with no_copies(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(2):
+            assert choose_backend(conv_args()) == 'torchvision' and choose_backend(conv_args(groups=4)) == 'gather'
+            assert choose_bands(conv_args().x) == 'fused'
+            assert not takes_predictions(conv_args().x, None)
+    said = [str(w.message) for w in caught if 'torchvision' in str(w.message)]
+    assert len(said) == 1 and said[0].startswith(REASONS[breaks])
+    assert said[0].endswith(": on CUDA the slower backend 'torchvision' runs in place of 'triton'.")
+
+
+@pytest.mark.parametrize('breaks', REASONS)
+def test_named_backend_says_why_it_cannot_run(breaks, monkeypatch):
+    breaks(monkeypatch)
+    with no_copies():
+        args = conv_args()
+        with pytest.raises(NotImplementedError) as raised:
+            adaptive_dilated_conv2d(args.x, args.weight, args.dilation, backend='triton')
+        assert f"The backend 'triton' cannot run this call: {REASONS[breaks]}" in str(raised.value)
+        with pytest.raises(NotImplementedError) as raised:
+            mix_bands(args.x, args.x[:, None, :3], [2, 4, 8], 'triton')
+        assert f"backend='triton' cannot mix these bands: {REASONS[breaks]}" in str(raised.value)
+        assert not takes_predictions(args.x, 'triton')
+
+
+@pytest.mark.parametrize('breaks', [missing, broken, old])
+def test_a_cpu_needs_no_triton(breaks, monkeypatch):
+    breaks(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert FADConv2d(4, 4, 3, padding=1)(torch.randn(1, 4, 5, 5)).shape == (1, 4, 5, 5)
+        with pytest.raises(NotImplementedError, match="'triton' cannot run"):
+            FADConv2d(4, 4, 3, backend='triton')(torch.randn(1, 4, 5, 5))
+
+
+def test_default_where_it_runs():
+    with no_copies():
+        assert choose_backend(conv_args()) == choose_backend(conv_args(groups=4)) == 'triton'
+        x = conv_args().x
+        assert takes_predictions(x, None) and takes_predictions(x, 'triton') and not takes_predictions(x, 'gather')
+        assert not takes_predictions(torch.ones(1, 4, 5, 5), None) and not takes_predictions(x.int(), 'triton')
+
+
+def test_the_probe_runs_once(monkeypatch):
+    """On a tensor that there is, even if the first call is one on fake tensors."""
+    launched = []
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launched.extend(tensors))
+    with no_copies():
+        assert all(triton_support.why_not_on('cuda') is None for _ in range(3))
+    assert list(map(type, launched)) == [torch.Tensor]
+
+
+def test_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    for device in ('cpu', 'mps'):
+        assert f'does not run on {device}' in triton_support.why_not_on(device)
+    with pytest.raises(NotImplementedError, match='does not run on cpu.*TRITON_INTERPRET=1'):
+        mix_bands(torch.randn(1, 2, 5, 5), torch.rand(1, 3, 1, 5, 5), [2, 4, 8], 'triton')
+
+
+class Kernel:
+    """What `triton.jit` makes, as far as a launch goes."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.calls.append((grid, args, options))
+            return self if options else None
+        return run
+
+
+def test_launch_asks_triton_once(monkeypatch):
+    """For each device, and for the dtypes and alignments of the tensors; what was compiled takes the same arguments."""
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    kernel = Kernel()
+    this = Launch(kernel, (5, 2), (3, 0.5), (True, 16), num_warps=2)
+    x = torch.zeros(16)
+    for t in (x, x, x.double(), None, x[1:], x[4:]):
+        triton_support.launch(this, t, None)
+    compiled = [bool(options) for _, _, options in kernel.calls]
+    assert compiled == [True, False, True, True, True, False] and len(this.kept) == 4
+    for grid, args, options in kernel.calls:
+        assert grid == (5, 2, 1) and args[1:] == (None, 3, 0.5, True, 16)
+        assert options in ({}, {'num_warps': 2, 'num_stages': 1})
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    triton_support.launch(this, x, None)
+    assert len(this.kept) == 5
+
+
+@pytest.mark.parametrize('n, low, high, expected', [
+    (1, 1, 64, 1), (5, 1, 64, 8), (8, 1, 64, 8), (3, 16, 64, 16), (100, 1, 64, 64)])
+def test_block(n, low, high, expected):
+    assert triton_support.block(n, low, high) == expected
+
+
+def test_import_leaves_triton_alone():
+    """And everything but its backend runs where there is none."""
+    out = python('''
+import sys
+sys.modules['triton'] = None
+import torch
+from fadc_timm.ops import mix_bands
+print([n for n in sys.modules if n.startswith('fadc_timm') and ('kernels' in n or n.endswith('_math'))])
+x, weights = torch.randn(1, 2, 5, 5), torch.rand(1, 3, 1, 5, 5)
+mix_bands(x, weights, [2, 4, 8])
+try:
+    mix_bands(x, weights, [2, 4, 8], 'triton')
+except NotImplementedError as e:
+    print(e)
+''')
+    assert out.splitlines()[0] == '[]'
+    assert "backend='triton' cannot mix these bands: Triton is not installed" in out

@@ -1,0 +1,25 @@
+"""The Triton kernels compiled for a GPU that is not there."""
+import pytest
+
+from tests.support.processes import python
+
+pytest.importorskip('triton')
+
+DENSE = (
+    'dense_kernels pack', 'dense_kernels columns', 'dense_kernels combine', 'dense_kernels spread',
+    'dense_kernels scatter_columns', 'dense_kernels unpack', 'dense_kernels sampling_gradient',
+    'dense_kernels gains_gradient')
+DEPTHWISE = tuple(f'depthwise_kernels {name}' for name in ('forward', 'backward', 'products', 'kernel_gradient'))
+BANDS = tuple(f'kernels {name}' for name in (
+    'synthesise_rows', 'mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows_gradient'))
+
+
+@pytest.mark.parametrize('only, kernels', [
+    ('one pixel', DENSE + DEPTHWISE + BANDS),
+    pytest.param('', DENSE + DEPTHWISE + BANDS, marks=pytest.mark.sweep)], ids=['one pixel', 'all'])
+def test_kernels_compile_for_a_gpu(only, kernels):
+    """The interpreter takes programs that the compiler does not; without a GPU they can still be compiled for one."""
+    out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]\n'
+                 'from scripts.checks import inspect_kernels; inspect_kernels.main()')
+    for kernel in kernels:
+        assert f', {kernel}, ' in out, kernel

@@ -1,0 +1,24 @@
+"""What a CUDA graph cannot hold, found without a GPU: copies from the host, and values that the host waits for."""
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _OneDevice(TorchDispatchMode):
+    """Fails where an operator has tensors on the host and on the device, as every copy between them has."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        assert len(devices) <= 1, f'{func} copies between {" and ".join(sorted(devices))}'
+        return out
+
+
+@contextmanager
+def no_copies():
+    """All tensors that are made within are fake: 'cuda' needs no GPU, and asking for a value raises."""
+    with FakeTensorMode(), _OneDevice():
+        yield
