@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_linear_bn_weights
 
+from ..ops.runtime import without_autocast
+
 __all__ = ['AdaKern']
 
 
@@ -121,11 +123,17 @@ class AdaKern(nn.Module):
 
     @torch.jit.unused
     def _without_autocast(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """Autocast would cast each of five small parameters, and save nothing on vectors."""
-        if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
-            return self._heads(x.mean(dim=(2, 3)))
-        with torch.autocast(x.device.type, enabled=False):
-            return self._heads(x.mean(dim=(2, 3), dtype=torch.float32))
+        autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+        return self.predict_from_mean(x.mean(dim=(2, 3), dtype=torch.float32 if autocast else None))
+
+    @torch.jit.unused
+    def predict_from_mean(self, mean: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """:meth:`predict` from the mean (B, C) of the map.
+
+        Not under autocast, which would cast each of five small parameters, and save nothing on vectors.
+        """
+        with without_autocast(mean):
+            return self._heads(mean)
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)[:, :, None, None]

@@ -28,6 +28,11 @@ def _one_int(name: str, value: Any, minimum: int) -> int:
     return values[0]
 
 
+def _has_hooks(module: Optional[nn.Module]) -> bool:
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 @register_notrace_module
 class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
@@ -163,10 +168,10 @@ class FADConv2d(nn.Conv2d):
                 return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
-        if self.freq_select is not None:
-            x = self.freq_select(x)
         if not torch.jit.is_scripting() and self._is_fused(x):
             return self._fused(x)
+        if self.freq_select is not None:
+            x = self.freq_select(x)
         gains: Gains = (None, None, None, None)
         if self.ada_kern is not None:
             gains = self.ada_kern(x)
@@ -184,14 +189,21 @@ class FADConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _is_fused(self, x: Tensor) -> bool:
-        """Whether the operator computes the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
-        return self.ada_dr is not None and takes_predictions(x, self.backend) and not any(
-            m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-            for m in (self.ada_dr, self.ada_kern))
+        """Whether the operators compute the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
+        return (self.ada_dr is not None and takes_predictions(x, self.backend)
+                and not _has_hooks(self.ada_dr) and not _has_hooks(self.ada_kern))
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        low, high = (None, None) if self.ada_kern is None else self.ada_kern.predict(x)
+        mean: Optional[Tensor] = None
+        if self.freq_select is not None:
+            x, mean = (self.freq_select(x), None) if _has_hooks(self.freq_select) else self.freq_select.mix(x)
+        low, high = None, None
+        if self.ada_kern is not None and mean is None:
+            low, high = self.ada_kern.predict(x)
+        elif self.ada_kern is not None and mean is not None:
+            low, high = self.ada_kern.predict_from_mean(
+                mean if torch.is_autocast_enabled(x.device.type) else mean.to(x.dtype))
         padding = self.inner_padding
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')

@@ -3,7 +3,7 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,11 @@ class FreqSelect(nn.Module):
             raise ValueError(f'FreqSelect wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if torch.jit.is_scripting():
             return mix_bands(x, self.band_weights(x), list(self.bands))
-        return self._mix(x)
+        return self.mix(x)[0]
 
     @torch.jit.unused
-    def _mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """What :meth:`forward` returns, and its mean (B, C) where the backend makes it on the way, or None."""
         return mix_predicted_bands(x, self._maps(x), list(self.bands))
 
     def extra_repr(self) -> str:

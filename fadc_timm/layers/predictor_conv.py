@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.padded_conv import padded_conv2d, wants_padding
 from ..ops.runtime import is_exporting
 
 __all__ = ['PredictorConv2d']
@@ -35,6 +36,11 @@ class PredictorConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _eager(self, x: Tensor) -> Tensor:
+        if self.groups == 1 and self.bias is not None and self.padding_mode == 'zeros':
+            autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            if wants_padding(x, self.weight, dtype):
+                return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
         if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting():
             return self._conv_forward(x, self.weight, self.bias)

@@ -85,7 +85,7 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
     return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)
 
 
-def mix_predicted_bands(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
+def mix_predicted_bands(x: Tensor, maps: Tensor, factors: List[int]) -> Tuple[Tensor, Optional[Tensor]]:
     """:func:`mix_bands` with the weights 2 * sigmoid(maps).
 
     Args:
@@ -94,8 +94,10 @@ def mix_predicted_bands(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
         factors: Where the spectrum is split, f >= 1, from high to low.
 
     Returns:
-        (B, C, H, W) in the dtype and memory format of x.
+        (B, C, H, W) in the dtype and memory format of x, and its mean (B, C) where the backend makes it on the way, or
+        None.
     """
     if choose_backend(x) == 'triton' and triton.why_not(x) is None:
-        return match_layout(triton.mix_bands_triton(x, maps, factors, True)[0], x)
-    return mix_bands(x, 2 * torch.sigmoid(maps), factors)
+        y, means = triton.call(x, maps, factors, True)
+        return match_layout(y, x), means.sum(1)
+    return mix_bands(x, 2 * torch.sigmoid(maps), factors), None

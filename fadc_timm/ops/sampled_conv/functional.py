@@ -218,7 +218,7 @@ def predicted_conv2d(
     if torch.is_autocast_enabled(device_type):
         x = _autocast(x, torch.get_autocast_dtype(device_type))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
-    y, _, _ = triton.two_step_conv2d(
+    y = triton.call(
         x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,
         [stride, stride], [padding, padding], groups)
     return match_layout(y, x)

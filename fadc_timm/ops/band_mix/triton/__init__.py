@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...triton_support import why_not_on
-from .operator import mix_bands_triton
+from .operator import call, mix_bands_triton
 
-__all__ = ['forward', 'mix_bands_triton', 'why_not']
+__all__ = ['call', 'forward', 'mix_bands_triton', 'why_not']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,4 +29,4 @@ def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     reason = why_not(x)
     if reason is not None:
         raise NotImplementedError(f"backend='triton' cannot mix these bands: {reason}.")
-    return mix_bands_triton(x, weights, factors, False)[0]
+    return call(x, weights, factors, False)[0]

@@ -99,14 +99,15 @@ def _low_pass(rows, basis, w, w_live, c, c_live, first, last, columns, channels,
 
 @triton.jit
 def mix(
-        x, maps, rows, basis, first_column, y,
+        x, maps, rows, basis, first_column, y, means,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
         FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f. Grid: rows of all samples, blocks of columns, of channels.
+    """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f, and what a block adds to its mean, means (B, H * blocks, C).
 
-    A block of channels is in one of the groups, which have maps of their own.
+    Grid: rows of all samples, blocks of columns, blocks of channels. A block of channels is in one of the groups, which
+    have maps of their own.
     """
     row = tl.program_id(0).to(tl.int64)
     b, h = row // height, row % height
@@ -130,12 +131,24 @@ def mix(
         acc += low * (band - before)[:, None]
         before = band
     tl.store(y + at, round_to(acc, y, UPCAST), mask=live)
+    at_means = (row * tl.num_programs(1) + tl.program_id(1)) * channels + c
+    tl.store(means + at_means, tl.sum(tl.where(live, acc, 0.), axis=0) / (height * width), mask=c_live)
+
+
+@triton.jit
+def _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC: tl.constexpr):
+    """The gradient of y at some places, with that of its mean (C,) where there is one."""
+    g = tl.load(grad + at, mask=live, other=0.)
+    if grad_means is not None:
+        m = tl.load(grad_means + at_means, mask=c_live, other=0.).to(ACC) / (height * width)
+        g = tl.where(live, g.to(ACC) + m[None, :], 0.).to(g.dtype)
+    return g
 
 
 @triton.jit
 def mix_gradient(
-        grad, x, maps, rows, basis, first_column, grad_x, grad_maps,
-        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, g_b, g_m, g_s, g_h, g_w,
+        grad, grad_means, x, maps, rows, basis, first_column, grad_x, grad_maps,
+        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c, g_b, g_m, g_s, g_h, g_w,
         FILTERS: tl.constexpr, STEPS_UP: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
         PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -161,7 +174,8 @@ def mix_gradient(
         c += group * width_of_group
         live = w_live[:, None] & c_live[None, :]
         at = (row * width + w)[:, None] * channels + c[None, :]
-        g = tl.load(grad + at, mask=live, other=0.).to(ACC)
+        at_means = b * n_b + (h * tl.num_programs(1) + tl.program_id(1)) * n_r + c * n_c
+        g = _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC).to(ACC)
         tl.store(grad_x + at, round_to(g * first_band[:, None], grad_x, UPCAST), mask=live)
         of_x = tl.sum(g * tl.load(x + at, mask=live, other=0.).to(ACC), axis=1)
         steps += tl.where(step[None, :] == 0, of_x[:, None], 0.)
@@ -182,8 +196,8 @@ def mix_gradient(
 
 @triton.jit
 def rows_gradient(
-        grad, maps, basis, filter_of, grad_rows,
-        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
+        grad, grad_means, maps, basis, filter_of, grad_rows,
+        height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c,
         COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -215,7 +229,9 @@ def rows_gradient(
         step += tl.where(after, band, 1.)
         s = tl.load(basis + w[None, :] * columns + j[:, None], mask=live, other=0.).to(ACC) * step
         at_grad = (row * width + w)[:, None] * channels + c[None, :]
-        g = tl.load(grad + at_grad, mask=w_live[:, None] & c_live[None, :], other=0.)
+        at_means = b * n_b + (h * tl.cdiv(width, BLOCK_W) + start // BLOCK_W) * n_r + c * n_c
+        g = _with_mean(
+            grad, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
         acc = dot(round_to(s, grad_rows, UPCAST), g, acc, PRECISION, UPCAST)
     at = (row * columns + j)[:, None] * channels + c[None, :]
     tl.store(grad_rows + at, round_to(acc / width, grad_rows, UPCAST), mask=j_live[:, None] & c_live[None, :])

@@ -1,6 +1,6 @@
 """The band mix on a GPU, forward and backward: matrix products and launches."""
 import functools
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ... import triton_support
 from ...triton_support import Launch, block, cdiv, types_of
 from .tables import Tables, tables_of
 
-__all__ = ['Spec', 'backward', 'forward', 'spec_of']
+__all__ = ['Spec', 'backward', 'forward', 'means_shape', 'spec_of']
 
 
 class Spec(NamedTuple):
@@ -30,6 +30,15 @@ def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
     return Spec(tuple(x.shape), x.dtype, x.device, *maps.shape[1:3], maps.stride(), tuple(factors), act, tf32)
 
 
+def _block_w(w: int) -> int:
+    return block(w, 16, 64)
+
+
+def means_shape(b: int, c: int, h: int, w: int) -> Tuple[int, int, int]:
+    """Of what the blocks of a map add to its mean."""
+    return b, h * cdiv(w, _block_w(w)), c
+
+
 class _Launches(NamedTuple):
     rows: Launch
     mix: Launch
@@ -43,14 +52,21 @@ def _tables(spec: Spec) -> Tables:
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(spec: Spec, count_h: int, count_w: int, columns: int, most: int) -> _Launches:
+def _launches(
+        spec: Spec,
+        count_h: int,
+        count_w: int,
+        columns: int,
+        most: int,
+        means: Tuple[int, ...],
+) -> _Launches:
     from . import kernels
     (b, c, h, w), half = spec.x, spec.dtype.itemsize == 2
     acc, upcast = types_of(spec.dtype)
     how = acc, 'tf32' if spec.tf32 else 'ieee', upcast
     warps = 4 if half else 8
     # the accumulators of `mix` have width times channels numbers
-    block_w, own = block(w, 16, 64), c // spec.groups
+    block_w, own = _block_w(w), c // spec.groups
     block_c = block(own, 16, 128 if half and block_w < 64 else 64)
     all_c = block(c, 16, 128 if half else 64)
     c_blocks = spec.groups * cdiv(own, block_c)
@@ -66,16 +82,17 @@ def _launches(spec: Spec, count_h: int, count_w: int, columns: int, most: int) -
                (*how, block_h, block(count_h, 16, 32), all_c), warps),
         Launch(kernels.mix, (b * h, cdiv(w, block_w), c_blocks), sizes,
                (filters, *bands, block_w, 16, block_c), warps),
-        Launch(kernels.mix_gradient, (b * h, cdiv(w, block_w), spec.groups), (*sizes, *grad_maps),
+        Launch(kernels.mix_gradient, (b * h, cdiv(w, block_w), spec.groups), (*sizes, *means, *grad_maps),
                (filters, block(filters + 2, 2, 64), *bands, block_w, 16, block_c), warps),
-        Launch(kernels.rows_gradient, (b * h, cdiv(columns, block_j), c_blocks), sizes,
+        Launch(kernels.rows_gradient, (b * h, cdiv(columns, block_j), c_blocks), (*sizes, *means),
                (*bands, block_w, block_j, block_c), warps),
         Launch(kernels.synthesise_rows_gradient, (b * count_w, cdiv(c, all_c), cdiv(count_h, block_i)), axes,
                (most, *how, block_h, block_i, all_c), warps))
 
 
-def _launches_of(spec: Spec, t: Tables) -> _Launches:
-    return _launches(spec, len(t.mean_h), len(t.mean_w), t.columns_basis.shape[1], t.columns_of.shape[1])
+def _launches_of(spec: Spec, t: Tables, grad_means: Optional[Tensor] = None) -> _Launches:
+    means = (0, 0, 0) if grad_means is None else grad_means.stride()
+    return _launches(spec, len(t.mean_h), len(t.mean_w), t.columns_basis.shape[1], t.columns_of.shape[1], means)
 
 
 def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: Tensor) -> Tensor:
@@ -86,36 +103,37 @@ def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: T
     return rows
 
 
-def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor) -> Tensor:
-    """Into y (B, H, W, C) from x (B, H, W, C), both contiguous. Returns the coefficients (B, J, J', C)."""
+def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor, means: Tensor) -> Tensor:
+    """Into y (B, H, W, C) and means from x (B, H, W, C), all contiguous. Returns the coefficients (B, J, J', C)."""
     t = _tables(spec)
     launches = _launches_of(spec, t)
     b, c, h, w = spec.x
     down = torch.bmm(t.mean_h.expand(b, -1, -1), x.view(b, h, w * c)).view(-1, w, c)
     coefficients = torch.bmm(t.mean_w.expand(len(down), -1, -1), down).view(b, len(t.mean_h), -1, c)
     rows = _synthesise_rows(spec, t, launches, coefficients)
-    triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.first_column, y)
+    triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.first_column, y, means)
     return coefficients
 
 
 def backward(
         spec: Spec,
         grad: Tensor,
+        grad_means: Optional[Tensor],
         x: Tensor,
         maps: Tensor,
         coefficients: Tensor,
         grad_x: Tensor,
         grad_maps: Tensor,
 ) -> None:
-    """Into grad_x (B, H, W, C) and grad_maps (B, M, S, H, W), all contiguous except maps."""
+    """Into grad_x (B, H, W, C) and grad_maps (B, M, S, H, W), all contiguous except maps and grad_means."""
     t = _tables(spec)
-    launches = _launches_of(spec, t)
+    launches = _launches_of(spec, t, grad_means)
     b, c, h, w = spec.x
     rows = _synthesise_rows(spec, t, launches, coefficients)
     triton_support.launch(
-        launches.mix_gradient, grad, x, maps, rows, t.columns_basis, t.first_column, grad_x, grad_maps)
+        launches.mix_gradient, grad, grad_means, x, maps, rows, t.columns_basis, t.first_column, grad_x, grad_maps)
     # the rows' gradients take their place
-    triton_support.launch(launches.rows_gradient, grad, maps, t.columns_basis, t.filter_of, rows)
+    triton_support.launch(launches.rows_gradient, grad, grad_means, maps, t.columns_basis, t.filter_of, rows)
     total = torch.empty_like(coefficients)
     triton_support.launch(launches.coefficients_gradient, rows, t.rows_basis, t.columns_of, t.matrix, total)
     total = total.view(-1, total.shape[2], c)

@@ -3,25 +3,39 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ...runtime import without_autocast
+from ...runtime import accumulation_dtype, is_plain_eager, without_autocast
 from ..low_pass import edges
-from .mix import backward, forward, spec_of
+from .mix import backward, forward, means_shape, spec_of
 from .tables import padded
 
-__all__ = ['mix_bands_triton']
+__all__ = ['call', 'mix_bands_triton']
 
 
 def _empty_map(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _empty_means(x: Tensor) -> Tensor:
+    return torch.empty(means_shape(*x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
 def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    y, means = _empty_map(x), _empty_means(x)
+    if not x.numel():
+        return y, means, x.new_empty(0)
+    with without_autocast(x):
+        coefficients = forward(spec_of(x, maps, factors, act), _nhwc(x), maps, y.permute(0, 2, 3, 1), means)
+    return y, means, coefficients
+
+
 @torch.library.custom_op('fadc_timm::mix_bands_triton', mutates_args=())
-def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
+def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`mix_bands` in Triton.
 
     Args:
@@ -32,13 +46,10 @@ def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> 
         act: Whether the weights are 2 * sigmoid(maps).
 
     Returns:
-        (B, C, H, W) channels_last, and the map's coefficients (B, J, J', C), which the gradient takes.
+        (B, C, H, W) channels_last; what blocks of it add to its mean (B, blocks, C), float32 or float64; and the
+        coefficients of x (B, J, J', C), which the gradient takes.
     """
-    y = _empty_map(x)
-    if not x.numel():
-        return y, x.new_empty(0)
-    with without_autocast(x):
-        return y, forward(spec_of(x, maps, factors, act), _nhwc(x), maps, y.permute(0, 2, 3, 1))
+    return _forward(x, maps, factors, act)
 
 
 def _count(n: int, factors: List[int]) -> int:
@@ -50,12 +61,31 @@ def _count(n: int, factors: List[int]) -> int:
 @mix_bands_triton.register_fake
 def _(x, maps, factors, act):
     b, c, h, w = x.shape
-    return _empty_map(x), x.new_empty(b, _count(h, factors), _count(w, factors), c)
+    return _empty_map(x), _empty_means(x), x.new_empty(b, _count(h, factors), _count(w, factors), c)
+
+
+def _gradient(
+        grad: Tensor,
+        grad_means: Optional[Tensor],
+        x: Tensor,
+        maps: Tensor,
+        coefficients: Tensor,
+        factors: List[int],
+        act: bool,
+) -> Tuple[Tensor, Tensor]:
+    grad_x, grad_maps = _empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
+    if not x.numel():
+        return grad_x, grad_maps.zero_()
+    with without_autocast(x):
+        backward(spec_of(x, maps, factors, act), _nhwc(grad), grad_means, _nhwc(x), maps, coefficients,
+                 grad_x.permute(0, 2, 3, 1), grad_maps)
+    return grad_x, grad_maps
 
 
 @torch.library.custom_op('fadc_timm::mix_bands_triton_backward', mutates_args=())
 def mix_bands_triton_backward(
         grad: Tensor,
+        grad_means: Optional[Tensor],
         x: Tensor,
         maps: Tensor,
         coefficients: Tensor,
@@ -63,30 +93,57 @@ def mix_bands_triton_backward(
         act: bool,
 ) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_bands_triton` for x and maps. The low-passes are self-adjoint."""
-    grad_x, grad_maps = _empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
-    if not x.numel():
-        return grad_x, grad_maps.zero_()
-    spec = spec_of(x, maps, factors, act)
-    with without_autocast(x):
-        backward(spec, _nhwc(grad), _nhwc(x), maps, coefficients, grad_x.permute(0, 2, 3, 1), grad_maps)
-    return grad_x, grad_maps
+    return _gradient(grad, grad_means, x, maps, coefficients, factors, act)
 
 
 @mix_bands_triton_backward.register_fake
-def _(grad, x, maps, coefficients, factors, act):
+def _(grad, grad_means, x, maps, coefficients, factors, act):
     return _empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, maps, ctx.factors, ctx.act = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, maps, output[1])
+    ctx.save_for_backward(x, maps, output[2])
 
 
-def _backward(ctx, grad: Optional[Tensor], _: Any):
-    if grad is None:
+def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor], grad_means: Optional[Tensor]):
+    x, maps, coefficients = ctx.saved_tensors
+    if grad is None and grad_means is None:
         return None, None, None, None
-    return *mix_bands_triton_backward(grad, *ctx.saved_tensors, ctx.factors, ctx.act), None, None
+    grad = torch.zeros_like(x) if grad is None else grad
+    return *gradient(grad, grad_means, x, maps, coefficients, ctx.factors, ctx.act), None, None
+
+
+def _backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor], _: Any):
+    return _backward_with(mix_bands_triton_backward, ctx, grad, grad_means)
 
 
 mix_bands_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator where nothing but autograd looks at it."""
+
+    @staticmethod
+    def forward(ctx, x, maps, factors, act):
+        output = _forward(x, maps, factors, act)
+        _setup_context(ctx, (x, maps, factors, act), output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor], _: Any):
+        return _backward_with(_gradient, ctx, grad, grad_means)
+
+
+def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
+    """The first two results of :func:`mix_bands_triton`."""
+    if not is_plain_eager(x):
+        y, means, _ = mix_bands_triton(x, maps, factors, act)
+    elif torch.is_grad_enabled() and (x.requires_grad or maps.requires_grad):
+        y, means, _ = _Eager.apply(x, maps, factors, act)
+    else:
+        y, means, _ = _forward(x, maps, factors, act)
+    return y, means

@@ -1,6 +1,5 @@
 """Tables of a band mix on a GPU: bases of both axes, and the columns that each filter keeps."""
-import functools
-from typing import List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +90,34 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
         return t.to(dtype).contiguous()
 
     return Tables(
-        cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)), cast(torch.cat(parts, dim=1)),
+        cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)),
+        cast(torch.cat(parts, dim=1)),
         *(_integers(n, device) for n in (frequency, matrix, filter_of)),
         _integers(columns_of, device).view(count_w, most), _integers(first_column, device))
 
 
-_kept_tables = functools.lru_cache(maxsize=256)(_make_tables)
+# Tables by their arguments, the oldest first.
+_kept: Dict[Tuple[Any, ...], Tables] = {}
+_MOST_KEPT = 256
+# Tables that captured graphs read: they have to outlive the graphs.
+_captured: Dict[Tuple[Any, ...], Tables] = {}
 
 
 def tables_of(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tables:
-    """The tables of some filters, made once on each device."""
+    """The tables of some filters, made once on each device.
+
+    A CUDA graph reads the tables that a call before its capture made. Without such a call the graph makes them itself,
+    at each replay, which is slower.
+    """
+    key = h, w, factors, dtype, device
     capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-    # what is made during a capture is only there once the graph runs
-    return (_make_tables if capturing else _kept_tables)(h, w, factors, dtype, device)
+    tables = _kept.get(key)
+    if tables is None:
+        tables = _make_tables(*key)
+        if not capturing:  # what a capture makes is only there once the graph runs
+            if len(_kept) == _MOST_KEPT:
+                del _kept[next(iter(_kept))]
+            _kept[key] = tables
+    elif capturing:
+        _captured[key] = tables
+    return tables

@@ -12,9 +12,9 @@ from ...runtime import match_layout
 from ...triton_support import why_not_on
 from ..arguments import ConvArgs
 from .call import ACTS
-from .operator import two_step_conv2d
+from .operator import call, two_step_conv2d
 
-__all__ = ['ACTS', 'forward', 'two_step_conv2d', 'why_not', 'why_not_map']
+__all__ = ['ACTS', 'call', 'forward', 'two_step_conv2d', 'why_not', 'why_not_map']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,6 +45,6 @@ def forward(args: ConvArgs) -> Tensor:
     low_in, low_out, high_in, high_out = args.gains
     low, high = _gains(args, low_in, low_out), _gains(args, high_in, high_out)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
-    y, _, _ = two_step_conv2d(
+    y = call(
         args.x, args.weight, args.bias, args.dilation, args.mask, low, high, 0, 1., False, save, *args.geometry())
     return match_layout(y, args.x)

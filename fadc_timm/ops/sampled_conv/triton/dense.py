@@ -10,7 +10,7 @@ from ...triton_support import Launch, block, cdiv
 from .call import Call, Spec, Tile, call_of, mask_in
 from .sums import gains_gradient, sampling_gradient
 
-__all__ = ['backward', 'forward']
+__all__ = ['backward', 'contiguous_weight', 'forward']
 
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
@@ -42,7 +42,7 @@ def _blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(spec: Spec, fixed: bool) -> _Launches:
+def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Launches:
     from . import dense_kernels as kernels
     call = call_of(spec)
     columns_p, columns_c, columns_warps = _blocks(call, _COLUMNS)
@@ -50,7 +50,8 @@ def _launches(spec: Spec, fixed: bool) -> _Launches:
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
     taps_up = block(call.taps, 1, 4096)
-    groups = call.per_group, call.out_per_group, call.width, call.out_width
+    # in both memory formats the taps of a kernel are one axis
+    groups = (call.per_group, call.out_per_group, call.width, call.out_width, *weight_strides[:2], weight_strides[3])
     kernel = call.taps, taps_up, call.split, call.acc, call.upcast
     pack_c, unpack_c = (block(n, 1, max(2048 // taps_up, 1)) for n in (call.width, call.per_group))
     chunks = cdiv(call.area, scatter_p)
@@ -84,6 +85,12 @@ def _launches(spec: Spec, fixed: bool) -> _Launches:
         scatter_blocks=(call.channel_blocks(scatter_c), chunks))
 
 
+def contiguous_weight(weight: Tensor) -> Tensor:
+    """The weight in a layout that the kernels take: contiguous or channels_last."""
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if is_dense else weight.contiguous()
+
+
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
     """The kernel for the products: its rest (bundles, out_width, K*K*width) over its mean (bundles, out_width, width).
 
@@ -91,7 +98,7 @@ def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Opti
     """
     rest = weight.new_empty(call.bundles, call.out_width, call.taps * call.width, dtype=call.spec.dtype)
     mean = weight.new_empty(call.bundles, call.out_width, call.width, dtype=call.spec.dtype) if call.split else None
-    triton_support.launch(launches.pack, weight.contiguous(), rest, mean)
+    triton_support.launch(launches.pack, weight, rest, mean)
     return rest, mean
 
 
@@ -150,7 +157,8 @@ def forward(
     Returns:
         The two parts of the output (positions, O) before the output gains, if save; else anything.
     """
-    call, launches = call_of(spec), _launches(spec, False)
+    weight = contiguous_weight(weight)
+    call, launches = call_of(spec), _launches(spec, weight.stride(), False)
     rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     y = y.view(call.positions, call.o)
@@ -190,7 +198,8 @@ def backward(
 
     The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale where there is one.
     """
-    call, launches = call_of(spec), _launches(spec, scale is not None)
+    weight = contiguous_weight(weight)
+    call, launches = call_of(spec), _launches(spec, weight.stride(), scale is not None)
     rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
@@ -224,7 +233,7 @@ def backward(
         triton_support.launch(
             scatter, x, dilation, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_weight = torch.empty_like(weight)
     triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
     grad_bias = None
     if bias is not None:

@@ -37,7 +37,7 @@ def gain(gains, at, live, ACT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def pack(
         weight, rest, mean,
-        channels_a_group, out_a_group, width, out_width,
+        channels_a_group, out_a_group, width, out_width, w_o, w_c, w_k,
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
@@ -49,7 +49,7 @@ def pack(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.arange(0, TAPS_UP)
     own = c // channels_a_group == o % out_width // out_a_group
-    at = (o * channels_a_group + c % channels_a_group)[:, None] * TAPS + k[None, :]
+    at = o.to(tl.int64) * w_o + (c % channels_a_group)[:, None] * w_c + k[None, :] * w_k
     w = tl.load(weight + at, mask=own[:, None] & (c < width)[:, None] & (k < TAPS)[None, :], other=0.).to(ACC)
     if SPLIT:
         m = tl.sum(w, axis=1) / TAPS
@@ -62,7 +62,7 @@ def pack(
 @triton.jit
 def unpack(
         grad_rest, grad_mean, grad_weight,
-        channels_a_group, out_a_group, width, out_width,
+        channels_a_group, out_a_group, width, out_width, w_o, w_c, w_k,
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
@@ -78,7 +78,7 @@ def unpack(
     if SPLIT:
         m = tl.load(grad_mean + o.to(tl.int64) * width + place, mask=live, other=0.).to(ACC)
         g = g + ((m - tl.sum(g, axis=1)) / TAPS)[:, None]
-    at = (o * channels_a_group + c)[:, None] * TAPS + k[None, :]
+    at = o.to(tl.int64) * w_o + c[:, None] * w_c + k[None, :] * w_k
     tl.store(grad_weight + at, round_to(g, grad_weight, UPCAST), mask=all_live)
 
 

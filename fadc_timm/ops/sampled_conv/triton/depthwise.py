@@ -1,4 +1,4 @@
-"""The depthwise operator: one kernel forward, and one for all gradients with two that add up."""
+"""The depthwise operator: one kernel forward; backward one that scatters, one for the kernel, and two that add up."""
 import functools
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import triton_support
 from ...triton_support import Launch, block, cdiv
 from .call import Spec, call_of, mask_in
+from .dense import contiguous_weight
 from .sums import sampling_gradient
 
 __all__ = ['backward', 'forward']
@@ -15,13 +16,15 @@ __all__ = ['backward', 'forward']
 # Positions and channels of a program, and its warps.
 _FORWARD = 32, 64, 4
 _BACKWARD = 32, 32, 4
+_PRODUCTS = 32, 64, 4
 
 
 class _Launches(NamedTuple):
     forward: Launch
     backward: Launch
+    products: Launch
     kernel: Launch
-    backward_blocks: Tuple[int, int]  # of channels, and of a sample's positions
+    channel_blocks: int  # of backward
 
 
 @functools.lru_cache(maxsize=1024)
@@ -31,15 +34,18 @@ def _launches(spec: Spec, has_bias: bool, fixed: bool) -> _Launches:
     size = call.h, call.w, call.out_h, call.out_w, *call.centres, *call.strides, call.c, call.dilation_width
     p, c, warps = _FORWARD[0], block(call.dilation_width, 16, _FORWARD[1]), _FORWARD[2]
     bp, bc, back_warps = _BACKWARD[0], block(call.dilation_width, 16, _BACKWARD[1]), _BACKWARD[2]
-    chunks = cdiv(call.area, bp)
+    pp, pc, products_warps = _PRODUCTS[0], block(call.dilation_width, 16, _PRODUCTS[1]), _PRODUCTS[2]
+    k, _, has_mask, act, mask_act, _, acc, index = call.constants
     return _Launches(
         Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),
                (*call.constants, has_bias, call.upcast, p, c), warps),
-        Launch(kernels.backward, (call.b * chunks, call.channel_blocks(bc)), (*size, call.positions, spec.base),
-               (*call.constants, fixed, bp, bc), back_warps),
-        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (chunks, call.c),
-               (call.taps, block(call.taps, 1, 4096), call.split, spec.gains_act, call.acc, call.upcast, 32)),
-        (call.channel_blocks(bc), chunks))
+        Launch(kernels.backward, (call.b * cdiv(call.area, bp), call.channel_blocks(bc)),
+               (*size, call.positions, spec.base), (*call.constants, fixed, bp, bc), back_warps),
+        Launch(kernels.products, (call.b, call.taps, call.channel_blocks(pc)), (*size, spec.base),
+               (k, has_mask, act, mask_act, acc, index, pp, pc), products_warps),
+        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c,),
+               (call.taps, block(call.taps, 1, 4096), spec.gains_act, acc, call.upcast, 32)),
+        call.channel_blocks(bc))
 
 
 def _kernel(weight: Tensor, split: bool, wide: torch.dtype) -> Tuple[Tensor, Optional[Tensor]]:
@@ -82,18 +88,19 @@ def backward(
     """Gradients of weight, bias, dilation, mask, low and high, as those of the dense operator."""
     call, launches = call_of(spec), _launches(spec, bias is not None, scale is not None)
     kernel, mean = _kernel(weight, call.split, call.wide)
-    blocks, chunks = launches.backward_blocks
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
-    sampling, products = empty(blocks, call.taps + 1, call.positions), empty(call.b * chunks, call.taps, call.c)
+    sampling, sums = empty(launches.channel_blocks, call.taps + 1, call.positions), empty(call.b, call.taps, call.c)
+    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
     triton_support.launch(
-        launches.backward, grad, x, dilation, mask_in(dilation, mask, call.dilation_groups, call.joint), low, high,
-        kernel, mean, grad_x, sampling, products, scale)
-    of_samples = empty(call.b, call.taps, call.c)
+        launches.backward, grad, x, dilation, masks, low, high, kernel, mean, grad_x, sampling, scale)
+    triton_support.launch(launches.products, grad, x, dilation, masks, sums)
     grads = [None if t is None else torch.empty_like(t) for t in (low, high)]
-    triton_support.launch(launches.kernel, products, kernel, mean, low, high, of_samples, *grads)
-    grad_weight = of_samples.sum(0).t().to(weight.dtype).reshape(weight.shape)
+    if call.split:
+        triton_support.launch(launches.kernel, sums, kernel, mean, low, high, *grads)
+    grad_weight = torch.empty_like(contiguous_weight(weight))
+    grad_weight.copy_(sums.sum(0).t().reshape(weight.shape))
     grad_bias = None if bias is None else grad.sum((0, 1, 2))
     return [grad_weight, grad_bias, *sampling_gradient(call, sampling, dilation, mask), *grads]

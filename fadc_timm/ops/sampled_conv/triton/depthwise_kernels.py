@@ -1,4 +1,4 @@
-"""Triton kernels of the depthwise operator: forward, and all of its gradients in one.
+"""Triton kernels of the depthwise operator: forward, and its gradients in two and a sum.
 
 There is no matrix product in it. A program has a block of positions of one sample and a block of channels of one
 dilation group, and reads the pixels through the cache. AdaKern's gains of the input channels go into the kernel there.
@@ -13,7 +13,7 @@ from ...triton_math import round_to
 from .dense_kernels import channels_of, gain, gain_gradient, place, samples
 from .sampling import dilation_of, sample, scatter, slopes
 
-__all__ = ['backward', 'forward', 'kernel_gradient']
+__all__ = ['backward', 'forward', 'kernel_gradient', 'products']
 
 
 @triton.jit
@@ -63,16 +63,16 @@ def forward(
 
 @triton.jit
 def backward(
-        grad, x, dilation, mask, low, high, kernel, mean, grad_x, sampling, products, scale,
+        grad, x, dilation, mask, low, high, kernel, mean, grad_x, sampling, scale,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
         d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, positions, base,
         K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
         MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
         FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Gradients of x (added to grad_x), of mask and dilation, and of the kernel of a block of positions.
+    """Gradients of x (added to grad_x), and of mask and dilation, sampling (blocks of channels, K*K + 1, positions).
 
-    sampling (blocks of channels, K*K + 1, positions), products (blocks of positions, K*K, C). Grid: as `forward`.
+    Grid: as `forward`.
     """
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
@@ -94,7 +94,6 @@ def backward(
         factor = tl.load(scale)
     positions = positions.to(tl.int64)
     into = sampling + tl.program_id(1) * (K * K + 1) * positions + p
-    products += tl.program_id(0).to(tl.int64) * (K * K) * channels + c
     g = tl.load(grad + p[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
     grad_d = tl.zeros([BLOCK_P], dtype=ACC)
     for k in range(K * K):
@@ -103,11 +102,9 @@ def backward(
             x, d, at_mask + k * m_c, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK,
             MASK_ACT, ACC, INDEX)
         w = _kernel_of_sample(kernel + k * channels, m_of_kernel, low_in, high_in, c, c_live, SPLIT, ACC)
-        s = sample(v00, v01, v10, v11, f, e)
-        tl.store(products + k * channels, tl.sum(g * s * m[:, None], axis=0), mask=c_live)
         v = g * w[None, :]
         if HAS_MASK:
-            tl.store(into + k * positions, tl.sum(v * s, axis=1), mask=alive)
+            tl.store(into + k * positions, tl.sum(v * sample(v00, v01, v10, v11, f, e), axis=1), mask=alive)
             v = v * m[:, None]
         grad_d += tl.sum(v * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
         scatter(grad_x, row, col, f, e, t, u, height, width, channels, c, live, v, factor, FIXED, INDEX)
@@ -115,13 +112,47 @@ def backward(
 
 
 @triton.jit
+def products(
+        grad, x, dilation, mask, into,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
+        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, base,
+        K: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
+        ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Sums over the positions of a sample of the gradient times what a tap of the kernel sees, into (B, K*K, C).
+
+    Grid: samples, taps, blocks of channels.
+    """
+    b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group, c, c_live = channels_of(tl.program_id(2), dilation_width, BLOCK_C)
+    x += b * height * width * channels
+    dilation += b * d_b + group * d_g
+    mask += b * m_b + (group * (K * K) + k) * m_c
+    area = out_h * out_w
+    acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    for start in range(0, area, BLOCK_P):
+        q = start + tl.arange(0, BLOCK_P)
+        alive = q < area
+        live = alive[:, None] & c_live[None, :]
+        i, j = q // out_w, q % out_w
+        d = dilation_of(
+            tl.load(dilation + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC), base, DILATION_ACT)
+        v00, v01, v10, v11, row, col, f, e, m = samples(
+            x, d, mask + i.to(tl.int64) * m_h + j * m_w, alive, i * stride_h + start_h, j * stride_w + start_w,
+            k // K - K // 2, k % K - K // 2, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC, INDEX)
+        g = tl.load(grad + (b * area + q)[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
+        acc += g * sample(v00, v01, v10, v11, f, e) * m[:, None]
+    tl.store(into + (b * (K * K) + k) * channels + c, tl.sum(acc, axis=0), mask=c_live)
+
+
+@triton.jit
 def kernel_gradient(
-        products, kernel, mean, low, high, grad_kernel, grad_low, grad_high,
-        chunks, channels,
-        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        sums, kernel, mean, low, high, grad_low, grad_high,
+        channels,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """A sample's part of the kernel's gradient (B, K*K, C), and the gradients of its gains, from `products`.
+    """The gradients of the gains from `products`, sums (B, K*K, C), which become a sample's part of the kernel's.
 
     Grid: samples, blocks of channels.
     """
@@ -131,17 +162,14 @@ def kernel_gradient(
     c_live = c < channels
     live = (k < TAPS)[:, None] & c_live[None, :]
     at = k[:, None] * channels + c[None, :]
-    total = tl.zeros([TAPS_UP, BLOCK_C], dtype=ACC)
-    for chunk in range(chunks):
-        total += tl.load(products + (b * chunks + chunk) * TAPS * channels + at, mask=live, other=0.)
-    if SPLIT:
-        m = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
-        w = tl.load(kernel + at, mask=live, other=0.).to(ACC) - m[None, :]
-        of_all = tl.sum(total, axis=0)
-        at_gain = b * channels + c
-        gain_gradient(low, grad_low, at_gain, of_all * m, c_live, GAINS_ACT, ACC, UPCAST)
-        gain_gradient(high, grad_high, at_gain, tl.sum(total * w, axis=0), c_live, GAINS_ACT, ACC, UPCAST)
-        high_in = gain(high, at_gain, c_live, GAINS_ACT, ACC)
-        of_mean = (gain(low, at_gain, c_live, GAINS_ACT, ACC) - high_in) * of_all
-        total = total * high_in[None, :] + (of_mean / TAPS)[None, :]
-    tl.store(grad_kernel + b * TAPS * channels + at, total, mask=live)
+    total = tl.load(sums + b * TAPS * channels + at, mask=live, other=0.)
+    m = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
+    w = tl.load(kernel + at, mask=live, other=0.).to(ACC) - m[None, :]
+    of_all = tl.sum(total, axis=0)
+    at_gain = b * channels + c
+    gain_gradient(low, grad_low, at_gain, of_all * m, c_live, GAINS_ACT, ACC, UPCAST)
+    gain_gradient(high, grad_high, at_gain, tl.sum(total * w, axis=0), c_live, GAINS_ACT, ACC, UPCAST)
+    high_in = gain(high, at_gain, c_live, GAINS_ACT, ACC)
+    of_mean = (gain(low, at_gain, c_live, GAINS_ACT, ACC) - high_in) * of_all
+    total = total * high_in[None, :] + (of_mean / TAPS)[None, :]
+    tl.store(sums + b * TAPS * channels + at, total, mask=live)

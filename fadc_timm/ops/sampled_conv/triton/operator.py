@@ -1,16 +1,17 @@
 """The Triton backend as an operator of torch, and its gradient."""
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ... import settings
-from ...runtime import without_autocast
+from ...runtime import is_plain_eager, without_autocast
 from . import dense, depthwise
 from .call import Spec, call_of
 from .sums import empty_map
 
-__all__ = ['two_step_conv2d']
+__all__ = ['call', 'two_step_conv2d']
 
 
 def _empty_output(x: Tensor, weight: Tensor, dilation: Tensor) -> Tensor:
@@ -32,6 +33,35 @@ def _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, pa
         tuple(weight.shape), low is not None or high is not None, act, base, gains_act, tuple(stride), tuple(padding),
         groups, settings.workspace_bytes())
 
+
+def _forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        act: int,
+        base: float,
+        gains_act: bool,
+        save: bool,
+        stride: List[int],
+        padding: List[int],
+        groups: int,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    y = _empty_output(x, weight, dilation)
+    nothing = x.new_empty(0), x.new_empty(0)
+    if not y.numel():
+        return y, *nothing
+    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
+    tensors = _nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
+    if call_of(spec).is_depthwise:
+        depthwise.forward(spec, *tensors)
+        return y, *nothing
+    with without_autocast(x):
+        parts = dense.forward(spec, *tensors, save and spec.split)
+    return (y, *parts) if save and spec.split else (y, *nothing)
 
 @torch.library.custom_op('fadc_timm::two_step_conv2d', mutates_args=())
 def two_step_conv2d(
@@ -73,18 +103,8 @@ def two_step_conv2d(
     Returns:
         (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O), or nothing.
     """
-    y = _empty_output(x, weight, dilation)
-    nothing = x.new_empty(0), x.new_empty(0)
-    if not y.numel():
-        return y, *nothing
-    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
-    tensors = _nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
-    if call_of(spec).is_depthwise:
-        depthwise.forward(spec, *tensors)
-        return y, *nothing
-    with without_autocast(x):
-        parts = dense.forward(spec, *tensors, save and spec.split)
-    return (y, *parts) if save and spec.split else (y, *nothing)
+    return _forward(
+        x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, stride, padding, groups)
 
 
 @two_step_conv2d.register_fake
@@ -95,6 +115,44 @@ def _(x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, st
     part = x.new_empty(x.shape[0] * dilation.shape[2] * dilation.shape[3], weight.shape[0])
     return y, part, torch.empty_like(part)
 
+
+def _gradient(
+        grad: Tensor,
+        high_part: Tensor,
+        low_part: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: Tensor,
+        mask: Optional[Tensor],
+        low: Optional[Tensor],
+        high: Optional[Tensor],
+        act: int,
+        base: float,
+        gains_act: bool,
+        stride: List[int],
+        padding: List[int],
+        groups: int,
+) -> List[Tensor]:
+    tensors = x, weight, bias, dilation, mask, low, high
+    if not grad.numel() or not x.numel():
+        return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
+    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
+    call = call_of(spec)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    scale = _scale(spec, grad, weight, mask, low, high) if fixed else None
+    into = torch.zeros(
+        x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
+    if call.is_depthwise:
+        grads = depthwise.backward(spec, _nhwc(grad), _nhwc(x), *tensors[1:], into, scale)
+    else:
+        parts = (high_part, low_part) if high_part.numel() else (None, None)
+        with without_autocast(x):
+            grads = dense.backward(spec, _nhwc(grad), parts, _nhwc(x), *tensors[1:], into, scale)
+    grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
+    if bias is not None and grads[1] is not None:
+        grads[1] = grads[1].to(bias.dtype)
+    return [x.new_empty(0) if g is None else g for g in (grad_x, *grads)]
 
 @torch.library.custom_op('fadc_timm::two_step_conv2d_backward', mutates_args=())
 def two_step_conv2d_backward(
@@ -119,25 +177,9 @@ def two_step_conv2d_backward(
 
     Without the parts of the output, low and high get gradients that are right for the input channels only.
     """
-    tensors = x, weight, bias, dilation, mask, low, high
-    if not grad.numel() or not x.numel():
-        return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
-    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
-    call = call_of(spec)
-    fixed = torch.are_deterministic_algorithms_enabled()
-    scale = _scale(spec, grad, weight, mask, low, high) if fixed else None
-    into = torch.zeros(
-        x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
-    if call.is_depthwise:
-        grads = depthwise.backward(spec, _nhwc(grad), _nhwc(x), *tensors[1:], into, scale)
-    else:
-        parts = (high_part, low_part) if high_part.numel() else (None, None)
-        with without_autocast(x):
-            grads = dense.backward(spec, _nhwc(grad), parts, _nhwc(x), *tensors[1:], into, scale)
-    grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
-    if bias is not None and grads[1] is not None:
-        grads[1] = grads[1].to(bias.dtype)
-    return [x.new_empty(0) if g is None else g for g in (grad_x, *grads)]
+    return _gradient(
+        grad, high_part, low_part, x, weight, bias, dilation, mask, low, high, act, base, gains_act, stride, padding,
+        groups)
 
 
 def _scale(
@@ -166,7 +208,7 @@ def _scale(
 def _gradients(x, weight, bias, dilation, mask, low, high) -> List[Tensor]:
     """Empty gradients."""
     return [
-        empty_map(x), torch.empty_like(weight, memory_format=torch.contiguous_format),
+        empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
         x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(dilation),
         x.new_empty(0) if mask is None else empty_map(mask),
         *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (low, high))]
@@ -193,3 +235,31 @@ def _backward(ctx, grad: Optional[Tensor], *_):
 
 
 two_step_conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator where nothing but autograd looks at it."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Optional[Tensor], *_):
+        if grad is None:
+            return (None,) * 14
+        grads = _gradient(grad, *ctx.saved_tensors, *ctx.options)
+        return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 7
+
+
+def call(*args: Any) -> Tensor:
+    """The first result of :func:`two_step_conv2d`, whose arguments are wanted."""
+    if not is_plain_eager(args[0]):
+        return two_step_conv2d(*args)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
+        return _Eager.apply(*args)[0]
+    return _forward(*args)[0]
