@@ -1,20 +1,21 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
-from typing import ContextManager
+from functools import wraps
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import Tensor
 
-__all__ = ['accumulation_dtype', 'is_exporting', 'is_plain_eager', 'match_layout', 'without_autocast']
+__all__ = ['accumulation_dtype', 'exact_products', 'is_exporting', 'is_plain_eager', 'match_layout', 'without_autocast']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
 
 
 def match_layout(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
+    """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -32,6 +33,16 @@ def without_autocast(x: Tensor) -> ContextManager[None]:
     if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def exact_products(function: Callable) -> Callable:
+    """Decorate the body of an operator: autocast is off inside, also where a gradient is taken under autocast."""
+    @wraps(function)
+    def wrapped(x: Tensor, *args: Any) -> Any:
+        with without_autocast(x):
+            return function(x, *args)
+
+    return wrapped
 
 
 def is_plain_eager(x: Tensor) -> bool:

@@ -4,14 +4,15 @@ Samples are made a tile at a time, multiplied by the kernel and forgotten; the b
 neither pass holds k*k values a pixel, and the tile stays in cache.
 
 AdaKern splits the kernel into its mean over the taps and the rest. The mean sees only the total of the samples. For the
-rest, taking the mean off the samples of a position does the same as taking it off the kernel; so it is taken off the
-smaller of the two.
+rest, centring the samples of a position over the taps does the same as centring the kernel. We centre whichever tensor
+is smaller: the samples or the kernel.
 """
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ...runtime import exact_products
 from ..arguments import split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
@@ -56,6 +57,7 @@ class _Gains:
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d', mutates_args=())
+@exact_products
 def sampled_conv2d(
         x: Tensor,
         dilation: Tensor,
@@ -88,8 +90,8 @@ def sampled_conv2d(
         groups: Convolution groups.
 
     Returns:
-        The convolution (B, O, H', W'), channels_last; and the part of it that the gain high_out is the factor of, which
-        its gradient takes (B, H', W', O), or nothing.
+        The convolution (B, O, H', W'), channels_last; and the output of the high part before `high_out`
+        (B, H', W', O), kept for that gain's gradient, or nothing.
     """
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x = _nhwc(x)
@@ -135,6 +137,7 @@ def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d_backward', mutates_args=())
+@exact_products
 def sampled_conv2d_backward(
         grad: Tensor,
         high: Tensor,
