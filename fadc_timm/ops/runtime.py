@@ -51,7 +51,8 @@ def is_plain_eager(x: Tensor) -> bool:
     Then a Python function with a gradient of its own does what an operator of torch does, without the 0.2 milliseconds
     that torch takes to call one that is written in Python.
     """
-    return (type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return (type(x) in (Tensor, torch.nn.Parameter) and x.device.type != 'meta'
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._len_torch_function_stack() == 0
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0)
