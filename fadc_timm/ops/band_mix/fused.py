@@ -1,8 +1,8 @@
 """Mixing of frequency bands: a map plus its low-passes, each under a weight of its own at every position.
 
 A low-pass at 1/f of Nyquist keeps few frequencies, and those of a lower filter are among those of a higher one. So one
-analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters; and the last
-step of the synthesis, along the rows, takes the weights in with it, so that no low-pass is ever written out.
+analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters. The last
+synthesis step, along the rows, applies the weights, so no low-pass map is stored.
 """
 from functools import lru_cache
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
@@ -10,6 +10,7 @@ from typing import Iterator, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..runtime import exact_products
 from .frequencies import frequencies
 from .low_pass import edges
 
@@ -24,7 +25,7 @@ class _Axis(NamedTuple):
 
     analysis: (J, n), onto the frequencies of the widest filter.
     synthesis: (n, J_f) for each filter, which keeps the first J_f.
-    one_sided: For each filter the frequency k of which it keeps only one of +k and -k, and the sign of that; or 0.
+    one_sided: For each filter (k, sign) if it keeps only +k or only -k; (0, 0) otherwise.
     """
     analysis: Tensor
     synthesis: List[Tensor]
@@ -51,7 +52,7 @@ class _Plan:
 
     def __init__(self, x: Tensor, factors: List[int]) -> None:
         self.b, self.c, self.h, self.w = x.shape
-        # on small maps filters coincide: those of equal edges are one, and this one's place is what each factor has
+        # Filters with equal edges, as small maps have them, are stored once; `place` maps each factor to its filter.
         passed = [(edges(self.h, f), edges(self.w, f)) for f in factors]
         self.place = [passed.index(p) for p in passed]
         distinct = sorted(set(self.place))
@@ -136,6 +137,7 @@ def _product(a: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes', mutates_args=())
+@exact_products
 def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
     """steps_0 * x + sum of steps_i * low_pass(x, factors_i).
 
@@ -166,6 +168,7 @@ def _(x, steps, factors):
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes_backward', mutates_args=())
+@exact_products
 def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_low_passes` for x and steps. The low-passes are self-adjoint."""
     plan = _Plan(x, factors)
