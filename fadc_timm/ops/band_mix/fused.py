@@ -4,6 +4,7 @@ A low-pass at 1/f of Nyquist keeps few frequencies, and those of a lower filter 
 analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters. The last
 synthesis step, along the rows, applies the weights, so no low-pass map is stored.
 """
+import sys
 from functools import lru_cache
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
@@ -62,17 +63,19 @@ class _Plan:
         self.rows = _axis(self.h, kept, x.dtype, x.device)
         self.cols = _axis(self.w, kept, x.dtype, x.device)
         self.row_bytes = self.w * self.c * x.element_size()
+        # tiles are for a CPU's cache: on a GPU each of them is a dozen launches
+        self.tile_bytes = _TILE_BYTES if x.device.type in ('cpu', 'meta') else sys.maxsize
         # where each filter's columns lie, side by side
         widths = [s.shape[1] for s in self.cols.synthesis]
         self.columns = [slice(sum(widths[:i]), sum(widths[:i + 1])) for i in self.filters]
 
     def samples(self) -> Iterator[slice]:
-        step = max(1, _TILE_BYTES // (self.h * self.row_bytes))
+        step = max(1, self.tile_bytes // (self.h * self.row_bytes))
         return (slice(i, min(i + step, self.b)) for i in range(0, self.b, step))
 
     def blocks(self) -> Iterator[slice]:
         """Rows of a tile: all of them, but where a sample is larger than a tile."""
-        step = max(1, min(self.h, _TILE_BYTES // self.row_bytes))
+        step = max(1, min(self.h, self.tile_bytes // self.row_bytes))
         return (slice(i, min(i + step, self.h)) for i in range(0, self.h, step))
 
     def analyse(self, x: Tensor) -> Tensor:
