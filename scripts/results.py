@@ -93,7 +93,7 @@ def commit() -> str:
         return subprocess.run(
             ['git', '-C', str(RESULTS.parents[1]), *args], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        dirty = git('status', '--porcelain', '--', ':/', ':!/scripts/results', ':!/README.md')
+        dirty = git('status', '--porcelain', '--', ':/', ':!/scripts/results', ':!/README.md', ':!/docs')
         return git('rev-parse', '--short', 'HEAD') + ('+' if dirty else '')
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'

@@ -1,4 +1,4 @@
-"""The command line: visualize, list and run."""
+"""The command line: visualize, list, info and run."""
 import os
 import re
 import subprocess
@@ -15,6 +15,7 @@ import fadc_timm
 from fadc_timm import visualize
 from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
+from fadc_timm.ops import triton_support
 from tests.support.small_model import MODEL, make_model
 
 ROOT = Path(fadc_timm.__file__).parents[1]
@@ -185,6 +186,38 @@ def test_list_filters(capsys):
     assert [row[0] for row in list_rows(capsys, 'resnet18_fadc.a1*', '--tags')] == ['resnet18_fadc.a1_in1k']
     assert main(['list', 'resnt18_fadc']) == 2
     assert re.search("'resnt18_fadc'; close matches: .*resnet18_fadc", capsys.readouterr().err)
+
+
+# --- info ---
+
+def test_info(monkeypatch, capsys):
+    """What it says is what the library says."""
+    for name in ('FADC_TIMM_BACKEND', 'FADC_TIMM_WORKSPACE_MB'):
+        monkeypatch.delenv(name, raising=False)
+    assert main(['info']) == 0
+    text = capsys.readouterr().out
+    assert f'fadc_timm {fadc_timm.__version__}, torch {torch.__version__}, ' in text
+    assert "name none: by device, dtype and shape; workspace of 'triton': 256 MB\n" in text
+    cpu = text.partition('\ncpu: ')[2].split('\n\n')[0].splitlines()
+    assert 'GiB' in cpu[0] and cpu[1] == '  convolution: gather; depthwise: gather; band mix: fused'
+    reason = triton_support.why_not_on('cpu')
+    assert cpu[2:] == [*(f'  {name}: runs' for name in ('reference', 'gather', 'torchvision', 'grid_sample')),
+                       f'  triton: cannot run: {reason}' if reason else '  triton: runs']
+
+
+def test_info_of_settings(monkeypatch, capsys):
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'grid_sample')
+    monkeypatch.setenv('FADC_TIMM_WORKSPACE_MB', '64')
+    monkeypatch.setattr('fadc_timm.ops.triton_support.unavailable', lambda: 'Triton is not installed (why)')
+    assert main(['info']) == 0
+    text = capsys.readouterr().out
+    assert "name none: grid_sample; workspace of 'triton': 64 MB\n" in text
+    assert '  convolution: grid_sample; depthwise: grid_sample; band mix: fused\n' in text
+    for line in ('Triton is not installed (why)', '  triton: cannot run: Triton is not installed (why)'):
+        assert f'\n{line}\n' in text
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'other')
+    assert main(['info']) == 2
+    assert "FADC_TIMM_BACKEND is 'other', it must be one of" in capsys.readouterr().err
 
 
 # --- run ---

@@ -2,7 +2,6 @@
 import argparse
 import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
@@ -14,7 +13,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..models._checkpoint import why_unreadable
-from ..models._family import fadc_keys
+from ..models._family import fadc_keys, family_of
 from .official import convert_checkpoint
 
 __all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'pretrained_cfg', 'read_checkpoint', 'report']
@@ -140,7 +139,7 @@ def _adapt(state_dict: StateDict, model: nn.Module, official: bool) -> Tuple[Sta
     """
     leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in state_dict.items()}
     names = {id(v): k for k, v in leaves.items()}
-    adapt = convert_checkpoint if official else sys.modules[type(model).__module__].checkpoint_filter_fn
+    adapt = convert_checkpoint if official else family_of(model).checkpoint_filter_fn
     with torch.enable_grad():
         out = adapt(dict(leaves), model)
         origins = {k: _origins(v, names) for k, v in out.items()}
@@ -150,7 +149,7 @@ def _adapt(state_dict: StateDict, model: nn.Module, official: bool) -> Tuple[Sta
 def _create(name: str, num_classes: Optional[int], model_args: Dict[str, Any]) -> nn.Module:
     kwargs = dict(model_args) if num_classes is None else dict(num_classes=num_classes, **model_args)
     model = timm.create_model(name, **kwargs)
-    if not hasattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn') or not fadc_keys(model):
+    if not fadc_keys(model):
         raise ValueError(f'{name} is no FADC model of this package; they are listed by: fadc-timm list')
     return model
 

@@ -5,6 +5,7 @@ from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from ..models._family import family_of
 from ..models.cost import Cost, model_cost
 
 __all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card']
@@ -94,19 +95,6 @@ _TIMM = '''@misc{rw2019timm,
   publisher    = {GitHub},
   doi          = {10.5281/zenodo.4414861},
   howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}'''
-_RESNET = '''@inproceedings{he2016deep,
-  title     = {Deep Residual Learning for Image Recognition},
-  author    = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
-  booktitle = {Proceedings of the IEEE Conference on Computer Vision and Pattern Recognition},
-  year      = {2016}
-}'''
-_CONVNEXT = '''@inproceedings{liu2022convnet,
-  title     = {A ConvNet for the 2020s},
-  author    = {Liu, Zhuang and Mao, Hanzi and Wu, Chao-Yuan and Feichtenhofer, Christoph and Darrell, Trevor and
-               Xie, Saining},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2022}
 }'''
 
 _USAGE = '''## Model Usage
@@ -244,8 +232,7 @@ def build_card(config: HubConfig, built: Built) -> str:
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model_args.items()}
     cost = model_cost(arch, cfg['num_classes'], size, **args)
     base_cost = model_cost(base, cfg['num_classes'], size)
-    convnext = base.startswith(('convnext', 'test_convnext'))
-    kernel = '7x7 depthwise' if convnext else '3x3'
+    family = family_of(built.model)
     info: Any = built.model.feature_info
     infos = info if isinstance(info, list) else info.get_dicts()
     shapes = '\n'.join(
@@ -255,11 +242,11 @@ def build_card(config: HubConfig, built: Built) -> str:
             repository=config.repository, num_classes=cfg['num_classes'], shapes=shapes,
             num_features=built.model.num_features).items():
         usage = usage.replace('{' + name + '}', str(value))
-    citations = [_FADC, _CONVNEXT if convnext else _RESNET, _TIMM]
+    citations = [_FADC, family.citation, _TIMM]
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
-        f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {kernel} convolutions of its '
-        'stages 2 to 4: layers that predict their dilation at every position. How it was made: '
+        f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {family.kernel} convolutions of '
+        'its stages 2 to 4: layers that predict their dilation at every position. How it was made: '
         f'{config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         usage.rstrip(),

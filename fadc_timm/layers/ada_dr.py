@@ -107,7 +107,7 @@ class AdaDR(nn.Module):
         if mask is None:
             mask = y[:, self.dilation_groups:]
         o = o if o.dtype == torch.float64 else o.float()
-        # unlike abs() and relu() with a gradient at zero, should eps be that
+        # Unlike abs() and relu(), this has a gradient at zero (needed if eps is 0).
         if self.dilation_act == 'abs':
             o = torch.where(o < 0, -o, o)
         elif self.dilation_act == 'relu':

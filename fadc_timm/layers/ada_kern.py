@@ -42,8 +42,8 @@ class AdaKern(nn.Module):
             out_channels: Number of its output channels.
             kernel_decompose: Which parts have gains: 'both', 'low' or 'high'; the other part keeps gain one.
             depthwise: The kernel is depthwise: input gains only.
-            reduction: The trunk has in_channels // reduction channels,
-            min_channels: but not fewer than these.
+            reduction: The trunk has in_channels // reduction channels.
+            min_channels: The least number of the trunk's channels.
 
         Raises:
             ValueError: There is no such kernel_decompose.

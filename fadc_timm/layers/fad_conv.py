@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, list_backends
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
-from ..ops.sampled_conv.arguments import Gains, scale_channels
+from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
 from .ada_kern import AdaKern
@@ -87,7 +87,8 @@ class FADConv2d(nn.Conv2d):
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
             dilation_groups: AdaDR's groups of channels.
             eps: AdaDR's distance from the base dilation at the start, in pixels.
-            backend: Backend of the operator, None to choose by device, dtype and shape.
+            backend: Backend of the operator, None to choose by device, dtype and shape. 'triton' goes for FreqSelect
+                too.
 
         Raises:
             ValueError: A value is outside of what is said above; the message names it.
@@ -171,7 +172,7 @@ class FADConv2d(nn.Conv2d):
         if not torch.jit.is_scripting() and self._is_fused(x):
             return self._fused(x)
         if self.freq_select is not None:
-            x = self.freq_select(x)
+            x = self.freq_select(x, self.backend)
         gains: Gains = (None, None, None, None)
         if self.ada_kern is not None:
             gains = self.ada_kern(x)
@@ -197,7 +198,8 @@ class FADConv2d(nn.Conv2d):
     def _fused(self, x: Tensor) -> Tensor:
         mean: Optional[Tensor] = None
         if self.freq_select is not None:
-            x, mean = (self.freq_select(x), None) if _has_hooks(self.freq_select) else self.freq_select.mix(x)
+            hooked = _has_hooks(self.freq_select)
+            x, mean = (self.freq_select(x, self.backend), None) if hooked else self.freq_select.mix(x, self.backend)
         low, high = None, None
         if self.ada_kern is not None and mean is None:
             low, high = self.ada_kern.predict(x)
@@ -226,13 +228,14 @@ class FADConv2d(nn.Conv2d):
         if self.ada_kern is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         low_in, low_out, high_in, high_out = gains
-        mean = self.weight.mean(dim=(2, 3), keepdim=True)
+        mean, rest = split_kernel(self.weight)
         low = F.conv2d(
             scale_channels(x, low_in), mean.expand_as(self.weight), None, self.stride, padding, self.dilation,
             self.groups)
         high = F.conv2d(
-            scale_channels(x, high_in), self.weight - mean, None, self.stride, padding, self.dilation, self.groups)
-        y = scale_channels(low, low_out) + scale_channels(high, high_out)
+            scale_channels(x, high_in), rest, None, self.stride, padding, self.dilation, self.groups)
+        # under autocast the gains are float32
+        y = (scale_channels(low, low_out) + scale_channels(high, high_out)).to(low.dtype)
         bias = self.bias
         if bias is not None:
             y = y + bias.to(y.dtype)[:, None, None]  # under autocast the bias is float32

@@ -83,18 +83,26 @@ class FreqSelect(nn.Module):
         b, _, h, w = x.shape
         return self.conv(x).reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W), any size and real dtype, to the same shape and dtype."""
+    def forward(self, x: Tensor, backend: Optional[str] = None) -> Tensor:
+        """x (B, C, H, W), any size and real dtype, to the same shape and dtype. backend: as in :meth:`mix`."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FreqSelect wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
         if torch.jit.is_scripting():
             return mix_bands(x, self.band_weights(x), list(self.bands))
-        return self.mix(x)[0]
+        return self.mix(x, backend)[0]
 
     @torch.jit.unused
-    def mix(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """What :meth:`forward` returns, and its mean (B, C) where the backend makes it on the way, or None."""
-        return mix_predicted_bands(x, self._maps(x), list(self.bands))
+    def mix(self, x: Tensor, backend: Optional[str] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """Mix the bands.
+
+        Args:
+            x: Map (B, C, H, W).
+            backend: The convolution's backend, of which 'triton' goes for the band mix too; None to choose.
+
+        Returns:
+            What :meth:`forward` returns, and its mean (B, C) if the backend makes it on the way, or None.
+        """
+        return mix_predicted_bands(x, self._maps(x), list(self.bands), backend)
 
     def extra_repr(self) -> str:
         return f'bands={self.bands}, lowfreq_att={self.lowfreq_att}, spatial_group={self.spatial_group}'

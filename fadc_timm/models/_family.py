@@ -25,7 +25,8 @@ from ._checkpoint import check_source, check_values
 from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
-__all__ = ['Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys']
+__all__ = [
+    'Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of']
 
 StateDict = Dict[str, Tensor]
 
@@ -39,6 +40,10 @@ class Family(NamedTuple):
     stages: Names of the modules of the four stages.
     checkpoint_filter_fn: As in timm, for a state dict and a model.
     feature_cfg: timm's defaults for features_only.
+    kernel: The convolutions that FADC replaces, as the model card names them.
+    citation: BibTeX entry of the paper on the base.
+    headless_tags: Pretrained tags whose weights end before the head.
+    head_norm: Name of the module before the classifier that these weights lack too, or None.
     """
     module: str
     base_cls: Type[nn.Module]
@@ -46,6 +51,10 @@ class Family(NamedTuple):
     stages: Tuple[str, ...]
     checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]
     feature_cfg: Dict[str, Any]
+    kernel: str
+    citation: str
+    headless_tags: Tuple[str, ...] = ()
+    head_norm: Optional[str] = None
 
     def bases(self) -> List[str]:
         """Names of timm's architectures of the family."""
@@ -71,6 +80,22 @@ def derive_default_cfgs(
             has_weights = any(cfg.has_weights for cfg in cfgs.values())
             out[f'{base}_fadc'] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)
     return out
+
+
+# The families of which entry points were derived.
+_families: List[Family] = []
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of an FADC model.
+
+    Raises:
+        ValueError: The model is of none of our families.
+    """
+    for family in _families:
+        if isinstance(model, family.fadc_cls):
+            return family
+    raise ValueError(f'{type(model).__name__} is no FADC model of this package; they are listed by: fadc-timm list')
 
 
 def _check_stages(family: Family, fadc_stages: Sequence[bool]) -> Tuple[str, ...]:
@@ -114,8 +139,8 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
         RuntimeError: The checkpoint is cut off, or holds other keys or values than the model's.
         ValueError: An option has a value that is not one of its own.
     """
-    if kwargs.get('pretrained_cfg') == 'fcmae':
-        # as timm does for its ConvNeXt V2: these weights end before the head
+    if kwargs.get('pretrained_cfg') in family.headless_tags:
+        # as timm does for its ConvNeXt V2
         kwargs.setdefault('pretrained_strict', False)
     name = f'{base}_fadc'
     build = partial(
@@ -136,6 +161,7 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
 
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
     """An entry point `<base>_fadc(pretrained=False, **kwargs)` for each base, to be registered with timm."""
+    _families.append(family)
     for base in family.bases():
         def entrypoint(pretrained: bool = False, *, _base: str = base, **kwargs: Any) -> nn.Module:
             return create(family, _base, pretrained, **kwargs)
@@ -182,8 +208,9 @@ def adapt_checkpoint(
     # timm drops the classifier, or demands it, by the number of classes
     loose = cfg.get('classifier') or ()
     loose = (loose,) if isinstance(loose, str) else tuple(loose)
-    if cfg.get('tag') == 'fcmae':
-        loose += ('head.norm',)
+    family = family_of(model)
+    if cfg.get('tag') in family.headless_tags and family.head_norm is not None:
+        loose += (family.head_norm,)
 
     def differing(a: Any, b: Any) -> List[str]:
         return [k for k in a if k not in b and not k.endswith('num_batches_tracked')

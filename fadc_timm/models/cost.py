@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops import flops  # noqa: F401  registers the formulas
+from ..ops.flops import OPERATORS
 
 __all__ = ['Cost', 'model_cost', 'module_cost']
 
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 class _Activations(TorchDispatchMode):
-    """Counts the elements that convolutions and matrix products put out; FADC's operator is one convolution."""
+    """Counts the elements that convolutions and matrix products put out; an operator of ours is one convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +34,7 @@ class _Activations(TorchDispatchMode):
         aten = torch.ops.aten
         self.counted = {
             aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-            torch.ops.torchvision.deform_conv2d.default, torch.ops.fadc_timm.sampled_conv2d.default,
-            torch.ops.fadc_timm.two_step_conv2d.default}
+            *(operator.forward.default for operator in OPERATORS if operator.is_convolution)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

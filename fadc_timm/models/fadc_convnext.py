@@ -24,6 +24,14 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     return adapt_checkpoint(state_dict, model, base_filter_fn)
 
 
+_CITATION = '''@inproceedings{liu2022convnet,
+  title     = {A ConvNet for the 2020s},
+  author    = {Liu, Zhuang and Mao, Hanzi and Wu, Chao-Yuan and Feichtenhofer, Christoph and Darrell, Trevor and
+               Xie, Saining},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2022}
+}'''
+
 _family = Family(
     module='convnext',
     base_cls=ConvNeXt,
@@ -31,6 +39,10 @@ _family = Family(
     stages=('stages.0', 'stages.1', 'stages.2', 'stages.3'),
     checkpoint_filter_fn=checkpoint_filter_fn,
     feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+    kernel='7x7 depthwise',
+    citation=_CITATION,
+    headless_tags=('fcmae',),
+    head_norm='head.norm',
 )
 
 default_cfgs = derive_default_cfgs(_family)

@@ -42,6 +42,13 @@ def _cfg(**kwargs: Any) -> PretrainedCfg:
     return PretrainedCfg(**{**defaults, **kwargs})
 
 
+_CITATION = '''@inproceedings{he2016deep,
+  title     = {Deep Residual Learning for Image Recognition},
+  author    = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
+  booktitle = {Proceedings of the IEEE Conference on Computer Vision and Pattern Recognition},
+  year      = {2016}
+}'''
+
 _family = Family(
     module='resnet',
     base_cls=ResNet,
@@ -49,6 +56,8 @@ _family = Family(
     stages=('layer1', 'layer2', 'layer3', 'layer4'),
     checkpoint_filter_fn=checkpoint_filter_fn,
     feature_cfg={},
+    kernel='3x3',
+    citation=_CITATION,
 )
 
 _WEIGHTS = Path(__file__).parent.parent / 'weights'

@@ -1,9 +1,10 @@
 """FLOP formulas, so that counters see the operator as the convolution that it is.
 
 torch's FlopCounterMode counts matrix products and convolutions, so it sees the `gather` and `grid_sample` backends by
-itself; the operators without a formula are registered here. fvcore's counter takes :func:`fvcore_handlers`.
+itself. `OPERATORS` is the one table of the operators that no counter knows: torch's counter, fvcore's (which takes
+:func:`fvcore_handlers`) and models/cost.py read it.
 """
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
@@ -12,7 +13,24 @@ from torch.utils.flop_counter import register_flop_formula
 from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
 
-__all__ = ['fvcore_handlers']
+__all__ = ['OPERATORS', 'Operator', 'fvcore_handlers']
+
+# The arguments of a call by their names in the operator's schema, with shapes in the place of tensors. 'y' is the shape
+# of the first result; in the backward pass that of its gradient.
+Arguments = Dict[str, Any]
+
+
+class Operator(NamedTuple):
+    """An operator and what it costs.
+
+    forward, backward: The operator and its gradient, which has arguments of the same names.
+    multiply_adds: Of the forward pass; the backward pass takes twice as many.
+    is_convolution: Whether its output counts as activations, as that of a convolution does.
+    """
+    forward: Any
+    backward: Any
+    multiply_adds: Callable[[Arguments], int]
+    is_convolution: bool
 
 
 def _prod(shape) -> int:
@@ -22,61 +40,70 @@ def _prod(shape) -> int:
     return n
 
 
-@register_flop_formula(torch.ops.torchvision.deform_conv2d)
-def _deform_conv2d(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _prod(out_shape) * _prod(weight_shape[1:])
+def _sampled(call: Arguments, split: bool) -> int:
+    """Multiply-adds with the kernel, and where it is split with its mean, which sees the total over the taps."""
+    c, k, _ = call['weight'][-3:]
+    return _prod(call['y']) * c * (k * k + split)
 
 
-@register_flop_formula(torch.ops.torchvision._deform_conv2d_backward)
-def _deform_conv2d_backward(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 4 * _prod(grad_shape) * _prod(weight_shape[1:])
+def _two_step(call: Arguments) -> int:
+    """As :func:`_sampled`. A depthwise kernel is not split."""
+    is_depthwise = call['groups'] > 1 and call['groups'] == call['x'][1] == call['weight'][0]
+    return _sampled(call, not is_depthwise and (call['low'] is not None or call['high'] is not None))
 
 
-def _sampled_multiply_adds(y_shape, weight_shape, split) -> int:
-    """Of the kernel, and where it is split of its mean, which sees the total over the taps."""
-    c, k, _ = weight_shape[-3:]
-    return _prod(y_shape) * c * (k * k + split)
+OPERATORS = (
+    Operator(
+        torch.ops.torchvision.deform_conv2d, torch.ops.torchvision._deform_conv2d_backward,
+        lambda call: _sampled(call, False), is_convolution=True),
+    Operator(
+        torch.ops.fadc_timm.sampled_conv2d, torch.ops.fadc_timm.sampled_conv2d_backward,
+        lambda call: _sampled(call, call['split']), is_convolution=True),
+    Operator(
+        torch.ops.fadc_timm.two_step_conv2d, torch.ops.fadc_timm.two_step_conv2d_backward,
+        _two_step, is_convolution=True),
+    Operator(
+        torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_low_passes_backward,
+        lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),
+    Operator(
+        torch.ops.fadc_timm.mix_bands_triton, torch.ops.fadc_timm.mix_bands_triton_backward,
+        lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),
+)
 
 
-@register_flop_formula(torch.ops.fadc_timm.sampled_conv2d)
-def _sampled_conv2d(
-        x_shape, dilation_shape, mask_shape, weight_shape, bias_shape, low_in_shape, low_out_shape, high_in_shape,
-        high_out_shape, split, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _sampled_multiply_adds(out_shape[0], weight_shape, split)
+def _bind(op: Any, values: Any) -> Arguments:
+    return dict(zip((a.name for a in op.default._schema.arguments), values))
 
 
-@register_flop_formula(torch.ops.fadc_timm.sampled_conv2d_backward)
-def _sampled_conv2d_backward(
-        grad_shape, high_shape, x_shape, dilation_shape, mask_shape, weight_shape, low_in_shape, low_out_shape,
-        high_in_shape, high_out_shape, split, *args, out_shape=None, **kwargs) -> int:
-    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
+def _register(operator: Operator) -> None:
+    def forward(*args: Any, out_shape: Any, **kwargs: Any) -> int:
+        y = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]
+        return 2 * operator.multiply_adds({**_bind(operator.forward, args), **kwargs, 'y': y})
+
+    def backward(*args: Any, out_shape: Any, **kwargs: Any) -> int:
+        call = {**_bind(operator.backward, args), **kwargs}
+        return 4 * operator.multiply_adds({**call, 'y': call['grad']})
+
+    register_flop_formula(operator.forward)(forward)
+    register_flop_formula(operator.backward)(backward)
 
 
-@register_flop_formula(torch.ops.fadc_timm.two_step_conv2d)
-def _two_step_conv2d(
-        x_shape, weight_shape, bias_shape, dilation_shape, mask_shape, low_shape, high_shape, *args, out_shape=None,
-        **kwargs) -> int:
-    split = low_shape is not None or high_shape is not None
-    return 2 * _sampled_multiply_adds(out_shape[0], weight_shape, split)
+for _operator in OPERATORS:
+    _register(_operator)
 
 
-@register_flop_formula(torch.ops.fadc_timm.two_step_conv2d_backward)
-def _two_step_conv2d_backward(
-        grad_shape, high_part_shape, low_part_shape, x_shape, weight_shape, bias_shape, dilation_shape, mask_shape,
-        low_shape, high_shape, *args, out_shape=None, **kwargs) -> int:
-    split = low_shape is not None or high_shape is not None
-    return 4 * _sampled_multiply_adds(grad_shape, weight_shape, split)
+def _of_jit(value: Any) -> Any:
+    """A jit value as a formula takes it: a tensor's shape, the integers of a list, or a constant."""
+    if value.type().kind() == 'TensorType':
+        return value.type().sizes()
+    if value.node().kind() == 'prim::ListConstruct':
+        return [v.toIValue() for v in value.node().inputs()]
+    return value.toIValue()
 
 
-@register_flop_formula([torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_bands_triton])
-def _mix_low_passes(x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
-    return 2 * multiply_adds(x_shape, factors)
-
-
-@register_flop_formula([torch.ops.fadc_timm.mix_low_passes_backward, torch.ops.fadc_timm.mix_bands_triton_backward])
-def _mix_low_passes_backward(
-        grad_shape, x_shape, steps_shape, factors, *args, out_shape=None, **kwargs) -> int:
-    return 4 * multiply_adds(x_shape, factors)
+def _fvcore_handler(operator: Operator) -> Callable[[List[Any], List[Any]], int]:
+    return lambda inputs, outputs: operator.multiply_adds(
+        {**_bind(operator.forward, map(_of_jit, inputs)), 'y': _of_jit(outputs[0])})
 
 
 def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
@@ -84,17 +111,4 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
 
     fvcore's unit is the multiply-add, and it calls a handler with the jit values of an operator's inputs and outputs.
     """
-    def shape(value: Any) -> List[int]:
-        return value.type().sizes()
-
-    def integers(value: Any) -> List[int]:
-        return [v.toIValue() for v in value.node().inputs()]
-
-    return {
-        'torchvision::deform_conv2d': lambda i, o: _prod(shape(o[0])) * _prod(shape(i[1])[1:]),
-        'fadc_timm::sampled_conv2d': lambda i, o: _sampled_multiply_adds(shape(o[0]), shape(i[3]), i[9].toIValue()),
-        'fadc_timm::two_step_conv2d': lambda i, o: _sampled_multiply_adds(
-            shape(o[0]), shape(i[1]), 'TensorType' in (i[5].type().kind(), i[6].type().kind())),
-        'fadc_timm::mix_low_passes': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
-        'fadc_timm::mix_bands_triton': lambda i, o: multiply_adds(shape(i[0]), integers(i[2])),
-    }
+    return {operator.forward._qualified_op_name: _fvcore_handler(operator) for operator in OPERATORS}

@@ -1,20 +1,21 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
-from typing import ContextManager
+from functools import wraps
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import Tensor
 
-__all__ = ['accumulation_dtype', 'is_exporting', 'is_plain_eager', 'match_layout', 'without_autocast']
+__all__ = ['accumulation_dtype', 'exact_products', 'is_exporting', 'is_plain_eager', 'match_layout', 'without_autocast']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
 
 
 def match_layout(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x: channels_last where x is that and not contiguous at once, else contiguous."""
+    """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -34,13 +35,24 @@ def without_autocast(x: Tensor) -> ContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
+def exact_products(function: Callable) -> Callable:
+    """Decorate the body of an operator: autocast is off inside, also where a gradient is taken under autocast."""
+    @wraps(function)
+    def wrapped(x: Tensor, *args: Any) -> Any:
+        with without_autocast(x):
+            return function(x, *args)
+
+    return wrapped
+
+
 def is_plain_eager(x: Tensor) -> bool:
     """Whether nothing but autograd looks at the operators that are called on x: no compiler, tracer, mode, transform.
 
     Then a Python function with a gradient of its own does what an operator of torch does, without the 0.2 milliseconds
     that torch takes to call one that is written in Python.
     """
-    return (type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return (type(x) in (Tensor, torch.nn.Parameter) and x.device.type != 'meta'
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._len_torch_function_stack() == 0
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0)

@@ -4,9 +4,6 @@ The operators read each variable at every call.
 
 * `FADC_TIMM_BACKEND`: Name of the convolution's backend for all calls that name none; :class:`set_backend` comes first.
   'triton' goes for FreqSelect's band mix too.
-* `FADC_TIMM_AUTOTUNE`: With 1 the Triton kernels measure a few configurations per shape and keep the fastest; without
-  it the configuration is a function of the shape.
-
 * `FADC_TIMM_WORKSPACE_MB`: Megabytes (of 2**20 bytes) that the samples of one call of the Triton backend may take at a
   time, 256 by default. Larger maps go through in tiles.
 
@@ -15,10 +12,9 @@ Not ours, and read by Triton when its kernels are first imported: with `TRITON_I
 import os
 from typing import Any, Collection, Optional
 
-__all__ = ['add_backends', 'check_name', 'is_autotuning', 'named_backend', 'set_backend', 'workspace_bytes']
+__all__ = ['add_backends', 'check_name', 'named_backend', 'set_backend', 'workspace_bytes']
 
 _BACKEND = 'FADC_TIMM_BACKEND'
-_AUTOTUNE = 'FADC_TIMM_AUTOTUNE'
 _WORKSPACE = 'FADC_TIMM_WORKSPACE_MB'
 
 # The names that may be set. The convolution puts its registry here, as settings import no operator.
@@ -88,11 +84,6 @@ def named_backend() -> Optional[str]:
     if name not in _names:
         raise ValueError(f'The environment variable {_BACKEND} is {name!r}, it must be one of {", ".join(_names)}.')
     return name
-
-
-def is_autotuning() -> bool:
-    """Whether FADC_TIMM_AUTOTUNE asks for measured configurations of the Triton kernels."""
-    return os.environ.get(_AUTOTUNE) == '1'
 
 
 def workspace_bytes() -> int:

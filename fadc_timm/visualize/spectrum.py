@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
-from ..ops.sampled_conv.arguments import ConvArgs
+from ..ops.sampled_conv.arguments import sample_kernels
 from ._common import GREY, INK, run_watched, stage_name
 
 if TYPE_CHECKING:
@@ -74,11 +74,8 @@ def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
 
 def _adapted_kernels(call: LayerCall) -> Tensor:
     """(B, O, C/groups, k, k)."""
-    layer = call.layer
-    return ConvArgs(
-        call.selected, layer.weight.float(), call.selected[:, :1], None, None,
-        tuple(None if g is None else g.float() for g in call.gains),  # type: ignore[arg-type]  # of four, as Gains
-        (1, 1), (0, 0), layer.groups).sample_kernels()
+    low_in, low_out, high_in, high_out = (None if g is None else g.float() for g in call.gains)
+    return sample_kernels(call.layer.weight.float(), (low_in, low_out, high_in, high_out), call.layer.groups)
 
 
 def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:

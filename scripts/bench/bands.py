@@ -3,10 +3,10 @@
 
     python -m scripts.bench.bands --device cuda --amp float16 --batch 64 [--shapes '*@28'] [--check]
 
-`fused` is the default, `written_out` the backend with an FFT, `triton` the Triton kernels where they can run. The
-map and the weights are channels_last, in the dtype of --amp; forward, or forward+backward with both gradients. A
-copy forward+backward is two copies. Rows go to scripts/results/bench_bands.csv, as those of bench/model.py.
-With FADC_TIMM_AUTOTUNE=1 in the environment the Triton kernels take the fastest of their configurations.
+`fused` is the default on a CPU, `written_out` the backend with an FFT, `triton` the Triton kernels, the default on CUDA
+where they can run. The map and the weights are channels_last, in the dtype of --amp; forward, or forward+backward with
+both gradients. A copy forward+backward is two copies. Rows go to scripts/results/bench_bands.csv, as those of
+bench/model.py.
 """
 import argparse
 import fnmatch

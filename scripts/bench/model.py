@@ -24,7 +24,7 @@ mode of that name. The ratio is to the plain network run in the same way. A vari
 its reason is printed.
 
 Rows go to scripts/results/bench_model.csv, each in place of the one with its case, quantity, variant, device, dtype and
-compile; `python -m scripts.checks.doc_tables` brings them into the README.
+compile; `python -m scripts.checks.doc_tables` brings them into README.md and docs/.
 """
 import argparse
 import copy

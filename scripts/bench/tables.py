@@ -1,33 +1,41 @@
-"""The README's tables of speed, from the CSV files of bench/model.py and bench/op.py."""
-from typing import Dict, List, Tuple
+"""Tables of speed for README.md, docs/speed.md and docs/gpu.md, from the CSV files of the three benchmarks."""
+from collections.abc import Sequence
 
+from scripts.bench import bands as bench_bands
 from scripts.bench import model as bench_model
 from scripts.bench import op as bench_op
-from scripts.results import Row, read_rows
+from scripts.results import Row, markdown_table, read_rows
 
-__all__ = ['operator', 'speed']
+__all__ = ['bands', 'headlines', 'operator', 'speed']
 
 NOT_MEASURED = 'not measured'
+KINDS = ('cpu', 'cuda')
 
 _COMPILED = {
     'no': '', 'yes': ', compiled', 'graph': ', in a CUDA graph', 'reduce-overhead': ', compiled to reduce overhead'}
 
 
-def _table(header: List[str], left: int, rows: List[List[str]]) -> str:
-    """A table whose columns but the first `left` are aligned to the right."""
-    lines = [header, ['---'] * left + ['---:'] * (len(header) - left), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+def _kind(device: str) -> str:
+    """'cpu' or 'cuda', of a device such as 'cuda: NVIDIA H100'."""
+    return device.partition(':')[0]
 
 
-def _groups(rows: List[Row]) -> Dict[Tuple[str, str], List[Row]]:
-    """Rows by device and dtype."""
-    groups: Dict[Tuple[str, str], List[Row]] = {}
+def _groups(rows: list[Row], kinds: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
+    """Rows of these kinds of device, by device and dtype."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row['device'], row['dtype']), []).append(row)
+        if _kind(row['device']) in kinds:
+            groups.setdefault((row['device'], row['dtype']), []).append(row)
     return groups
 
 
-def _caption(rows: List[Row]) -> str:
+def _not_measured(groups: dict[tuple[str, str], list[Row]], kinds: Sequence[str]) -> list[str]:
+    """A line for each kind of device without rows."""
+    measured = {_kind(device) for device, _ in groups}
+    return [f'{kind.upper()}: {NOT_MEASURED}.' for kind in kinds if kind not in measured]
+
+
+def _caption(rows: list[Row]) -> str:
     def of(column: str) -> str:
         return ', '.join(sorted({row[column] for row in rows}))
     device, name = rows[0]['device'].split(': ', 1)
@@ -46,66 +54,112 @@ def _value(row: Row) -> str:
     return f'{value:.0f} {row["unit"]}' if value >= 1000 else f'{value:.3g} {row["unit"]}'
 
 
-def _line(case: str, what: str, compiled: str, rows: List[Row], target: str = '') -> List[str]:
-    """The line of one case and quantity, from the rows of one device, of which it may have none."""
+def _line(
+        case: str, what: str, compiled: str, rows: list[Row], target: str = '', with_triton: bool = False) -> list[str]:
+    """The line of one case and quantity, from the rows of one device, which may lack some of its variants or all."""
     found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, compiled)}
     against_eager = what.endswith('/eager')
-    plain, today, fadc = (found.get(v) for v in ('plain', 'today', 'fadc'))
-    triton = found.get('triton')
+    plain, today, fadc, triton = (found.get(v) for v in ('plain', 'today', 'fadc', 'triton'))
     quantity = what.removesuffix('/eager') + _COMPILED[compiled]
     quantity += ', against itself eager' if against_eager else ''
     if fadc is not None:
         target = fadc['target']
     unit = ' s' if what == 'import' else ''
+
+    def ratio(row: Row | None) -> str:
+        return NOT_MEASURED if row is None else _ratio(row)
+
+    met = [row['met'] for row in (fadc, triton) if row is not None]
     return [
         case, quantity,
         NOT_MEASURED if plain is None else _ratio(plain) if against_eager else _value(plain),
-        '' if what == 'import' or against_eager else NOT_MEASURED if today is None else _ratio(today),
-        NOT_MEASURED if fadc is None else _ratio(fadc) + ('' if triton is None else f'; Triton: {_ratio(triton)}'),
+        '' if what == 'import' or against_eager else ratio(today),
+        ratio(fadc), *([ratio(triton)] if with_triton else []),
         f'<= {target}{unit}' if target else '',
-        '' if fadc is None else fadc['met']]
+        met[0] if len(set(met)) == 1 else ', '.join(met)]
 
 
-def speed() -> str:
-    """The networks: every case of the CPU's table, measured or not, and what else was measured."""
-    stored = read_rows(bench_model.OUTPUT)
-    header = ['case', 'what', 'plain', "today's way", 'FADC', 'target', 'met']
+def _known(cases: Sequence[bench_model.Case]) -> list[tuple[str, str, str, str]]:
+    """Case, quantity, compile and target of each line that a table of cases wants."""
     known = []
-    for c in bench_model.CASES:
+    for c in cases:
         known.append((c.name, c.what, c.compile, '' if c.target is None else f'{c.target:g}'))
         if c.eager_target is not None:
             known.append((c.name, f'{c.what}/eager', c.compile, f'{c.eager_target:g}'))
-    groups = _groups(stored)
+    return known
+
+
+# The dtype that the targets of a kind of device are for, and its cases.
+_WANTED = {'cpu': ('float32', bench_model.CASES), 'cuda': ('float16', bench_model.CUDA_CASES)}
+
+
+def speed(kinds: Sequence[str] = KINDS) -> str:
+    """The networks on these kinds of device: every case of the benchmark's table, and whatever else was measured."""
+    header = ['case', 'what', 'plain', "today's way", 'FADC', 'target', 'met']
+    groups = _groups(read_rows(bench_model.OUTPUT), kinds)
     parts = []
     for (device, dtype), rows in groups.items():
-        wanted = known if device.startswith('cpu') and dtype == 'float32' else []
+        dtype_of_targets, cases = _WANTED[_kind(device)]
+        wanted = _known(cases) if dtype == dtype_of_targets else []
         others = dict.fromkeys((r['case'], r['what'], r['compile'], '') for r in rows)
         lines = [*wanted, *(o for o in others if o[:3] not in {w[:3] for w in wanted})]
-        parts.append(_caption(rows) + '\n\n' + _table(header, 2, [_line(*line[:3], rows, line[3]) for line in lines]))
-    if not any(device.startswith('cpu') and dtype == 'float32' for device, dtype in groups):
-        parts.insert(0, 'CPU:\n\n' + _table(header, 2, [_line(*line[:3], [], line[3]) for line in known]))
-    if not any(device.startswith('cuda') for device, _ in groups):
-        parts.append(f'CUDA: {NOT_MEASURED}.')
-    return '\n\n'.join(parts)
+        triton = any(r['variant'] == 'triton' for r in rows)
+        columns = [*header[:5], 'FADC, `triton`', *header[5:]] if triton else header
+        parts.append(_caption(rows) + '\n\n' + markdown_table(
+            columns, [_line(*line[:3], rows, line[3], triton) for line in lines], left=2))
+    if 'cpu' in kinds and not any(_kind(device) == 'cpu' and dtype == 'float32' for device, dtype in groups):
+        parts.insert(0, 'CPU:\n\n' + markdown_table(
+            header, [_line(*line[:3], [], line[3]) for line in _known(bench_model.CASES)], left=2))
+        kinds = [kind for kind in kinds if kind != 'cpu']
+    return '\n\n'.join(parts + _not_measured(groups, kinds))
 
 
-def operator() -> str:
+# Lines of README.md: where, case and quantity.
+_HEADLINES = (
+    ('cpu', 'resnet50_fadc 4x224', 'inference'), ('cpu', 'resnet50_fadc 4x224', 'train'),
+    ('cpu', 'convnext_tiny_fadc 4x224', 'inference'), ('cpu', 'convnext_tiny_fadc 2x224', 'train'),
+    ('cuda', 'resnet50_fadc 64x224', 'inference'), ('cuda', 'resnet50_fadc 64x224', 'train'),
+    ('cuda', 'resnet50_fadc 64x224', 'memory'))
+
+
+def headlines() -> str:
+    """Some lines of :func:`speed`, wins and losses, with medians alone."""
+    lines = []
+    groups = _groups(read_rows(bench_model.OUTPUT), KINDS)
+    for (device, dtype), rows in groups.items():
+        for kind, case, what in _HEADLINES:
+            found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, 'no')}
+            if _kind(device) == kind and 'plain' in found:
+                ratios = (found.get(variant) for variant in ('today', 'fadc', 'triton'))
+                lines.append([
+                    f'{case}, {what}', f'{device.partition(": ")[2]}, {dtype}', _value(found['plain']),
+                    *('' if r is None else f'{float(r["ratio"]):.2f}' for r in ratios)])
+    return markdown_table(
+        ['model, batch and size', 'machine', 'plain', "today's way", 'FADC', 'FADC, `triton`'], lines, left=2)
+
+
+def _shapes(rows: list[Row], base: str) -> str:
+    """Every variant by shape, as ratios to the variant `base`, whose time is the third column."""
+    variants = list(dict.fromkeys(r['variant'] for r in rows if r['variant'] != base))
+    cells = {(r['case'], r['what'], r['variant']): r for r in rows}
+    lines = []
+    for case, what in dict.fromkeys((r['case'], r['what']) for r in rows):
+        first = cells.get((case, what, base))
+        line = [case, what, NOT_MEASURED if first is None else _value(first)]
+        for variant in variants:
+            row = cells.get((case, what, variant))
+            line.append('' if row is None else f'{float(row["ratio"]):.2f}')
+        lines.append(line)
+    return _caption(rows) + '\n\n' + markdown_table(['shape', 'what', base, *variants], lines, left=2)
+
+
+def operator(kinds: Sequence[str] = KINDS) -> str:
     """The operator, the layer and its parts by shape, as ratios to the plain convolution."""
-    groups = _groups(read_rows(bench_op.OUTPUT))
-    parts = []
-    for rows in groups.values():
-        variants = list(dict.fromkeys(r['variant'] for r in rows if r['variant'] != 'plain'))
-        cells = {(r['case'], r['what'], r['variant']): r for r in rows}
-        lines = []
-        for case, what in dict.fromkeys((r['case'], r['what']) for r in rows):
-            plain = cells.get((case, what, 'plain'))
-            line = [case, what, NOT_MEASURED if plain is None else _value(plain)]
-            for variant in variants:
-                row = cells.get((case, what, variant))
-                line.append('' if row is None else f'{float(row["ratio"]):.2f}')
-            lines.append(line)
-        parts.append(_caption(rows) + '\n\n' + _table(['shape', 'what', 'plain', *variants], 2, lines))
-    for kind in ('cpu', 'cuda'):
-        if not any(device.startswith(kind) for device, _ in groups):
-            parts.append(f'{kind.upper()}: {NOT_MEASURED}.')
-    return '\n\n'.join(parts)
+    groups = _groups(read_rows(bench_op.OUTPUT), kinds)
+    return '\n\n'.join([_shapes(rows, 'plain') for rows in groups.values()] + _not_measured(groups, kinds))
+
+
+def bands(kinds: Sequence[str] = KINDS) -> str:
+    """FreqSelect's band mix by shape, as ratios to a copy of the map."""
+    groups = _groups(read_rows(bench_bands.OUTPUT), kinds)
+    return '\n\n'.join([_shapes(rows, 'copy') for rows in groups.values()] + _not_measured(groups, kinds))

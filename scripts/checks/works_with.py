@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the tests of consumers of timm backbones, and write down what passed, with versions, for the README's table.
+"""Run the tests of consumers of timm backbones, and write down what passed, with versions, for docs/integrations.md.
 
     pip install -e '.[test,integrations]' && python -m scripts.checks.works_with && python -m scripts.checks.doc_tables
 

@@ -16,8 +16,8 @@ from scripts.publish.config import REDISTRIBUTABLE
 __all__ = ['build', 'format_logits', 'sample_logits', 'verify', 'why_not']
 
 # Relative error (2-norm) of logits on the fixed input. Of the published model against those in its configuration:
-# between this project's backends 1.3e-7 (default model). Of lifted weights against the base: 1e-3 is what the README
-# promises.
+# between this project's backends 1.3e-7 (default model). Of lifted weights against the base: 1e-3 is what
+# docs/weights.md promises.
 SAME, LOSSLESS = 2e-5, 1e-3
 STORED = 16
 

@@ -1,11 +1,11 @@
-"""The README's table of the segmentation comparison, and its plot, from the files that segmentation/compare.py left."""
+"""The table of the segmentation comparison in docs/segmentation.md, and its plot, from the files of compare.py."""
 from __future__ import annotations
 
 import csv
 from collections import Counter
 from pathlib import Path
 
-from scripts.results import RESULTS
+from scripts.results import RESULTS, markdown_table
 from scripts.segmentation.comparison import BY_NAME, PRESETS, mean_and_deviation, paired_difference
 
 RUNS, TIMES, PLOT = (RESULTS / name for name in ('segmentation.csv', 'segmentation_time.csv', 'segmentation.png'))
@@ -42,8 +42,8 @@ def _table(preset: str, rows: list[Row], times: list[Row]) -> str:
     values = by_setting(rows, 'miou')
     timed = {row['setting']: row for row in times}
     header = ['backbone', 'setting', 'seeds', 'mIoU %, mean (s.d.)', 'difference to plain (95 %)', 'M params', 'GMACs',
-              'time a step', 'memory, MB']
-    lines = [header, ['---'] * 2 + ['---:'] * (len(header) - 2)]
+              'time per step', 'memory, MB']
+    lines = []
     for name, of_seeds in values.items():
         row = next(r for r in rows if r['setting'] == name)
         mean, deviation = mean_and_deviation(of_seeds)
@@ -61,7 +61,7 @@ def _table(preset: str, rows: list[Row], times: list[Row]) -> str:
     p = PRESETS[preset]
     steps = ', '.join(sorted({r['steps'] for r in rows}, key=int))
     return (f'`--preset {preset}`: {steps} steps of {p.batch} crops of {p.crop} px, test on {rows[0]["images"]} '
-            f'images. {runs}.\n\n' + '\n'.join(f'| {" | ".join(line)} |' for line in lines))
+            f'images. {runs}.\n\n' + markdown_table(header, lines, left=2))
 
 
 def segmentation() -> str:

@@ -1,9 +1,9 @@
 """Where timm backbones are used: each consumer with its real package, on members of both families.
 
 `pip install -e '.[test,integrations]'`; without a package its tests are skipped. `scripts.checks.works_with` runs the
-tests marked `integration` and writes down what passed, with versions, for the table in the README. Elsewhere, and in
-that table too: export in test_export.py, pruning and quantisation in test_quantization.py, torch.compile, torch.fx and
-timm's feature getters in models/test_models.py.
+tests marked `integration` and writes down what passed, with versions, for the table of docs/integrations.md.
+Elsewhere, and in that table too: export in test_export.py, pruning and quantisation in test_quantization.py,
+torch.compile, torch.fx and timm's feature getters in models/test_models.py.
 """
 import copy
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
+from fadc_timm.ops.band_mix import functional
 from tests.support.cases import DTYPES, error
 from tests.support.layer_cases import EXACT, FAD_CONV, HALF, SIZES, assert_same, grads, ids, make
 from tests.support.marks import needs_dynamo
@@ -197,3 +198,55 @@ def test_two_threads():
     for t in threads:
         t.join()
     assert not wrong
+
+
+# Relative error of the high part alone; where the kernel is split in its own dtype it is four times as large.
+SPLIT = {torch.bfloat16: 6e-3, torch.float16: 8e-4}  # 3.1e-3, 4.0e-4
+
+
+@pytest.mark.parametrize('dtype', HALF, ids=ids)
+def test_split_of_the_kernel_in_half(dtype):
+    """Without AdaDR too, the kernel is split in float32: its rest is small beside its mean here."""
+    m = off_identity(FADConv2d(16, 16, 3, padding=1, bias=False, ada_dr=False, freq_select=False), 0.5).eval()
+    with torch.no_grad():
+        m.weight += 1 - m.weight.mean((2, 3), keepdim=True)
+    m = m.to(dtype)
+    exact = copy.deepcopy(m).double()
+    x = torch.randn(2, 16, 9, 8).to(dtype)
+    x -= x.mean((2, 3), keepdim=True)
+    gains = tuple(g.double() for g in m.ada_kern(x))
+    gains = (torch.zeros_like(gains[0]), *gains[1:])  # the high part alone
+    y = m._plain(x, tuple(g.to(dtype) for g in gains), 1)
+    assert error(y, exact._plain(x.double(), gains, 1)) < SPLIT[dtype]
+
+
+@pytest.mark.parametrize('backend', [None, 'torchvision', 'grid_sample', 'reference'])
+@pytest.mark.parametrize('cfg', [{}, dict(groups=4), dict(ada_dr=False)], ids=str)
+def test_backward_under_autocast(cfg, backend):
+    """A gradient that is taken inside of the autocast block is the one that is taken outside of it."""
+    m, x = off_identity(FADConv2d(4, 4, 3, padding=1, backend=backend, **cfg), 0.5), torch.randn(2, 4, 9, 8)
+
+    def gradients(inside):
+        m.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = m(x).float().square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [p.grad for p in m.parameters()]
+
+    for name, a, e in zip(dict(m.named_parameters()), gradients(True), gradients(False), strict=True):
+        assert a.dtype == torch.float32 and error(a, e) < 0.1, name  # 0.049, of torch's own linear layers
+
+
+def test_backend_reaches_freq_select(monkeypatch):
+    """'triton' is the band mix's backend too; the other names leave FreqSelect its own."""
+    chosen = []
+    choose = functional.choose_backend
+    monkeypatch.setattr(functional, 'choose_backend', lambda x, backend=None: chosen.append(
+        choose(x, backend)) or 'fused')
+    x = torch.randn(1, 4, 8, 8)
+    for backend in (None, 'gather', 'triton'):
+        FADConv2d(4, 4, 3, padding=1, ada_dr=False, backend=backend)(x)
+    assert chosen == ['fused', 'fused', 'triton']

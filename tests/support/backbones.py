@@ -96,7 +96,7 @@ def create_fadc(name, std=0.5, **kwargs):
     """An FADC model away from the identity, in eval mode."""
     torch.manual_seed(2)
     model = timm.create_model(name, **kwargs)
-    return awaken(off_identity(model, std))
+    return awaken(off_identity(model, std, statistics=False))  # those come from the photographs
 
 
 def fad_convs(model):

@@ -7,7 +7,7 @@ models = pytest.mark.parametrize('name', MODELS)
 
 
 def uses(package, what):
-    """Mark a test as that of a line in the README's table."""
+    """Mark a test as that of a line in the table of docs/integrations.md."""
     return pytest.mark.integration(package=package, what=what)
 
 

@@ -6,7 +6,7 @@ from fadc_timm import AdaDR, AdaKern, FreqSelect
 
 
 @torch.no_grad()
-def off_identity(module, std=1.0):
+def off_identity(module, std=1.0, statistics=True):
     """Random values for all that FADC adds, so that bands, gains, dilations and masks are in play; in place.
 
     The parameters of the convolutions themselves stay. The size does not follow the input, as that of
@@ -15,12 +15,13 @@ def off_identity(module, std=1.0):
     Args:
         module: A model, a layer, or a module of FADC alone.
         std: Standard deviation of what a filter with inputs of deviation one puts out.
+        statistics: Draw the running statistics of AdaKern's norms too.
     """
     parts = [m for m in module.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR))]
     for part in parts:
         for p in part.parameters():
             p.add_(torch.randn_like(p) * std / p[0].numel() ** 0.5)
-    for part in parts:
+    for part in parts if statistics else ():
         for m in part.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(std=0.2)

@@ -12,9 +12,9 @@ __all__ = ['Frequencies', 'frequencies']
 class Frequencies(NamedTuple):
     """The filters along one axis of n points.
 
-    basis: (n, J) of the widest filter, float64; its transpose times its multiple by kept/n is the filter.
-    kept: (J_f,) for each filter, which keeps the first J_f, each so many times: of a pair +k and -k both, one, or none.
-    one_sided: For each filter the frequency k of which it keeps only one of +k and -k, and the sign of that; or 0.
+    basis: (n, J) of the widest filter, float64. The filter's matrix is basis @ diag(kept / n) @ basis.T.
+    kept: (J_f,) per filter, for the first J_f columns of the basis: how many of +k and -k the filter keeps, 0, 1 or 2.
+    one_sided: Per filter (k, sign) if the filter keeps only +k or only -k; (0, 0) otherwise.
     """
     basis: Tensor
     kept: List[Tensor]

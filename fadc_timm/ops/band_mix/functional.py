@@ -25,9 +25,14 @@ def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
 BACKENDS = ['fused', 'written_out', 'triton']
 
 
-def choose_backend(x: Tensor) -> str:
-    """The one that `backend=None` takes: Triton's where that is set, and on CUDA where it can run."""
-    name = named_backend()
+def choose_backend(x: Tensor, backend: Optional[str] = None) -> str:
+    """The backend that `backend=None` takes: Triton's if it is set, and on CUDA if it can run.
+
+    Args:
+        x: Map (B, C, H, W).
+        backend: Name of the convolution's backend, which comes before the one that is set.
+    """
+    name = named_backend() if backend is None else backend
     if name == 'triton':
         return 'triton'
     if is_exporting():
@@ -85,19 +90,26 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
     return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)
 
 
-def mix_predicted_bands(x: Tensor, maps: Tensor, factors: List[int]) -> Tuple[Tensor, Optional[Tensor]]:
+def mix_predicted_bands(
+        x: Tensor,
+        maps: Tensor,
+        factors: List[int],
+        backend: Optional[str] = None,
+) -> Tuple[Tensor, Optional[Tensor]]:
     """:func:`mix_bands` with the weights 2 * sigmoid(maps).
 
     Args:
         x: Map (B, C, H, W).
         maps: (B, M, S, H, W), what a layer predicts.
         factors: Where the spectrum is split, f >= 1, from high to low.
+        backend: Name of the convolution's backend, or None: see :func:`choose_backend`.
 
     Returns:
         (B, C, H, W) in the dtype and memory format of x, and its mean (B, C) where the backend makes it on the way, or
         None.
     """
-    if choose_backend(x) == 'triton' and triton.why_not(x) is None:
+    chosen = choose_backend(x, backend)
+    if chosen == 'triton' and triton.why_not(x) is None:
         y, means = triton.call(x, maps, factors, True)
         return match_layout(y, x), means.sum(1)
-    return mix_bands(x, 2 * torch.sigmoid(maps), factors), None
+    return mix_bands(x, 2 * torch.sigmoid(maps), factors, chosen), None

@@ -1,15 +1,17 @@
 """Mixing of frequency bands: a map plus its low-passes, each under a weight of its own at every position.
 
 A low-pass at 1/f of Nyquist keeps few frequencies, and those of a lower filter are among those of a higher one. So one
-analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters; and the last
-step of the synthesis, along the rows, takes the weights in with it, so that no low-pass is ever written out.
+analysis onto the cosines and sines of the widest filter, of which a quarter remains, serves all filters. The last
+synthesis step, along the rows, applies the weights, so no low-pass map is stored.
 """
+import sys
 from functools import lru_cache
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from ..runtime import exact_products
 from .frequencies import frequencies
 from .low_pass import edges
 
@@ -24,7 +26,7 @@ class _Axis(NamedTuple):
 
     analysis: (J, n), onto the frequencies of the widest filter.
     synthesis: (n, J_f) for each filter, which keeps the first J_f.
-    one_sided: For each filter the frequency k of which it keeps only one of +k and -k, and the sign of that; or 0.
+    one_sided: For each filter (k, sign) if it keeps only +k or only -k; (0, 0) otherwise.
     """
     analysis: Tensor
     synthesis: List[Tensor]
@@ -51,7 +53,7 @@ class _Plan:
 
     def __init__(self, x: Tensor, factors: List[int]) -> None:
         self.b, self.c, self.h, self.w = x.shape
-        # on small maps filters coincide: those of equal edges are one, and this one's place is what each factor has
+        # Filters with equal edges, as small maps have them, are stored once; `place` maps each factor to its filter.
         passed = [(edges(self.h, f), edges(self.w, f)) for f in factors]
         self.place = [passed.index(p) for p in passed]
         distinct = sorted(set(self.place))
@@ -61,17 +63,19 @@ class _Plan:
         self.rows = _axis(self.h, kept, x.dtype, x.device)
         self.cols = _axis(self.w, kept, x.dtype, x.device)
         self.row_bytes = self.w * self.c * x.element_size()
+        # tiles are for a CPU's cache: on a GPU each of them is a dozen launches
+        self.tile_bytes = _TILE_BYTES if x.device.type in ('cpu', 'meta') else sys.maxsize
         # where each filter's columns lie, side by side
         widths = [s.shape[1] for s in self.cols.synthesis]
         self.columns = [slice(sum(widths[:i]), sum(widths[:i + 1])) for i in self.filters]
 
     def samples(self) -> Iterator[slice]:
-        step = max(1, _TILE_BYTES // (self.h * self.row_bytes))
+        step = max(1, self.tile_bytes // (self.h * self.row_bytes))
         return (slice(i, min(i + step, self.b)) for i in range(0, self.b, step))
 
     def blocks(self) -> Iterator[slice]:
         """Rows of a tile: all of them, but where a sample is larger than a tile."""
-        step = max(1, min(self.h, _TILE_BYTES // self.row_bytes))
+        step = max(1, min(self.h, self.tile_bytes // self.row_bytes))
         return (slice(i, min(i + step, self.h)) for i in range(0, self.h, step))
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -136,6 +140,7 @@ def _product(a: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes', mutates_args=())
+@exact_products
 def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
     """steps_0 * x + sum of steps_i * low_pass(x, factors_i).
 
@@ -166,6 +171,7 @@ def _(x, steps, factors):
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes_backward', mutates_args=())
+@exact_products
 def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_low_passes` for x and steps. The low-passes are self-adjoint."""
     plan = _Plan(x, factors)

@@ -21,6 +21,29 @@ def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.to(weight.dtype), (exact - mean).to(weight.dtype)
 
 
+def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
+    """The kernel of each sample: the gains applied to a kernel.
+
+    Args:
+        weight: Kernel (O, C/groups, k, k).
+        gains: (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each None for ones, at least one given.
+        groups: Convolution groups.
+
+    Returns:
+        (B, O, C/groups, k, k)
+    """
+    def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
+        if into is not None:
+            # input channels are counted within the group of the output channel
+            into = into.unflatten(1, (groups, 1, -1)).expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
+            part = part * into[:, :, :, None, None]
+        return part if out is None else part * out[:, :, None, None, None]
+
+    low_in, low_out, high_in, high_out = gains
+    mean, rest = split_kernel(weight)
+    return of_part(mean, low_in, low_out) + of_part(rest, high_in, high_out)
+
+
 class ConvArgs(NamedTuple):
     """Arguments of :func:`adaptive_dilated_conv2d` after checking.
 
@@ -71,22 +94,6 @@ class ConvArgs(NamedTuple):
     def split_weight(self) -> Tuple[Tensor, Tensor]:
         """AdaKern's parts: the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""
         return split_kernel(self.weight)
-
-    def sample_kernels(self) -> Tensor:
-        """(B, O, C/groups, k, k): the gains applied to the kernel, which makes one for each sample."""
-        b, o = self.x.shape[0], self.weight.shape[0]
-
-        def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
-            if into is not None:
-                # input channels are counted within the group of the output channel
-                into = into.unflatten(1, (self.groups, 1, -1)).expand(-1, -1, o // self.groups, -1).flatten(1, 2)
-                part = part * into[:, :, :, None, None]
-            return part if out is None else part * out[:, :, None, None, None]
-
-        low_in, low_out, high_in, high_out = self.gains
-        mean, rest = self.split_weight()
-        kernels = of_part(mean, low_in, low_out) + of_part(rest, high_in, high_out)
-        return kernels.expand(b, *self.weight.shape)
 
 
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .arguments import scale_channels
+from .arguments import scale_channels, split_kernel
 from .torchvision import deform_conv2d
 
 
@@ -26,9 +26,9 @@ def scripted_conv2d(
     if low_in is None and low_out is None and high_in is None and high_out is None:
         y = deform_conv2d(x32, weight, dilation, mask, stride, stride, padding, padding, groups)
     else:
-        mean = weight.mean(dim=(2, 3), keepdim=True)
+        mean, rest = split_kernel(weight)
         high = deform_conv2d(
-            scale_channels(x32, high_in), weight - mean, dilation, mask, stride, stride, padding, padding, groups)
+            scale_channels(x32, high_in), rest, dilation, mask, stride, stride, padding, padding, groups)
         low = deform_conv2d(
             scale_channels(x32, low_in), mean.expand_as(weight), dilation, mask, stride, stride, padding, padding,
             groups)

@@ -15,7 +15,7 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
 from ..runtime import accumulation_dtype, match_layout
-from .arguments import ConvArgs, combine_parts, scale_channels
+from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -65,7 +65,7 @@ def deform_conv2d(
     return y[:, :, :out_h, :out_w]
 
 
-# torchvision takes as many samples at a time as divide the batch and are no more than this.
+# torchvision processes as many samples at a time as the largest divisor of the batch size up to this number.
 _PARALLEL = 32
 
 
@@ -97,7 +97,7 @@ def forward(args: ConvArgs) -> Tensor:
             conv(scale_channels(full.x, high_in), rest),
             conv(scale_channels(full.x, low_in), mean.expand_as(rest).contiguous()), full)
     else:
-        y = conv(full.x, full.sample_kernels()[0] if full.has_gains else full.weight)
+        y = conv(full.x, sample_kernels(full.weight, full.gains, full.groups)[0] if full.has_gains else full.weight)
         if full.bias is not None:
             y = y + full.bias[:, None, None]
     return match_layout(y.to(args.x.dtype), args.x)

@@ -19,10 +19,16 @@ DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 AUTOCAST = {torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 
 
+# The cases in half precision for the backends that sample in float32 whatever the dtype.
+CORE = {'plain', 'everything', 'k5', 'stride2', 'groups2', 'dilation_groups2', 'depthwise', 'depthwise_k7', 'mask_bias',
+        'gains', 'batch1', 'tall_map'}
+CALLS = [
+    (backend, case, dtype) for backend in BACKEND_NAMES for case in CASES for dtype in DTYPES
+    if backend not in ('torchvision', 'grid_sample') or dtype.itemsize > 2 or case.name in CORE]
+
+
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype', DTYPES, ids=ids)
-@pytest.mark.parametrize('case', CASES, ids=ids)
-@pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.parametrize('backend, case, dtype', CALLS, ids=ids)
 def test_output_and_gradients(backend, case, dtype, device):
     inputs = cases.make_inputs(case, dtype, device=device)
     skip_unless_runs(case, inputs, backend)
@@ -76,7 +82,7 @@ def on_grid(name, dtype, dilation):
 
 
 @pytest.mark.parametrize('dilation', [
-    integers, border, *map(constant, (0., 1., 2., -1., -3., 0.5, 30., 1e30, -1e30, torch.finfo(torch.float32).max))])
+    integers, border, *map(constant, (0., 1., 0.5, -1e30, torch.finfo(torch.float32).max))])
 @pytest.mark.parametrize('name, dtype', ON_GRID_CASES, ids=ids)
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
 def test_on_the_grid(backend, name, dtype, dilation):

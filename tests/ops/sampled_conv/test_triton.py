@@ -87,7 +87,7 @@ def tiles_of(case, workspace, block_p, dtype=torch.float32):
     strides = [t.stride() for t in (inputs['dilation'], inputs['mask'])]
     spec = Spec(case.x, dtype, tuple(inputs['dilation'].shape), *strides, tuple(inputs['weight'].shape), True, 0, 1.,
                 False, case.stride, (case.k // 2,) * 2, case.groups, workspace)
-    return [(t.first_sample, t.samples, t.first, t.count) for t in Call(spec).tiles(block_p)]
+    return [(t.first_sample, t.samples, t.first, t.length) for t in Call(spec).tiles(block_p)]
 
 
 TILED = OpCase('tiled', (3, 4, 7, 5), 6)  # 35 positions a sample, of 160 bytes each in float32

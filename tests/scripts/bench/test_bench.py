@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from scripts import results
+from scripts.bench import bands as bench_bands
 from scripts.bench import measure, subjects
 from scripts.bench import model as bench_model
 from scripts.bench import op as bench_op
 from scripts.bench import tables as speed_tables
+from scripts.checks import doc_tables
 from tests.support.processes import ROOT
 from tests.support.small_model import MODEL
 
@@ -312,10 +314,31 @@ def test_left_out_where_it_cannot_be_captured(monkeypatch, capsys):
         bench_model.measure_times(case, args, subjects.Setting(compile='graph'))
 
 
-def test_readme_has_the_markers():
-    readme = (ROOT / 'README.md').read_text()
-    for name in ('speed', 'operator'):
-        assert readme.count(f'<!-- table: {name} -->') == readme.count(f'<!-- end of table: {name} -->') == 1
+def test_tables_of_a_gpu(tmp_path, monkeypatch):
+    """Triton has a column of its own, and a target that only one of the two misses says so."""
+    for module in (bench_model, bench_bands):
+        monkeypatch.setattr(module, 'OUTPUT', tmp_path / f'{module.__name__}.csv')
+    env = {**ENV, 'device': 'cuda: Y', 'dtype': 'float16'}
+    rows = results.make_rows(
+        'resnet50_fadc 64x224', 'train', {'plain': [10.], 'today': [50.], 'fadc': [40.], 'triton': [12.]}, {}, env,
+        {'fadc': 1.5, 'triton': 1.5})
+    results.replace_rows(bench_model.OUTPUT, rows)
+    speed = speed_tables.speed(['cuda'])
+    assert '| FADC | FADC, `triton` | target | met |' in speed and 'CPU' not in speed
+    assert '| 10 ms | 5.00 (5.00 to 5.00) | 4.00 (4.00 to 4.00) | 1.20 (1.20 to 1.20) | <= 1.5 | missed, yes |' in speed
+    assert '| resnet50_fadc 16x512 | train | not measured | not measured | not measured | not measured | <=' in speed
+    assert '| resnet50_fadc 64x224, train | Y, float16 | 10 ms | 5.00 | 4.00 | 1.20 |' in speed_tables.headlines()
+    assert speed_tables.bands(['cuda']) == 'CUDA: not measured.'
+    mixes = {'copy': [1.], 'fused': [30.], 'triton': [5.]}
+    results.replace_rows(bench_bands.OUTPUT, results.make_rows('band mix 8@7', 'forward', mixes, {}, env))
+    assert '| band mix 8@7 | forward | 1 ms | 30.00 | 5.00 |' in speed_tables.bands(['cuda'])
+
+
+@pytest.mark.parametrize('page', doc_tables.PAGES)
+def test_pages_have_the_markers(page):
+    text = (ROOT / page).read_text()
+    for name in doc_tables.PAGES[page]:
+        assert text.count(f'<!-- table: {name} -->') == text.count(f'<!-- end of table: {name} -->') == 1
 
 
 # --- the scripts ---

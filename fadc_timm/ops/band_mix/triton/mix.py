@@ -13,11 +13,11 @@ __all__ = ['Spec', 'backward', 'forward', 'means_shape', 'spec_of']
 
 
 class Spec(NamedTuple):
-    """What a call follows from. maps: Strides of the maps (B, M, S, H, W)."""
+    """What a call follows from. x: Shape. maps: Strides of the maps (B, M, S, H, W), M bands, S groups."""
     x: Tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    count: int
+    bands: int
     groups: int
     maps: Tuple[int, ...]
     factors: Tuple[int, ...]
@@ -27,7 +27,8 @@ class Spec(NamedTuple):
 
 def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
     tf32 = x.dtype == torch.float32 and x.device.type == 'cuda' and torch.backends.cuda.matmul.allow_tf32
-    return Spec(tuple(x.shape), x.dtype, x.device, *maps.shape[1:3], maps.stride(), tuple(factors), act, tf32)
+    bands, groups = maps.shape[1:3]
+    return Spec(tuple(x.shape), x.dtype, x.device, bands, groups, maps.stride(), tuple(factors), act, tf32)
 
 
 def _block_w(w: int) -> int:
@@ -48,7 +49,7 @@ class _Launches(NamedTuple):
 
 
 def _tables(spec: Spec) -> Tables:
-    return tables_of(*spec.x[2:], spec.factors, spec.dtype, spec.device)
+    return tables_of(spec.x[2], spec.x[3], spec.factors, spec.dtype, spec.device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,9 +74,9 @@ def _launches(
     sizes = h, w, columns, c, spec.groups, *spec.maps
     # the gradient of the maps is contiguous
     plane = h * w
-    grad_maps = spec.count * spec.groups * plane, spec.groups * plane, plane, w, 1
+    grad_maps = spec.bands * spec.groups * plane, spec.groups * plane, plane, w, 1
     axes = h, count_h, count_w, columns, c
-    filters, bands = len(spec.factors), (spec.count, spec.act, *how)
+    filters, bands = len(spec.factors), (spec.bands, spec.act, *how)
     block_h, block_i, block_j = block(h, 16, 64), block(count_h, 16, 64), block(columns, 16, 64)
     return _Launches(
         Launch(kernels.synthesise_rows, (b * columns, cdiv(c, all_c), cdiv(h, block_h)), axes,

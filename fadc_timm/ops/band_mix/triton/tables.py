@@ -57,7 +57,8 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
     rows, cols = (frequencies(n, factors, device) for n in (h, w))
     basis_h, basis_w = (F.pad(f.basis, (0, padded(f.basis.shape[1]) - f.basis.shape[1])) for f in (rows, cols))
     count_h, count_w = basis_h.shape[1], basis_w.shape[1]
-    matrices, parts = [], []
+    matrices: List[Tensor] = []
+    parts: List[Tensor] = []
     frequency: List[int] = []
     matrix: List[int] = []
     filter_of: List[int] = []
@@ -91,9 +92,9 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
 
     return Tables(
         cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)),
-        cast(torch.cat(parts, dim=1)),
-        *(_integers(n, device) for n in (frequency, matrix, filter_of)),
-        _integers(columns_of, device).view(count_w, most), _integers(first_column, device))
+        cast(torch.cat(parts, dim=1)), _integers(frequency, device), _integers(matrix, device),
+        _integers(filter_of, device), _integers(columns_of, device).view(count_w, most),
+        _integers(first_column, device))
 
 
 # Tables by their arguments, the oldest first.

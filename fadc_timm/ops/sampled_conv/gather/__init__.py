@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import match_layout
-from ..arguments import NO_GAINS, ConvArgs
+from ..arguments import NO_GAINS, ConvArgs, sample_kernels
 from .operator import sampled_conv2d
 
 
@@ -22,7 +22,9 @@ def forward(args: ConvArgs) -> Tensor:
         # torch has no gradient of embedding bags' weights for it there
         return forward(args.to(torch.float32)).to(args.x.dtype)
     split = args.has_gains and not args.is_depthwise
-    weight = args.sample_kernels() if args.has_gains and args.is_depthwise else args.weight
+    weight = args.weight
+    if args.has_gains and args.is_depthwise:
+        weight = sample_kernels(weight, args.gains, args.groups)
     gains = args.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
     y, _ = sampled_conv2d(args.x, args.dilation, args.mask, weight, args.bias, *gains, split, save, *args.geometry())

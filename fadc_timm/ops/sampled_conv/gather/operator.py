@@ -4,14 +4,15 @@ Samples are made a tile at a time, multiplied by the kernel and forgotten; the b
 neither pass holds k*k values a pixel, and the tile stays in cache.
 
 AdaKern splits the kernel into its mean over the taps and the rest. The mean sees only the total of the samples. For the
-rest, taking the mean off the samples of a position does the same as taking it off the kernel; so it is taken off the
-smaller of the two.
+rest, centring the samples of a position over the taps does the same as centring the kernel. We centre whichever tensor
+is smaller: the samples or the kernel.
 """
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ...runtime import exact_products
 from ..arguments import split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
@@ -40,12 +41,12 @@ def _center(taps: Tensor, total: Tensor) -> None:
     taps -= (total / taps.shape[3] ** 2)[:, :, :, None, None]
 
 
-def _split(weight: Tensor, centres_samples: bool) -> Tuple[Tensor, Tensor]:
-    """The kernel (O, C, k, k) for the samples, and its mean (O, C, 1, 1)."""
-    if centres_samples:  # the rest is as large as the kernel, and not wanted
-        return weight, weight.mean((2, 3), keepdim=True)
+def _split(tiling: Tiling, weight: Tensor) -> Tuple[Tensor, Tensor, bool]:
+    """The kernel (O, C, k, k) for the samples, its mean (O, C, 1, 1), and whether the samples are to be centred."""
+    if _centres_samples(tiling, weight):  # the rest is as large as the kernel, and not wanted
+        return weight, weight.mean((2, 3), keepdim=True), True
     mean, rest = split_kernel(weight)
-    return rest, mean
+    return rest, mean, False
 
 
 class _Gains:
@@ -56,6 +57,7 @@ class _Gains:
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d', mutates_args=())
+@exact_products
 def sampled_conv2d(
         x: Tensor,
         dilation: Tensor,
@@ -88,34 +90,31 @@ def sampled_conv2d(
         groups: Convolution groups.
 
     Returns:
-        The convolution (B, O, H', W'), channels_last; and the part of it that the gain high_out is the factor of, which
-        its gradient takes (B, H', W', O), or nothing.
+        The convolution (B, O, H', W'), channels_last; and the output of the high part before `high_out`
+        (B, H', W', O), kept for that gain's gradient, or nothing.
     """
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x = _nhwc(x)
     y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
     high = torch.empty_like(y) if save else x.new_empty(0)
-    centres_samples, mean = split and _centres_samples(tiling, weight), weight
-    if split:
-        weight, mean = _split(weight, centres_samples)
+    kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
         table = tiling.table(x[samples])
         table_high = tiling.table(_scaled(x[samples], own.high_in)) if split else table
         for tile in tiling.tiles(samples):
-            taps, out, total = tile.sample(table_high), tile.of(y), table
-            if split:
-                total = tile.total(table)
-                if centres_samples:
-                    _center(taps, _scaled(total, own.high_in))
-            part = tile.convolve(taps, weight[samples.start] if weight.dim() == 5 else weight)
+            taps, out = tile.sample(table_high), tile.of(y)
+            total = None if mean is None else tile.total(table)
+            if total is not None and centres_samples:
+                _center(taps, _scaled(total, own.high_in))
+            part = tile.convolve(taps, kernel[samples.start] if kernel.dim() == 5 else kernel)
             if save:
                 tile.of(high).copy_(part)
             if own.high_out is None:
                 out.copy_(part)
             else:
                 torch.mul(part, own.high_out[:, None, None], out=out)
-            if split:
+            if mean is not None and total is not None:
                 part = tile.convolve(_scaled(total, own.low_in), mean)
                 if own.low_out is None:
                     out += part
@@ -135,6 +134,7 @@ def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d_backward', mutates_args=())
+@exact_products
 def sampled_conv2d_backward(
         grad: Tensor,
         high: Tensor,
@@ -158,23 +158,21 @@ def sampled_conv2d_backward(
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     x, grad = _nhwc(x), _nhwc(grad)
     width = tiling.c // tiling.dilation_groups
-    centres_samples, mean = split and _centres_samples(tiling, weight), weight
-    if split:
-        weight, mean = _split(weight, centres_samples)
-    grad_weight = torch.zeros_like(weight)
-    grad_mean, grad_sampling, grad_x = torch.zeros_like(mean), torch.empty_like(tiling.sampling), torch.zeros_like(x)
+    rest, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
+    grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)
+    grad_sampling, grad_x = torch.empty_like(tiling.sampling), torch.zeros_like(x)
     grad_low_in, grad_low_out, grad_high_in = (
         x.new_zeros(0 if t is None else t.shape) for t in (low_in, low_out, high_in))
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
-        kernel, into_kernel = (t[samples.start] if t.dim() == 5 else t for t in (weight, grad_weight))
+        kernel, into_kernel = (t[samples.start] if t.dim() == 5 else t for t in (rest, grad_weight))
         table = tiling.table(x[samples])
         table_high = tiling.table(_scaled(x[samples], own.high_in)) if split else table
         grad_low, grad_high = tiling.table(grad_x[samples]), torch.zeros_like(table)
         for tile in tiling.tiles(samples):
             g, taps, scatter = tile.of(grad), tile.sample(table_high), Scatter(tile, table)
-            total = tile.total(table) if split else taps
-            if centres_samples:
+            total = None if mean is None else tile.total(table)
+            if total is not None and centres_samples:
                 _center(taps, _scaled(total, own.high_in))
             bags, more = tile.convolve_backward(_scaled(g, own.high_out) if split else g, taps, kernel)
             into_kernel += more
@@ -183,7 +181,7 @@ def sampled_conv2d_backward(
             bags = bags.view(-1, width)
             scatter.add(grad_high, bags)
             dots = corner_dots(tile, table_high, bags)
-            if split:
+            if mean is not None and grad_mean is not None and total is not None:
                 scaled_total = _scaled(total, own.low_in)
                 if low_out is not None:
                     grad_low_out[samples] += (tile.convolve(scaled_total, mean) * g).sum((1, 2))
@@ -202,7 +200,7 @@ def sampled_conv2d_backward(
         grad_x[samples] += _scaled(grad_high, own.high_in) if split else grad_high
     grad_dilation, grad_mask = tiling.backward(grad_sampling)
     empty = x.new_empty(0)
-    if split:
+    if grad_mean is not None:
         if not centres_samples:
             grad_mean -= grad_weight.sum((2, 3), keepdim=True)
         grad_weight += grad_mean / tiling.k ** 2
@@ -222,21 +220,25 @@ def _(grad, high, x, dilation, mask, weight, low_in, low_out, high_in, high_out,
             torch.empty_like(weight), *map(like, (low_in, low_out, high_in, None if high.dim() == 1 else high_out))]
 
 
+_ARGUMENTS = [a.name for a in torch.ops.fadc_timm.sampled_conv2d.default._schema.arguments]
+# What sampled_conv2d_backward takes behind `grad` and `high`, and returns the gradients of.
+_DIFFERENTIABLE = ('x', 'dilation', 'mask', 'weight', 'low_in', 'low_out', 'high_in', 'high_out')
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split, _, *options = inputs
-    ctx.options = split, *options
+    call = dict(zip(_ARGUMENTS, inputs, strict=True))
+    ctx.options = [call[name] for name in ('split', 'stride', 'padding', 'groups')]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], x, dilation, mask, weight, low_in, low_out, high_in, high_out)
+    ctx.save_for_backward(output[1], *(call[name] for name in _DIFFERENTIABLE))
 
 
 def _backward(ctx, grad: Optional[Tensor], _):
-    if grad is None:
-        return (None,) * 14
-    high, *tensors = ctx.saved_tensors
-    grads = sampled_conv2d_backward(grad, high, *tensors, *ctx.options)
-    needed = ctx.needs_input_grad
-    grads = [g if n else None for n, g in zip((*needed[:4], *needed[5:]), grads)]
-    return *grads[:4], grad.sum((0, 2, 3)) if needed[4] else None, *grads[4:], *(None,) * 5
+    grads, needed = {}, dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    if grad is not None:
+        grads = dict(zip(_DIFFERENTIABLE, sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options), strict=True))
+        if needed['bias']:
+            grads['bias'] = grad.sum((0, 2, 3))
+    return tuple(grads.get(name) if needed[name] else None for name in _ARGUMENTS)
 
 
 sampled_conv2d.register_autograd(_backward, setup_context=_setup_context)

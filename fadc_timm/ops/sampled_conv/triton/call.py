@@ -48,11 +48,11 @@ class Tile(NamedTuple):
     first_sample: int
     samples: int
     first: int
-    count: int  # positions of each sample
+    length: int  # positions of each sample
 
     @property
     def positions(self) -> int:
-        return self.samples * self.count
+        return self.samples * self.length
 
 
 def mask_in(dilation: Tensor, mask: Optional[Tensor], groups: int, joint: bool) -> Tensor:

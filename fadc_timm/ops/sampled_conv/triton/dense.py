@@ -57,14 +57,14 @@ def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
     chunks = cdiv(call.area, scatter_p)
     columns, scatter = [], []
     for tile in tiles:
-        place = tile.first_sample, tile.first, tile.count, call.h, call.w
+        place = tile.first_sample, tile.first, tile.length, call.h, call.w
         channels = *call.strides, call.c, gains_b, call.width, call.dilation_width
         columns.append(Launch(
-            kernels.columns, (tile.samples * cdiv(tile.count, columns_p), call.channel_blocks(columns_c)),
+            kernels.columns, (tile.samples * cdiv(tile.length, columns_p), call.channel_blocks(columns_c)),
             (*place, call.out_w, *call.centres, *channels, spec.base),
             (*call.constants, call.upcast, columns_p, columns_c), columns_warps))
         scatter.append(Launch(
-            kernels.scatter_columns, (tile.samples * cdiv(tile.count, scatter_p), call.channel_blocks(scatter_c)),
+            kernels.scatter_columns, (tile.samples * cdiv(tile.length, scatter_p), call.channel_blocks(scatter_c)),
             (*place, call.out_h, call.out_w, *call.centres, *channels, call.positions,
              tile.first_sample * chunks + tile.first // scatter_p, spec.base),
             (*call.constants, fixed, scatter_p, scatter_c), scatter_warps))
