@@ -31,13 +31,17 @@ def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
     return Spec(tuple(x.shape), x.dtype, x.device, bands, groups, maps.stride(), tuple(factors), act, tf32)
 
 
+_MOST_W = 64  # columns of a program of `mix`
+
+
 def _block_w(w: int) -> int:
-    return block(w, 16, 64)
+    return block(w, 16, _MOST_W)
 
 
 def means_shape(b: int, c: int, h: int, w: int) -> Tuple[int, int, int]:
     """Of what the blocks of a map add to its mean."""
-    return b, h * cdiv(w, _block_w(w)), c
+    # as many as of blocks of _block_w(w), without asking about a symbolic width
+    return b, h * cdiv(w, _MOST_W), c
 
 
 class _Launches(NamedTuple):
