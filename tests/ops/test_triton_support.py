@@ -120,7 +120,7 @@ def test_a_cpu_needs_no_triton(breaks, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert FADConv2d(4, 4, 3, padding=1)(torch.randn(1, 4, 5, 5)).shape == (1, 4, 5, 5)
-        with pytest.raises(NotImplementedError, match="'triton' cannot run"):
+        with pytest.raises(NotImplementedError, match="'triton' cannot "):
             FADConv2d(4, 4, 3, backend='triton')(torch.randn(1, 4, 5, 5))
 
 
