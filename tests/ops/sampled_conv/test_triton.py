@@ -391,8 +391,7 @@ def step(model, x, dtype=None, whole=False):
 
 
 @pytest.mark.parametrize('name, device', [
-    ('test_resnet_fadc', 'cpu'),
-    pytest.param('test_convnext_fadc', 'cpu', marks=pytest.mark.sweep),
+    sweep('test_resnet_fadc', 'cpu'), sweep('test_convnext_fadc', 'cpu'),
     *(pytest.param(name, 'cuda', marks=pytest.mark.gpu) for name in ('test_resnet_fadc', 'test_convnext_fadc'))])
 def test_network(name, device):
     """Operator and FreqSelect of a whole network, in a training step, against the CPU's default."""
