@@ -51,7 +51,7 @@ class Converted(NamedTuple):
     """A model and where each of its tensors comes from.
 
     model: With the weights, in eval mode.
-    model_args: What it was built with, but for the number of classes.
+    model_args: What the model was built with, except the number of classes.
     taken: For each key of the model that the checkpoint has something for, the keys there.
     added: Keys of the model with its own initial values: FADC as the identity.
     left: Keys of the checkpoint that nothing was taken from.

@@ -112,7 +112,7 @@ def write_folder(
         model: A model of timm.
         out: The folder; one of a model that is there already is replaced.
         pretrained_cfg: Entries that differ from the model's own; None leaves one out.
-        model_args: Arguments of `timm.create_model` that it was built with, but for `num_classes`.
+        model_args: Arguments of `timm.create_model` that the model was built with, except `num_classes`.
         card: Text of README.md.
         check: Called with the new folder before it is put in its place; what it raises leaves the old one there.
 

@@ -21,7 +21,7 @@ class AdaDR(nn.Module):
 
     With o = conv(x) and base dilation d, the dilation is `1 + |o| * d` ('abs', the December 2024 release),
     `1 + relu(o) * d` ('relu', April 2024) or `1 + (relu(o + 1) - 1) * d` ('zero', which reaches 1 - d). The modulation
-    mask is `2 * sigmoid(conv(x))`, one value for each tap. Weights start at zero and the dilation at `d + eps`:
+    mask is `2 * sigmoid(conv(x))`, one value per tap. Weights start at zero and the dilation at `d + eps`:
     at d itself the taps lie on pixels, where bilinear sampling has a different slope to either side. The authors' code
     has `1e-4 * d`, at which deep networks leave the function of their base by more than 1e-3.
     """
@@ -117,7 +117,7 @@ class AdaDR(nn.Module):
         return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
 
     def predict(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """What dilation and mask are before their activations.
+        """Dilation and mask before their activations.
 
         Args:
             x: Map (B, C, H, W).

@@ -107,7 +107,7 @@ class AdaKern(nn.Module):
         return low_in, low_out, high_in, high_out
 
     def predict(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """What the gains are before their activation, 2 * sigmoid.
+        """The gains before their activation, 2 * sigmoid.
 
         Args:
             x: Map (B, C, H, W), before any padding.
@@ -149,7 +149,7 @@ class AdaKern(nn.Module):
 
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
-        """The norm, but in training on one value a channel, which has no variance, with the running statistics."""
+        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics."""
         norm = self.norm
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
         if not isinstance(norm, _BatchNorm) or x.shape[0] > 1 or not norm.training or synced:
@@ -157,7 +157,7 @@ class AdaKern(nn.Module):
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
 
     def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """The gains of the input and of the output channels, from both in a row."""
+        """The gains of the input and of the output channels, from x, which holds those of the input first."""
         if x is None:
             return None, None
         gains = 2 * torch.sigmoid(x)

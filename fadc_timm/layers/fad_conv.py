@@ -81,7 +81,7 @@ class FADConv2d(nn.Conv2d):
             freq_select: Use FreqSelect.
             bands: FreqSelect's split frequencies, fractions 1/f of Nyquist.
             lowfreq_att: FreqSelect weighs the lowest band too.
-            spatial_group: FreqSelect's groups of channels, above 64 one for each channel.
+            spatial_group: FreqSelect's groups of channels, above 64 one per channel.
             kernel_decompose: The parts of the kernel with AdaKern's gains: 'both', 'low', 'high' or 'none'.
             ada_dr: Use AdaDR, else the dilation stays the base dilation and there is no mask.
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.

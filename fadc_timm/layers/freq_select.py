@@ -35,7 +35,7 @@ class FreqSelect(nn.Module):
             in_channels: Number of channels.
             bands: Where the spectrum is split, as fractions 1/f of the Nyquist frequency, from high to low.
             lowfreq_att: Weigh the lowest band too, else it passes unweighted.
-            spatial_group: Number of channel groups with weight maps of their own, above 64 one for each channel.
+            spatial_group: Number of channel groups with weight maps of their own, above 64 one per channel.
 
         Raises:
             ValueError: A band is not an integer above 1, the groups do not divide the channels, or an option is of
@@ -79,7 +79,7 @@ class FreqSelect(nn.Module):
         return 2 * torch.sigmoid(self._maps(x))
 
     def _maps(self, x: Tensor) -> Tensor:
-        """What the weights are 2 * sigmoid of (B, M, S, H, W)."""
+        """The maps (B, M, S, H, W); the weights are 2 * sigmoid of them."""
         b, _, h, w = x.shape
         return self.conv(x).reshape(b, self.spatial_group, self.num_maps, h, w).transpose(1, 2)
 

@@ -53,8 +53,8 @@ class PredictorConv2d(nn.Conv2d):
             taps = self.weight.permute(2, 3, 0, 1).reshape(-1, self.in_channels)
             maps = (taps @ pixels).unflatten(1, (k * k_cols, -1)).unflatten(3, (h, w))
             maps = F.pad(maps.unflatten(1, (k, k_cols)), (p_cols, p_cols, p, p)).contiguous()
-            # The sum of maps[:, i, j, :, y + i, x + j] over i and j. Inductor makes one loop of it, but a scatter of
-            # F.fold.
+            # The sum of maps[:, i, j, :, y + i, x + j] over i and j. Inductor makes this form one loop, and F.fold
+            # a scatter.
             strides = [maps.stride(n) for n in range(6)]
             y = maps.as_strided(
                 (x.shape[0], k, k_cols, self.out_channels, out_h, out_w),

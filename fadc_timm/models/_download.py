@@ -84,8 +84,8 @@ def _refuse_damaged(blobs: Set[Path], what: str) -> None:
 def checked_download(cfg: PretrainedCfg, cache_dir: Union[str, Path, None] = None) -> Iterator[None]:
     """Around the creation of a pretrained model: checks what it downloads, and says what it failed to.
 
-    The client compares a file's size, and this its hash: of what has newly come into the cache, and after any error of
-    everything there of the same repository. That a file is in the cache already is enough otherwise, as for timm.
+    The client checks sizes. We hash new files; after an error, every cached file of the repository. Otherwise a file
+    that is in the cache already is not checked, as timm does.
     In caches without symbolic links (some on Windows) files do not carry their hash, and only their size is checked.
 
     Args:

@@ -268,7 +268,7 @@ def dilation_rounded(case: OpCase, dtype: torch.dtype) -> Dict[str, float]:
 
 
 def conditioned(case: OpCase, inputs: Dict[str, Tensor], expected: Dict[str, Tensor], dtype: torch.dtype) -> List[str]:
-    """The names of those results of random cases of which a relative error says something.
+    """Names of the results of random cases whose relative error is meaningful.
 
     Not of so few numbers that all of them may have cancelled to anything; nor are the gradients of the gains, where
     another rounding of the map, the mask and the kernel would change them by more than is tolerated, as a part of the

@@ -74,7 +74,7 @@ class _Plan:
         return (slice(i, min(i + step, self.b)) for i in range(0, self.b, step))
 
     def blocks(self) -> Iterator[slice]:
-        """Rows of a tile: all of them, but where a sample is larger than a tile."""
+        """Rows of a tile: all of them, except if a sample is larger than a tile."""
         step = max(1, min(self.h, self.tile_bytes // self.row_bytes))
         return (slice(i, min(i + step, self.h)) for i in range(0, self.h, step))
 

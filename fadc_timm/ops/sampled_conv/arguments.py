@@ -74,7 +74,7 @@ class ConvArgs(NamedTuple):
 
     @property
     def is_depthwise(self) -> bool:
-        """One input and one output channel a group (without a channel multiplier)."""
+        """One input and one output channel per group (without a channel multiplier)."""
         return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
 
     def to(self, dtype: torch.dtype) -> 'ConvArgs':

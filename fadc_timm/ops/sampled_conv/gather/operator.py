@@ -1,7 +1,7 @@
 """Convolution over bilinear samples, as an operator of torch that autograd, torch.compile and FLOP counters can see.
 
-Samples are made a tile at a time, multiplied by the kernel and forgotten; the backward pass makes them again. So
-neither pass holds k*k values a pixel, and the tile stays in cache.
+The forward pass makes the samples of one tile, multiplies them by the kernel and forgets them; the backward pass makes
+them again. So neither pass holds k*k values per pixel, and the tile stays in cache.
 
 AdaKern splits the kernel into its mean over the taps and the rest. The mean sees only the total of the samples. For the
 rest, centring the samples of a position over the taps does the same as centring the kernel. We centre whichever tensor

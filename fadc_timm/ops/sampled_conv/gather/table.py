@@ -71,7 +71,7 @@ class SamplingTable:
     """Where every tap reads, and with what weight.
 
     index: Rows of the table of pixels, ((b % batch * H + y)*W + x)*G + g, int32 (int64 where there are too many), four
-        corners a tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4).
+        corners per tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4).
     weight: Their weights, bilinear times mask, of the same shape and in the dtype of dilation.
     """
 

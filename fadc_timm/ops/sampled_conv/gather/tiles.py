@@ -1,4 +1,4 @@
-"""Sampling a tile at a time: a tile's samples, their products with a kernel, and the transposes of both.
+"""Sampling tile by tile: a tile's samples, their products with a kernel, and the transposes of both.
 
 The map is a table of pixels in rows of channels, and a sample is a weighted bag of four of its rows.
 """
@@ -14,8 +14,8 @@ from .table import SamplingTable
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
 
-# Bytes of samples in a tile: few enough to stay in cache, but a tile has a price of its own too. Beyond 32 MB glibc
-# gives every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
+# Bytes of samples in a tile: few enough to stay in cache, and not fewer, as each tile has a fixed cost. Beyond 32 MB
+# glibc gives every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
 _TILE_BYTES = 8 * 2 ** 20
 
 
