@@ -27,6 +27,11 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
+    """Bias and gains as the kernels read them: contiguous."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups) -> Spec:
     return Spec(
         tuple(x.shape), x.dtype, tuple(dilation.shape), dilation.stride(), None if mask is None else mask.stride(),
@@ -54,6 +59,7 @@ def _forward(
     nothing = x.new_empty(0), x.new_empty(0)
     if not y.numel():
         return y, *nothing
+    bias, low, high = _in_a_row(bias, low, high)
     spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
     tensors = _nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
     if call_of(spec).is_depthwise:
@@ -137,6 +143,7 @@ def _gradient(
     tensors = x, weight, bias, dilation, mask, low, high
     if not grad.numel() or not x.numel():
         return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
+    bias, low, high = _in_a_row(bias, low, high)
     spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
     call = call_of(spec)
     fixed = torch.are_deterministic_algorithms_enabled()
@@ -144,11 +151,13 @@ def _gradient(
     into = torch.zeros(
         x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
     if call.is_depthwise:
-        grads = depthwise.backward(spec, _nhwc(grad), _nhwc(x), *tensors[1:], into, scale)
+        grads = depthwise.backward(
+            spec, _nhwc(grad), _nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
     else:
         parts = (high_part, low_part) if high_part.numel() else (None, None)
         with without_autocast(x):
-            grads = dense.backward(spec, _nhwc(grad), parts, _nhwc(x), *tensors[1:], into, scale)
+            grads = dense.backward(
+                spec, _nhwc(grad), parts, _nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
@@ -211,7 +220,8 @@ def _gradients(x, weight, bias, dilation, mask, low, high) -> List[Tensor]:
         empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
         x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(dilation),
         x.new_empty(0) if mask is None else empty_map(mask),
-        *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (low, high))]
+        *(x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+          for t in (low, high))]
 
 
 @two_step_conv2d_backward.register_fake
