@@ -22,7 +22,7 @@ def wants_padding(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     cuDNN pads outputs that are no multiple of 8 too, of each map, in several launches.
     """
     return (triton_support.is_default_on(x.device.type) and dtype in (torch.float16, torch.bfloat16)
-            and weight.shape[0] % _MULTIPLE != 0 and is_plain_eager(x)
+            and weight.shape[0] % _MULTIPLE != 0 and is_plain_eager(x, weight)
             and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)))
 
 

@@ -1,7 +1,7 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Callable, ContextManager
+from typing import Any, Callable, ContextManager, Optional
 
 import torch
 from torch import Tensor
@@ -45,13 +45,13 @@ def exact_products(function: Callable) -> Callable:
     return wrapped
 
 
-def is_plain_eager(x: Tensor) -> bool:
-    """Whether nothing but autograd looks at the operators that are called on x: no compiler, tracer, mode, transform.
+def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
+    """Whether nothing but autograd looks at operators on these tensors: no compiler, tracer, mode, transform, subclass.
 
     Then a Python function with a gradient of its own does what an operator of torch does, without the 0.2 milliseconds
     that torch takes to call one that is written in Python.
     """
-    return (type(x) in (Tensor, torch.nn.Parameter) and x.device.type != 'meta'
+    return (all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type != 'meta') for t in tensors)
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._len_torch_function_stack() == 0
             and torch._C._functorch.peek_interpreter_stack() is None

@@ -140,7 +140,7 @@ class _Eager(torch.autograd.Function):
 
 def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
     """The first two results of :func:`mix_bands_triton`."""
-    if not is_plain_eager(x):
+    if not is_plain_eager(x, maps):
         y, means, _ = mix_bands_triton(x, maps, factors, act)
     elif torch.is_grad_enabled() and (x.requires_grad or maps.requires_grad):
         y, means, _ = _Eager.apply(x, maps, factors, act)

@@ -268,7 +268,7 @@ class _Eager(torch.autograd.Function):
 
 def call(*args: Any) -> Tensor:
     """The first result of :func:`two_step_conv2d`, whose arguments are wanted."""
-    if not is_plain_eager(args[0]):
+    if not is_plain_eager(*args[:7]):
         return two_step_conv2d(*args)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
         return _Eager.apply(*args)[0]
