@@ -5,6 +5,7 @@ from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from .._writing import markdown_table
 from ..models._family import family_of
 from ..models.cost import Cost, model_cost
 
@@ -155,12 +156,6 @@ def _front_matter(config: HubConfig) -> str:
     return f'---\n{data.to_yaml()}\n---'
 
 
-def _table(rows: List[List[str]]) -> str:
-    header, *rest = rows
-    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rest]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def _figure(metrics: List[Metric], of: str) -> str:
     return ', '.join(f'{m.value:.2f} ({m.image_size} px)' for m in metrics if m.of == of)
 
@@ -169,11 +164,12 @@ def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[
     arch = config.model.partition('.')[0]
     names = sorted({m.name for m in config.metrics})
     theirs = 'base' if config.base else 'plain'
-    rows = [['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]]
+    header = ['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]
+    rows = []
     for name, c, of in ((arch.removesuffix('_fadc'), base_cost, theirs), (arch, cost, 'model')):
         rows.append([f'`{name}`', f'{c.params:.2f}', f'{c.gmacs:.2f}', f'{c.activations:.2f}', *(
             _figure([m for m in config.metrics if m.name == n], of) or 'not measured' for n in names)])
-    text = _table(rows)
+    text = markdown_table(header, rows)
     if error is not None:
         text += (
             '\n\nThe FADC layers are at their identity, where they compute what the convolutions did that they stand '
