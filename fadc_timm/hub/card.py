@@ -15,10 +15,10 @@ __all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card']
 class Base(NamedTuple):
     """Where the weights of the base come from.
 
-    repository: On the Hub, `owner/name`.
-    revision: Commit, 40 hexadecimal digits; None where it is not known: then the newest is taken, and the card says
-        which that was.
-    sha256: Of its weights file, 64 hexadecimal digits; None where it is not known.
+    repository: Its name on the Hub, `owner/name`.
+    revision: Commit, 40 hexadecimal digits. None if it is not known: then the newest commit is taken, and the card
+        names it.
+    sha256: Hash of the weights file, 64 hexadecimal digits; None if it is not known.
     """
     repository: str
     revision: Optional[str]
@@ -30,11 +30,11 @@ class Metric(NamedTuple):
 
     name: For instance 'top-1'.
     value: In percent.
-    dataset: What it was measured on.
-    of: 'base' (of the base's own weights) or 'model' (of these weights with FADC) or 'plain' (of a plain base that was
-        trained in the same way).
-    image_size: Pixels.
-    source: Address or command that it comes from.
+    dataset: The data that it was measured on.
+    of: What was measured: 'base' (the base with its own weights), 'model' (the published model) or 'plain' (a plain
+        base that was trained in the same way).
+    image_size: Side of the input in pixels.
+    source: Address or command that the figure comes from.
     """
     name: str
     value: float
@@ -47,16 +47,16 @@ class Metric(NamedTuple):
 class HubConfig(NamedTuple):
     """A model to publish.
 
-    model: `<arch>_fadc.<tag>`, registered with timm, and the file's name.
-    repository: Ours on the Hub, `owner/name`, with the model as its name.
-    base: Whose weights are lifted; None for weights of our own in the package.
-    made: How it was made, in a sentence; that of lifted weights begins with 'base weights, identity FADC'.
+    model: `<arch>_fadc.<tag>` as registered with timm; also the name of the configuration file.
+    repository: Our repository on the Hub, `owner/name`; the name is the model's.
+    base: The base whose weights are lifted; None for the package's own weights.
+    made: How the model was made, in one sentence. For lifted weights it begins with 'base weights, identity FADC'.
     licence: As in timm's pretrained_cfg.
-    datasets: Names on the Hub of the data that it was trained on.
+    datasets: The data sets that the model was trained on, by their names on the Hub.
     metrics: Figures and their sources.
     model_args: Arguments of `timm.create_model` that differ from the defaults.
-    expected_logits: Of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the weights have
-        been at hand once.
+    expected_logits: The logits of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the model
+        was built once with its weights.
     """
     model: str
     repository: str
@@ -70,11 +70,11 @@ class HubConfig(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A model and what was found out about it.
+    """A model and what its building found out.
 
-    model: In eval mode.
-    logits: (num_classes,), of the fixed input.
-    base: Where its weights come from, with the revision and hash that were found; None without a base.
+    model: The model, in eval mode.
+    logits: (num_classes,), the logits of the fixed input.
+    base: Where the weights come from, with the revision and hash that were found; None without a base.
     error: Relative error of the logits against the base's; None without a base.
     """
     model: nn.Module
@@ -216,8 +216,8 @@ def build_card(config: HubConfig, built: Built) -> str:
     """The card of a model, as the text of README.md.
 
     Args:
-        config: What is published, with our repository in it.
-        built: The model; parameters, GMACs and activations are counted at its input size, feature maps likewise.
+        config: What is published.
+        built: The model. Parameters, GMACs, activations and the shapes of feature maps are for its input size.
     """
     arch = config.model.partition('.')[0]
     base = arch.removesuffix('_fadc')
