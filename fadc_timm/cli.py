@@ -21,7 +21,7 @@ from torch import nn
 from .models.cost import model_cost
 
 _DEFAULT_MODEL = 'test_resnet_fadc'
-_DEFAULT_LONG_SIDE = 576  # fine enough for a map of 18 cells at stride 32, a second or two on a CPU
+_DEFAULT_LONG_SIDE = 576  # gives a map 18 cells wide at stride 32, and takes one or two seconds on a CPU
 
 _CONVERT = '''Lift a local checkpoint to an FADC model, in a folder for `timm.create_model('local-dir:DIR')`.
 
@@ -39,7 +39,7 @@ Exit status: 0, or 2 where the checkpoint cannot be converted; the folder that w
 
 
 class CommandError(Exception):
-    """What was given cannot be done; the message is one line that says what is wanted."""
+    """The request cannot be met; the message says why in one line."""
 
 
 def _first_line(error: BaseException) -> str:
@@ -63,7 +63,7 @@ def _check_model_name(name: str) -> None:
 
 
 def _load_checkpoint(name: str, path: str) -> nn.Module:
-    """A model with the weights in a file, FADC or plain, and as many classes as the file has."""
+    """An FADC model with the weights of a file (of the model or its plain base), with as many classes as the file."""
     from .checkpoints.convert import convert, read_checkpoint
     if not os.path.isfile(path):
         raise CommandError(f"no checkpoint at '{path}'")
@@ -73,7 +73,7 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
         raise CommandError(f"cannot read checkpoint '{path}': {_first_line(e)}") from e
     try:
         return convert(checkpoint, name).model
-    except Exception as e:  # a filter function meets whatever the file holds
+    except Exception as e:  # a filter function can raise anything, depending on what the file holds
         problem = ' '.join(str(e).split())
         problem = problem if len(problem) <= 300 else problem[:297] + '...'
         raise CommandError(f"checkpoint '{path}' does not fit '{name}': {problem}") from e
@@ -114,7 +114,7 @@ def _read_image(path: Optional[str]) -> Any:
 
 
 def _input_size(image_size: Tuple[int, int], size: Optional[str]) -> Tuple[int, int]:
-    """(H, W) of the input: the image's aspect ratio, sides to a multiple of 32 unless the long side is given."""
+    """(H, W) of the input: the image's aspect ratio, sides rounded to multiples of 32 unless --size is given."""
     if size is not None and not (size.isdecimal() and int(size) >= 32):
         raise CommandError(f"--size wants a whole number of pixels, 32 or more, got '{size}'")
     unit, long_side = (1, int(size)) if size else (32, _DEFAULT_LONG_SIDE)
@@ -275,9 +275,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _run(script: str, args: List[str]) -> int:
-    """Run a script as `python SCRIPT ARGS...` does, in this process, which is the script's from here on.
+    """Run a script as `python SCRIPT ARGS...` does, in this process.
 
-    `runpy` is not used: it leaves its own frames in tracebacks, a relative `__file__`, and takes `__main__` away
+    `runpy` would not do: it leaves its own frames in tracebacks, makes `__file__` relative, and removes `__main__`
     before the script's threads and exit handlers are done.
     """
     path = os.path.abspath(script)
@@ -369,7 +369,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     try:
-        # argparse would take options behind the script for its own
+        # argparse would take the script's options for its own
         if argv[:1] == ['run'] and len(argv) > 1 and argv[1] not in ('-h', '--help'):
             return _run(argv[1], argv[2:])
         args = parser.parse_args(argv)

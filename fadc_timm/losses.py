@@ -21,15 +21,16 @@ from .ops.runtime import accumulation_dtype, without_autocast
 
 __all__ = ['DilationRecord', 'dilation_frequency_loss', 'high_frequency_power', 'power_at_outputs', 'record_dilations']
 
-_CHUNK_BYTES = 2 ** 25  # of a set of coefficients, of which a few are alive at once
+_CHUNK_BYTES = 2 ** 25  # of one set of coefficients; a few such sets are alive at once
 
 
 class DilationRecord(NamedTuple):
-    """What one AdaDR chose, and what the map was like where it did.
+    """The dilation that one AdaDR chose, and how much high frequency the map had at each position.
 
     name: Name of the FADConv2d in the model.
     dilation: (B, G, H', W') in pixels of the layer's input map, float32 or float64, in autograd's graph.
-    power: (B, G, H', W') high-frequency power at the same positions, in the channels of each group; without gradient.
+    power: (B, G, H', W') high-frequency power at the same positions, averaged over the channels of each group; it has
+        no gradient.
     """
     name: str
     dilation: Tensor
@@ -37,7 +38,7 @@ class DilationRecord(NamedTuple):
 
 
 def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
-    """Orthonormal rows, of the frequencies up to the cutoff (m, window) and of those above it (window - m, window)."""
+    """Orthonormal rows: for the frequencies up to the cutoff (m, window), for the higher ones (window - m, window)."""
     i = torch.arange(window, dtype=torch.float64)
     rows = [torch.full_like(i, window ** -0.5)]
     for k in range(1, window // 2 + 1):
@@ -51,26 +52,26 @@ def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
 def high_frequency_power(x: Tensor, window: int = 7, cutoff: float = 0.25, groups: int = 1) -> Tensor:
     """Power of a map above a frequency, in a window around each position.
 
-    Of the discrete Fourier transform X of the window: the sum of |X(u, v)|^2 / window^4 over the frequencies with |u|
-    or |v| above the cutoff, that is the mean square, over the window, of the part that they make. Beyond its border
-    the map is replicated, as zeros would make an edge there.
+    With X the discrete Fourier transform of the window, the power is the sum of |X(u, v)|^2 / window^4 over the
+    frequencies with |u| or |v| above the cutoff. This equals the mean square, over the window, of the part of the map
+    that these frequencies make. Beyond its border the map is replicated, because zeros would make an edge there.
 
     Args:
         x: Map (B, C, H, W) of any real dtype; half precisions are computed in float32, whatever the autocast.
         window: Odd side of the window, in pixels.
-        cutoff: Frequency in cycles per pixel, below 0.5. The default is the highest that samples 2 pixels apart can
-            tell from others, so the power above it is what a dilation of 2 folds back.
-        groups: Groups of channels with a result of their own.
+        cutoff: Frequency in cycles per pixel, below 0.5. The default is the highest frequency that samples 2 pixels
+            apart can represent, so a dilation of 2 aliases the power above it.
+        groups: Number of groups of channels; each group gets its own result.
 
     Returns:
         Mean over the channels of each group (B, groups, H, W), in squared units of x, float32 or float64. No gradient
         flows through it.
 
     Raises:
-        ValueError: A value is outside of what is said above, or the window has no frequency above the cutoff.
+        ValueError: An argument is not as described above, or the window has no frequency above the cutoff.
     """
     if x.dim() != 4 or min(x.shape[1:]) < 1 or not x.is_floating_point():
-        raise ValueError(f'The power is that of a real map (B, C, H, W), got {x.dtype} {list(x.shape)}.')
+        raise ValueError(f'x must be a real, not empty map (B, C, H, W), got {x.dtype} {list(x.shape)}.')
     if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window % 2 == 0:
         raise ValueError(f'window must be an odd number of pixels, got {window!r}.')
     if not 0 <= cutoff < window // 2 / window:
@@ -89,7 +90,8 @@ def high_frequency_power(x: Tensor, window: int = 7, cutoff: float = 0.25, group
         out = x.new_zeros(b * c, 1, h, w)
         for start in range(0, b * c, step):
             part = F.pad(planes[start:start + step], [side] * 4, mode='replicate')
-            # high along the columns, anything along the rows: by Parseval's theorem a sum over the window's columns
+            # high along the columns, any frequency along the rows: by Parseval's theorem the sum over all frequencies
+            # along the rows is a sum over the window's columns
             columns = F.conv2d(part, high[:, None, :, None]).square_().sum(1, keepdim=True)
             power = F.avg_pool2d(columns, (1, window), 1) * window
             # low along the columns, high along the rows
@@ -100,7 +102,7 @@ def high_frequency_power(x: Tensor, window: int = 7, cutoff: float = 0.25, group
 
 
 def power_at_outputs(power: Tensor, layer: FADConv2d, height: int, width: int) -> Tensor:
-    """A map (B, G, H, W) of a layer's input at the centres of its height x width outputs: (B, G, H', W')."""
+    """The values of a map (B, G, H, W) of a layer's input at the centres of its outputs: (B, G, height, width)."""
     first = layer.kernel_size[0] // 2 - layer.inner_padding
 
     def centres(count: int, size: int) -> Tensor:
@@ -113,11 +115,11 @@ def power_at_outputs(power: Tensor, layer: FADConv2d, height: int, width: int) -
 def record_dilations(model: nn.Module, window: int = 7, cutoff: float = 0.25) -> Iterator[List[DilationRecord]]:
     """Record the dilation of every AdaDR that runs in the `with` block, for :func:`dilation_frequency_loss`.
 
-    The power is that of the map that the layer samples, FreqSelect's output. It is computed at once and the features
-    are let go, so the memory that gradient checkpointing saves stays saved. With timm's checkpointing gradients flow as
-    without; with reentrant checkpointing (`use_reentrant=True`) they cannot, and the loss then raises. Leave the block
-    before the backward pass, in which checkpointed layers run again. Hooks do the recording, which a model that
-    `torch.compile` compiled before may not call: then the block ends with an error.
+    The power is measured on the map that the layer samples, which is FreqSelect's output. It is computed at once and no
+    features are kept, so gradient checkpointing saves as much memory as before. With timm's checkpointing, gradients
+    flow as they do without it. With reentrant checkpointing (`use_reentrant=True`) gradients cannot flow, and the loss
+    raises. Leave the block before the backward pass, because checkpointed layers run again there. Hooks do the
+    recording. A model that `torch.compile` compiled before the block may skip them: then the block ends with an error.
 
     Args:
         model: Model with FADConv2d layers, also inside of DistributedDataParallel.
@@ -125,7 +127,7 @@ def record_dilations(model: nn.Module, window: int = 7, cutoff: float = 0.25) ->
         cutoff: See :func:`high_frequency_power`.
 
     Yields:
-        A list that fills with a record for each call of a layer with AdaDR, in the order they run.
+        A list that gets one record per call of a layer with AdaDR, in the order of the calls.
 
     Raises:
         ValueError: The model has no FADConv2d layer; or, at the end of the block, none of them ran.
@@ -146,8 +148,8 @@ def record_dilations(model: nn.Module, window: int = 7, cutoff: float = 0.25) ->
 def _highest(values: Tensor, count: int) -> Tensor:
     """Weights (N, P) that pick the `count` highest of values (N, P) and sum to one.
 
-    Equal values share the places that they compete for: the choice does not depend on their order, and a constant map
-    has no highest positions. A NaN makes the weights of its row NaN.
+    Equal values that compete for the last places share them, so the choice does not depend on the order of the values,
+    and all positions of a constant map weigh the same. A NaN makes the weights of its row NaN.
     """
     threshold = values.topk(count, dim=1).values[:, -1:]
     above, tied = values > threshold, values == threshold
@@ -163,14 +165,14 @@ def dilation_frequency_loss(
     """Dilation where the high-frequency power is highest, minus dilation where it is lowest.
 
     The paper (section on AdaDR, Eq. 5) maximises, over AdaDR's parameters, the sum of the dilation over the positions
-    HP- of lowest high-frequency power minus that over the positions HP+ of highest power. This is a reconstruction, as
-    the authors' code has no such loss. Chosen here: HP+ and HP- are the quarters of an image's positions in each layer
-    and dilation group (`share`); means in place of sums, so that the value depends neither on the image's size nor on
-    the number of layers; which positions those are is held fixed, so gradients flow through the dilation alone, to
-    AdaDR's convolution and to what it reads.
+    HP- of lowest high-frequency power minus the sum over the positions HP+ of highest power. This is a reconstruction,
+    because the authors' code has no such loss. Three things are chosen here. HP+ and HP- are the highest and lowest
+    quarter (`share`) of an image's positions, per layer and dilation group. The loss takes means in place of sums, so
+    its value depends neither on the image's size nor on the number of layers. HP+ and HP- are constants for autograd:
+    gradients flow through the dilation alone, to AdaDR's convolution and to the map that this convolution reads.
 
-    Nothing bounds the dilation of smooth positions from above, so a large weight makes it grow without end: choose the
-    weight small, or a limit.
+    Nothing bounds the dilation of smooth positions from above, so a large weight makes it grow without end: choose a
+    small weight, or set `limit`.
 
     Args:
         records: From :func:`record_dilations`.
@@ -183,7 +185,7 @@ def dilation_frequency_loss(
 
     Raises:
         ValueError: There are no records, a dilation and its power differ in shape, or share is out of range.
-        RuntimeError: Gradients are enabled now, and were not for any of the records.
+        RuntimeError: Gradients are enabled, but no record has one.
     """
     if not records:
         raise ValueError('There is no dilation to take the loss of: no layer with AdaDR ran under record_dilations.')

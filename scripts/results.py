@@ -1,4 +1,4 @@
-"""What measurements leave in scripts/results/: files that are whole or absent, tables, and the rows of the benchmarks.
+"""What measurements leave in scripts/results/: CSV files that are whole or absent, and the rows of the benchmarks.
 
 A row is one variant of one case. Its `ratio` compares it with the plain variant *of the same round* (see `interleave`
 in bench/measure.py); `ratio_q25` and `ratio_q75` are quartiles over the rounds.
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fadc_timm._writing import write_atomically
+
 RESULTS = Path(__file__).parent / 'results'
 COLUMNS = (
     'case', 'what', 'variant', 'unit', 'median', 'q25', 'q75', 'ratio', 'ratio_q25', 'ratio_q75', 'target', 'met', 'n',
@@ -22,24 +24,6 @@ KEY = ('case', 'what', 'variant', 'device', 'dtype', 'compile')
 
 Row = dict[str, str]
 Samples = dict[str, list[float]]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name.
-
-    Args:
-        path: The file; its folder is made if it does not exist.
-        write: Writes the file whose path it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        write(part)
-        with part.open('rb') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
@@ -60,12 +44,6 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
             writer.writerows(rows)
 
     write_atomically(path, write)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table: `left` columns aligned to the left, the others to the right."""
-    lines = [header, ['---'] * left + ['---:'] * (len(header) - left), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def device_name(device: str) -> str:

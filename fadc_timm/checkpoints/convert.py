@@ -1,4 +1,4 @@
-"""Local checkpoints, of a base, an FADC model or the authors' code, to FADC models, with an account of every key."""
+"""Convert local checkpoints (of a base, an FADC model or the authors' code) to FADC models; account for every key."""
 import argparse
 import pickle
 import re
@@ -33,8 +33,8 @@ _WITHIN = ('backbone.timm_model.', 'encoder.model.')
 class Checkpoint(NamedTuple):
     """What a file holds.
 
-    state_dict: Tensors by their names, without the prefixes of wrappers; of a segmentation network its backbone.
-    entry: Key of the file that they were under; empty where they are all there is.
+    state_dict: Tensors by their names, without the prefixes of wrappers. From a segmentation network only the backbone.
+    entry: The file's key that the tensors were under; empty where the file holds the tensors themselves.
     left: The file's other keys.
     """
     state_dict: StateDict
@@ -43,7 +43,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def official(self) -> bool:
-        """Whether it is one of the authors: mmsegmentation puts a backbone under this prefix, timm nothing."""
+        """Whether the authors' code wrote it: mmsegmentation puts a backbone under this prefix, timm never does."""
         return any(key.startswith('backbone.') for key in self.state_dict)
 
 
@@ -51,10 +51,10 @@ class Converted(NamedTuple):
     """A model and where each of its tensors comes from.
 
     model: With the weights, in eval mode.
-    model_args: What the model was built with, except the number of classes.
-    taken: For each key of the model that the checkpoint has something for, the keys there.
-    added: Keys of the model with its own initial values: FADC as the identity.
-    left: Keys of the checkpoint that nothing was taken from.
+    model_args: Arguments that the model was built with, except the number of classes.
+    taken: The model's keys whose values come from the checkpoint, each with the checkpoint's keys that it came from.
+    added: The model's keys that keep their initial values, with which FADC is the identity.
+    left: Keys of the checkpoint that were not used.
     """
     model: nn.Module
     model_args: Dict[str, Any]
@@ -68,11 +68,11 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
 
     Args:
         path: The file.
-        use_ema: Take averaged weights where there are some.
+        use_ema: Take the averaged weights if the file has them.
 
     Raises:
-        OSError: It cannot be read.
-        RuntimeError: It is cut off or damaged, would run code, or holds no tensors.
+        OSError: The file cannot be read.
+        RuntimeError: The file is cut off or damaged, would run code, or holds no tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
@@ -99,7 +99,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     entry = next((name for name in names if isinstance(content.get(name), Mapping)), '')
     tensors = content[entry] if entry else content
     state_dict = dict(tensors)
-    while (cleaned := clean_state_dict(state_dict)).keys() != state_dict.keys():  # one wrapper a time in older timm
+    while (cleaned := clean_state_dict(state_dict)).keys() != state_dict.keys():  # one wrapper per call in older timm
         state_dict = cleaned
     state_dict = {k: v for k, v in state_dict.items() if isinstance(v, Tensor)}
     if not state_dict:
@@ -133,9 +133,9 @@ def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
 
 
 def _adapt(state_dict: StateDict, model: nn.Module, official: bool) -> Tuple[StateDict, Dict[str, Set[str]]]:
-    """The model's state dict from a checkpoint, and for each key the keys that it was made of.
+    """The model's state dict from a checkpoint, and for each of its keys the checkpoint's keys that it was made of.
 
-    Conversions rename, reshape, join and scale, all of which autograd follows.
+    Conversions rename, reshape, join and scale tensors, and autograd follows all of these.
     """
     leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in state_dict.items()}
     names = {id(v): k for k, v in leaves.items()}
@@ -166,13 +166,13 @@ def convert(
         model_args: Optional[Dict[str, Any]] = None,
         release: str = 'december2024',
 ) -> Converted:
-    """Lift a checkpoint into an FADC model with as many classes as it has.
+    """Lift a checkpoint into an FADC model with as many classes as the checkpoint has.
 
     Args:
         checkpoint: Of timm's base or FADC model, or of the authors' code.
         name: The FADC model, `<arch>_fadc` or `<arch>_fadc.<tag>`.
         model_args: Arguments of `timm.create_model`.
-        release: Of the authors' code, for their checkpoints.
+        release: Which release of the authors' code wrote the checkpoint; ignored for timm's.
 
     Raises:
         RuntimeError: Keys are missing or left over, or shapes differ; the message names them.
@@ -199,7 +199,7 @@ def convert(
 
 
 def pretrained_cfg(name: str, official: bool) -> Dict[str, Any]:
-    """What a folder says of converted weights. Only who names a tag says that the weights are that tag's."""
+    """What config.json says of converted weights. It claims a tag only if the name has one."""
     out: Dict[str, Any] = {}
     if official:
         # the authors' backbones see images normalised as timm's default does

@@ -21,7 +21,7 @@ WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
 CARD = 'README.md'
 
-# Entries of timm's configurations that say where weights are, which here is beside them.
+# Entries of timm's configurations that say where the weights are: here they are beside the configuration.
 _SOURCES = ('file', 'hf_hub_filename', 'hf_hub_id', 'source', 'state_dict', 'url')
 
 _AT_FDCWD = -100
@@ -90,7 +90,7 @@ def _put(new: Path, out: Path, aside: Path) -> None:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder is one that :func:`write_folder` may replace: that of a model, or an empty one."""
+    """Whether :func:`write_folder` may replace a folder: it holds a model, or is empty."""
     return path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))
 
 
@@ -105,16 +105,16 @@ def write_folder(
 ) -> Path:
     """Write config.json and model.safetensors, for `local-dir:`, `hf-hub:` and transformers' TimmWrapper.
 
-    All is written beside the place, under a temporary name, and then put there: in one step on Linux, in two renames
-    where the system cannot exchange folders. Who is killed before leaves the old folder as it was.
+    The new folder is written beside `out` under a temporary name, and then takes its place: in one step on Linux, in
+    two renames where the system cannot exchange folders. A process that is killed before leaves the old folder there.
 
     Args:
         model: A model of timm.
-        out: The folder; one of a model that is there already is replaced.
-        pretrained_cfg: Entries that differ from the model's own; None leaves one out.
+        out: The folder. A folder of a model that is already there is replaced.
+        pretrained_cfg: Entries that differ from the model's own; an entry of None is left out.
         model_args: Arguments of `timm.create_model` that the model was built with, except `num_classes`.
         card: Text of README.md.
-        check: Called with the new folder before it is put in its place; what it raises leaves the old one there.
+        check: Called with the new folder before it takes its place. If it raises, the old folder stays.
 
     Returns:
         The folder.
@@ -138,7 +138,7 @@ def write_folder(
         named = labels and len(labels) == model.num_classes
         config = dict(pretrained_cfg=cfg, **(dict(label_names=list(labels)) if named else {}))
         save_for_hf(model, str(new), model_config=config, model_args=model_args or {}, safe_serialization=True)
-        # over timm's file, which lacks the format that other loaders look for
+        # replaces timm's file, which lacks the entry `format` that other loaders look for
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, new / WEIGHTS, metadata=dict(format='pt'))
         content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
@@ -151,7 +151,7 @@ def write_folder(
         if card is not None:
             (new / CARD).write_text(card, encoding='utf-8')
         for path in new.iterdir():
-            path.chmod(0o644)  # safetensors makes it readable for its owner only
+            path.chmod(0o644)  # safetensors makes its file readable for the owner only
         if check is not None:
             check(new)
         _put(new, out, temporary / 'old')

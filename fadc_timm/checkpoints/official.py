@@ -1,7 +1,8 @@
 """The authors' FADC: their layers rebuilt, and their checkpoints converted.
 
-Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in names,
-in one convolution where theirs has several, and in the mask: sigmoid(o) there, 2*sigmoid(o) here: weights are halved.
+Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in three
+ways: the names; some of our convolutions join several of theirs; their mask is sigmoid(o) and ours 2*sigmoid(o), so the
+weights are halved.
 """
 import logging
 from typing import Any, Dict, List, Mapping, Tuple
@@ -18,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, Tensor]
 
-# Options with the one value that is supported, which is also their default in the authors' code.
+# Options of which one value is supported. It is also the default in the authors' code.
 _FIXED_OPTIONS: Dict[str, Any] = dict(
     offset_freq=None, conv_type='conv', sp_att=False, pre_fs=True, use_dct=False, normal_conv_dim=0, use_BFM=False,
     norm_cfg=None)
@@ -30,7 +31,7 @@ _CLASSES = ('AdaptiveDilatedConv', 'AdaptiveDilatedDWConv')
 
 
 def _refuse(options: Dict[str, Any], fixed: Mapping[str, Any], what: str) -> None:
-    """Take the fixed options out; raise for another value of one, and for what is left."""
+    """Take the fixed options out. Raise if one has another value, or if other options are left."""
     for name, value in fixed.items():
         if name in options and options.pop(name) != value:
             raise NotImplementedError(f'{what} with {name} other than {value!r} is not supported.')
@@ -39,7 +40,7 @@ def _refuse(options: Dict[str, Any], fixed: Mapping[str, Any], what: str) -> Non
 
 
 def _freq_select_cfg(fs_cfg: Any) -> Dict[str, Any]:
-    """Options of FADConv2d for the authors' fs_cfg, of which None means no FreqSelect."""
+    """Options of FADConv2d for the authors' fs_cfg, where None means no FreqSelect."""
     if fs_cfg is None:
         return dict(freq_select=False)
     fs_cfg = dict(fs_cfg)
@@ -81,7 +82,7 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
     fs_cfg = _freq_select_cfg(options.pop('fs_cfg', dict(k_list=(2, 4, 8), lowfreq_att=False)))
     _refuse(options, _FIXED_OPTIONS, class_name)
     if padding_mode not in _PADDING_MODES:
-        raise NotImplementedError(f'padding_mode={padding_mode!r} is not supported, but {list(_PADDING_MODES)} are.')
+        raise NotImplementedError(f'padding_mode={padding_mode!r} is not supported; these are: {list(_PADDING_MODES)}.')
     if kernel_decompose not in ('both', 'low', 'high', None):
         raise NotImplementedError(f'kernel_decompose={kernel_decompose!r} is not supported.')
     if bias == 'auto':
@@ -95,7 +96,7 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
         raise NotImplementedError(f'{class_name} with lowfreq_att is not supported.')
     if depthwise and kernel_decompose is None and dilation != 1:
         raise NotImplementedError(f'{class_name} with dilation={dilation} and without AdaKern is not supported.')
-    # their layers pad k // 2 pixels whatever `padding` says, but for the depthwise one without a padding_mode
+    # their layers pad k // 2 pixels whatever `padding` says, except the depthwise one without a padding_mode
     inner = padding if depthwise and padding_mode is None else k // 2
     return FADConv2d(
         in_channels, out_channels, k, stride, inner + (k // 2) * (dilation - 1), dilation, groups, bias,
@@ -104,7 +105,7 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
 
 
 class _Keys:
-    """A state dict that is used up key by key."""
+    """A state dict whose keys are taken out one by one, and that knows which keys were missing."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
         self.left = dict(state_dict)
@@ -128,16 +129,16 @@ class _Keys:
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """The authors' 1x1 convolution of a vector is our product; a bias stays as it is."""
+    """The weight of the authors' 1x1 convolution of a vector as the matrix of our product; a bias stays as it is."""
     return t.flatten(1) if t.dim() > 1 else t
 
 
 def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDict:
-    """A state dict of one of the authors' layers as that of a FADConv2d. Linear in every weight, so gradients pass.
+    """Convert the state dict of one of the authors' layers to one for an FADConv2d. Gradients flow through.
 
     Args:
-        state_dict: In their naming.
-        layer: The layer that it is for.
+        state_dict: The state dict, with the authors' names.
+        layer: The layer that the result is for.
 
     Raises:
         RuntimeError: Keys are missing or left over; the message names them.
@@ -185,14 +186,14 @@ def load_layer(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[s
 
     Args:
         class_name: 'AdaptiveDilatedConv' or 'AdaptiveDilatedDWConv'.
-        kwargs: Their constructor arguments; besides, `dilation_act='relu'` for the code of April 2024.
-        state_dict: Their state dict.
+        kwargs: The constructor arguments of the authors' layer; add `dilation_act='relu'` for the code of April 2024.
+        state_dict: The state dict of the authors' layer.
 
     Returns:
         The layer in eval mode.
 
     Raises:
-        NotImplementedError: An option, or a value of one, that is not supported; the message names it.
+        NotImplementedError: An option, or its value, is not supported; the message names it.
         RuntimeError: Keys are missing or left over; the message names them.
     """
     layer = _build_layer(class_name, kwargs)
@@ -220,10 +221,10 @@ def _rename_stem(key: str, conv1_is_deep: bool) -> str:
 
 
 def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
-    """An mmsegmentation checkpoint of the authors as a state dict for a timm model.
+    """Convert an mmsegmentation checkpoint of the authors to a state dict for a timm model.
 
     Args:
-        state_dict: The checkpoint, with or without its outer 'state_dict'. Heads are ignored and counted in a log line.
+        state_dict: The checkpoint, with or without its outer 'state_dict'. Heads are ignored; the log says how many.
         model: An FADC ResNet. Its classifier, which no segmentation checkpoint has, keeps its values.
 
     Returns:

@@ -5,6 +5,7 @@ from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from .._writing import markdown_table
 from ..models._family import family_of
 from ..models.cost import Cost, model_cost
 
@@ -14,10 +15,10 @@ __all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card']
 class Base(NamedTuple):
     """Where the weights of the base come from.
 
-    repository: On the Hub, `owner/name`.
-    revision: Commit, 40 hexadecimal digits; None where it is not known: then the newest is taken, and the card says
-        which that was.
-    sha256: Of its weights file, 64 hexadecimal digits; None where it is not known.
+    repository: Its name on the Hub, `owner/name`.
+    revision: Commit, 40 hexadecimal digits. None if it is not known: then the newest commit is taken, and the card
+        names it.
+    sha256: Hash of the weights file, 64 hexadecimal digits; None if it is not known.
     """
     repository: str
     revision: Optional[str]
@@ -29,11 +30,11 @@ class Metric(NamedTuple):
 
     name: For instance 'top-1'.
     value: In percent.
-    dataset: What it was measured on.
-    of: 'base' (of the base's own weights) or 'model' (of these weights with FADC) or 'plain' (of a plain base that was
-        trained in the same way).
-    image_size: Pixels.
-    source: Address or command that it comes from.
+    dataset: The data that it was measured on.
+    of: What was measured: 'base' (the base with its own weights), 'model' (the published model) or 'plain' (a plain
+        base that was trained in the same way).
+    image_size: Side of the input in pixels.
+    source: Address or command that the figure comes from.
     """
     name: str
     value: float
@@ -46,16 +47,16 @@ class Metric(NamedTuple):
 class HubConfig(NamedTuple):
     """A model to publish.
 
-    model: `<arch>_fadc.<tag>`, registered with timm, and the file's name.
-    repository: Ours on the Hub, `owner/name`, with the model as its name.
-    base: Whose weights are lifted; None for weights of our own in the package.
-    made: How it was made, in a sentence; that of lifted weights begins with 'base weights, identity FADC'.
+    model: `<arch>_fadc.<tag>` as registered with timm; also the name of the configuration file.
+    repository: Our repository on the Hub, `owner/name`; the name is the model's.
+    base: The base whose weights are lifted; None for the package's own weights.
+    made: How the model was made, in one sentence. For lifted weights it begins with 'base weights, identity FADC'.
     licence: As in timm's pretrained_cfg.
-    datasets: Names on the Hub of the data that it was trained on.
+    datasets: The data sets that the model was trained on, by their names on the Hub.
     metrics: Figures and their sources.
     model_args: Arguments of `timm.create_model` that differ from the defaults.
-    expected_logits: Of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the weights have
-        been at hand once.
+    expected_logits: The logits of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the model
+        was built once with its weights.
     """
     model: str
     repository: str
@@ -69,11 +70,11 @@ class HubConfig(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A model and what was found out about it.
+    """A model and what its building found out.
 
-    model: In eval mode.
-    logits: (num_classes,), of the fixed input.
-    base: Where its weights come from, with the revision and hash that were found; None without a base.
+    model: The model, in eval mode.
+    logits: (num_classes,), the logits of the fixed input.
+    base: Where the weights come from, with the revision and hash that were found; None without a base.
     error: Relative error of the logits against the base's; None without a base.
     """
     model: nn.Module
@@ -155,12 +156,6 @@ def _front_matter(config: HubConfig) -> str:
     return f'---\n{data.to_yaml()}\n---'
 
 
-def _table(rows: List[List[str]]) -> str:
-    header, *rest = rows
-    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rest]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def _figure(metrics: List[Metric], of: str) -> str:
     return ', '.join(f'{m.value:.2f} ({m.image_size} px)' for m in metrics if m.of == of)
 
@@ -169,11 +164,12 @@ def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[
     arch = config.model.partition('.')[0]
     names = sorted({m.name for m in config.metrics})
     theirs = 'base' if config.base else 'plain'
-    rows = [['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]]
+    header = ['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]
+    rows = []
     for name, c, of in ((arch.removesuffix('_fadc'), base_cost, theirs), (arch, cost, 'model')):
         rows.append([f'`{name}`', f'{c.params:.2f}', f'{c.gmacs:.2f}', f'{c.activations:.2f}', *(
             _figure([m for m in config.metrics if m.name == n], of) or 'not measured' for n in names)])
-    text = _table(rows)
+    text = markdown_table(header, rows)
     if error is not None:
         text += (
             '\n\nThe FADC layers are at their identity, where they compute what the convolutions did that they stand '
@@ -220,8 +216,8 @@ def build_card(config: HubConfig, built: Built) -> str:
     """The card of a model, as the text of README.md.
 
     Args:
-        config: What is published, with our repository in it.
-        built: The model; parameters, GMACs and activations are counted at its input size, feature maps likewise.
+        config: What is published.
+        built: The model. Parameters, GMACs, activations and the shapes of feature maps are for its input size.
     """
     arch = config.model.partition('.')[0]
     base = arch.removesuffix('_fadc')

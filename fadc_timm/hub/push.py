@@ -15,12 +15,12 @@ class Refused(RuntimeError):
 
 
 class Pushed(NamedTuple):
-    """What happened.
+    """What :func:`push_folder` did.
 
-    commit: Its id; that of the commit before where nothing had changed.
-    url: Of the commit.
+    commit: The id of the new commit, or of the previous one if nothing changed.
+    url: The address of the commit.
     uploaded: Names of the files that were sent.
-    other: Names of the files that the repository has besides.
+    other: Names of the repository's other files.
     """
     commit: str
     url: str
@@ -29,10 +29,10 @@ class Pushed(NamedTuple):
 
 
 def uploads(folder: Union[str, Path]) -> List[Path]:
-    """The files of a folder that are published.
+    """The three files of a folder that are published: the card, the configuration and the weights.
 
     Raises:
-        Refused: The folder has other files, or lacks one of these.
+        Refused: The folder has other files, or lacks one of the three.
     """
     wanted = {CARD, CONFIG, WEIGHTS}
     there = {p.name for p in Path(folder).iterdir()}
@@ -44,18 +44,18 @@ def uploads(folder: Union[str, Path]) -> List[Path]:
 def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool = False) -> Pushed:
     """Publish a folder: create the repository if it is not there, and add all files in one commit.
 
-    Weights are uploaded first and become visible by that commit alone, so what is interrupted publishes nothing. The
-    commit names the one before, so it fails if somebody else's came between. The token is the client's (`hf auth
-    login` or HF_TOKEN).
+    The files are uploaded first, and the commit makes them visible: an interrupted push publishes nothing. The commit
+    names its parent, so it fails if somebody else committed in between. The token is the one of huggingface_hub (`hf
+    auth login` or HF_TOKEN).
 
     Args:
-        folder: With config.json, model.safetensors and README.md.
+        folder: A folder with config.json, model.safetensors and README.md.
         repository: `owner/name`.
         update_card: Replace a README.md that is already there.
 
     Raises:
-        Refused: The folder is not complete, or the repository afterwards has something else than was sent.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refused, or could not be reached.
+        Refused: The folder is not complete, or the repository does not hold what was sent.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused the push, or could not be reached.
     """
     files = uploads(folder)
     api = HfApi(library_name='fadc_timm')
@@ -68,7 +68,7 @@ def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool 
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, allow_patterns=names, commit_message='Add model',
             parent_commit=parent)
-    except RuntimeError as e:  # the client's, about a file; what happened to it is the cause
+    except RuntimeError as e:  # huggingface_hub names the file, and the cause says what happened to it
         raise Refused(f'{repository}: {e} {e.__cause__ or ""}'.rstrip()) from e
     info = api.model_info(repository, revision=commit.oid, files_metadata=True)
     remote = {s.rfilename: s for s in info.siblings or ()}

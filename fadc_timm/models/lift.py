@@ -39,14 +39,14 @@ class LiftReport(NamedTuple):
 
 
 def _names(model: nn.Module) -> List[str]:
-    """Names of all modules; one that stands in two places has both."""
+    """Names of all modules; a module that stands in two places has both names."""
     return [name for name, _ in model.named_modules(remove_duplicate=False)]
 
 
 def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
-    """Top modules of each stage: those after the previous feature of timm's feature_info, up to the stage's own.
+    """Names of the modules of each stage: all after the previous feature of timm's feature_info, up to the stage's own.
 
-    A stage is a feature at stride 4 or more; what is before the first of them and at stride 2 is the stem.
+    Each feature at stride 4 or more is a stage. The modules at stride 2 before the first stage are the stem.
     """
     info = getattr(model, 'feature_info', None)
     if info is None:
@@ -96,7 +96,7 @@ def _why_left(conv: nn.Conv2d, parts: Set[nn.Module]) -> Optional[str]:
     if isinstance(conv, FADConv2d):
         return 'a FADConv2d already'
     if type(conv) is not nn.Conv2d:
-        return f'of class {type(conv).__name__}, which may compute something else than nn.Conv2d'
+        return f'of class {type(conv).__name__}, which may not compute what nn.Conv2d computes'
     if max(conv.kernel_size) == 1:
         return 'a 1x1 kernel, which has no taps to dilate'
     return None
@@ -111,16 +111,16 @@ def _why_misfit(conv: nn.Conv2d, **cfg: Any) -> Optional[str]:
 
 
 def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) -> LiftReport:
-    """Let FADConv2d take over the k x k convolutions of a network, in place. Its function stays the same.
+    """Let FADConv2d take over the k x k convolutions of a network, in place. The network computes the same as before.
 
     Args:
-        model: Any network of convolutions. Its other modules, and the names of its parameters, stay.
+        model: Any network of convolutions. Its other modules and the names of its parameters stay as they are.
         stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
             or names of modules, which select everything inside of them.
         **cfg: Options of FADConv2d.
 
     Returns:
-        What was replaced, and what was left for which reason.
+        Which convolutions were replaced, and which were left and why.
 
     Raises:
         TypeError: model is no module, or an option is none of FADConv2d's.
@@ -145,7 +145,7 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
             try:
                 lifted[conv] = FADConv2d.from_conv(conv, **cfg)
             except ValueError as e:
-                # the convolution does not fit, which is a reason to leave it, or an option is wrong
+                # either the convolution does not fit, and is left, or an option is wrong
                 reason = _why_misfit(conv, **({'padding_mode': 'zeros'} if 'padding_mode' in cfg else {}))
                 if reason is None:
                     raise ValueError(f'{name}: {e}') from e

@@ -1,4 +1,4 @@
-"""A convolution of few outputs on tensor cores: with as many as these want, in one launch for weight and bias."""
+"""A convolution with few outputs on tensor cores: one launch pads weight and bias with zeros to a multiple of 8."""
 import functools
 from typing import Any, Tuple
 
@@ -19,7 +19,7 @@ _MULTIPLE = 8
 def wants_padding(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether :func:`padded_conv2d` is the way to convolve x in this dtype.
 
-    cuDNN pads outputs that are no multiple of 8 too, of each map, in several launches.
+    Without it, cuDNN pads too if the number of outputs is no multiple of 8, but pads each map, in several launches.
     """
     return (triton_support.is_default_on(x.device.type) and dtype in (torch.float16, torch.bfloat16)
             and weight.shape[0] % _MULTIPLE != 0 and is_plain_eager(x, weight)
@@ -56,13 +56,13 @@ class _PadOutputs(torch.autograd.Function):
 
 
 def padded_conv2d(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, *options: Any) -> Tensor:
-    """F.conv2d of x, in a dtype.
+    """F.conv2d of x in a dtype, with outputs padded to a multiple of 8.
 
     Args:
         x: Map (B, C, H, W).
         weight: (O, C/groups, k, k).
         bias: (O,).
-        dtype: That of the products and of the result.
+        dtype: The dtype of the products and of the result.
         *options: stride, padding, dilation, groups; groups must be 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What Triton kernels of several operators compute, and small kernels of none. Needs Triton: imported at their use."""
+"""What Triton kernels of several operators compute, and small kernels of no operator. Importing this needs Triton."""
 import triton
 import triton.language as tl
 
@@ -7,13 +7,13 @@ __all__ = ['dot', 'pad_outputs', 'probe', 'round_to', 'twice_sigmoid']
 
 @triton.jit
 def probe(out):
-    """Nothing of use: whether it runs is the question."""
+    """Write a 1. Running it shows whether Triton works on this machine."""
     tl.store(out, 1)
 
 
 @triton.jit
 def twice_sigmoid(a, ACT: tl.constexpr):
-    """2 * sigmoid(a), or where not ACT a itself."""
+    """2 * sigmoid(a) if ACT, otherwise a itself."""
     if ACT:
         a = 2. / (1. + tl.exp(-a))
     return a
@@ -21,7 +21,7 @@ def twice_sigmoid(a, ACT: tl.constexpr):
 
 @triton.jit
 def round_to(value, into, UPCAST: tl.constexpr):
-    """value in the dtype of the memory `into`. UPCAST: round to bfloat16, where Triton's interpreter truncates."""
+    """value in the dtype of the memory `into`. UPCAST: round to bfloat16 here, as the interpreter truncates."""
     if UPCAST:
         if into.dtype.element_ty == tl.bfloat16:
             bits = value.to(tl.float32).to(tl.int32, bitcast=True)
@@ -32,7 +32,7 @@ def round_to(value, into, UPCAST: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b. UPCAST: in float32, as Triton's interpreter has no products in bfloat16."""
+    """acc + a @ b. UPCAST: in float32, because Triton's interpreter has no products in bfloat16."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -44,7 +44,10 @@ def pad_outputs(
         outputs, channels, padded, w_o, w_c, w_k,
         TAPS: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """weight (O, C, k, k) and bias (O,) with zeros for more outputs, channels_last. Grid: blocks of elements."""
+    """Copy weight (O, C, k, k) and bias (O,), with zeros for outputs from O to `padded`; the copy is channels_last.
+
+    Grid: blocks of elements.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < padded * TAPS * channels
     o, k, c = at // (TAPS * channels), at // channels % TAPS, at % channels

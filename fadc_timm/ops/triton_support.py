@@ -1,6 +1,6 @@
 """Whether Triton can be used, and how its kernels are launched.
 
-Triton is optional. It is only imported here and where its kernels are, at their first use.
+Triton is optional. Only this module and the modules of kernels import it, at their first use.
 """
 import functools
 import warnings
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not_on']
 
-MINIMUM = (3, 5)  # torch 2.9 brings it; 3.2 and 3.3 lack float64 products, and fail in other places
+MINIMUM = (3, 5)  # the version with torch 2.9; Triton 3.2 and 3.3 have no float64 products, and fail in other places
 
 
 @functools.cache
 def unavailable() -> Optional[str]:
-    """Why there is no Triton to be used, or None."""
+    """Why Triton cannot be used, or None."""
     try:
         import triton
     except ImportError as e:
@@ -32,7 +32,7 @@ def unavailable() -> Optional[str]:
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on a CPU. That is settled at the first call."""
+    """Whether the kernels run in Triton's interpreter, on a CPU. The first call settles the answer."""
     import triton
 
     def probe():
@@ -43,12 +43,12 @@ def is_interpreted() -> bool:
 
 @functools.cache
 def _why_not_on_cuda() -> Optional[str]:
-    """Why a kernel cannot be compiled and run on this machine's GPU, or None. It is tried once."""
+    """Why a kernel cannot be compiled and run on this machine's GPU, or None. The first call tries it."""
     if is_interpreted() or not torch.cuda.is_available():
-        return None  # nothing runs: tensors on this device are fake
+        return None  # CUDA tensors are then fake, and no kernel runs on them
     try:
         from .triton_math import probe
-        with _disable_current_modes():  # the first call may be one on fake tensors, as tracing makes them
+        with _disable_current_modes():  # the first call may be on fake tensors, while torch traces
             out = torch.empty(1, dtype=torch.int32, device='cuda')
             launch(Launch(probe, (1,), (), ()), out)
     except Exception as e:
@@ -66,13 +66,13 @@ def why_not_on(device_type: str) -> Optional[str]:
         return _why_not_on_cuda()
     if device_type == 'meta' or (device_type == 'cpu' and is_interpreted()):
         return None
-    return (f'Triton does not run on {device_type}, but for a CPU if TRITON_INTERPRET=1 is in the environment before '
+    return (f'Triton does not run on {device_type}, except on a CPU if TRITON_INTERPRET=1 is in the environment before '
             'the first use')
 
 
 @torch.compiler.assume_constant_result
 def is_default_on(device_type: str) -> bool:
-    """Whether Triton's kernels are what runs on a device where no backend is named: on CUDA, if they can run there.
+    """Whether Triton's kernels run on a device if no backend is named: on CUDA, if they can run there.
 
     If they cannot, the first call warns with the reason.
     """
@@ -88,7 +88,7 @@ def _is_default_on_cuda() -> bool:
 
 
 def block(n: int, low: int, high: int) -> int:
-    """The power of two for n, within bounds: sides of a kernel's blocks."""
+    """The side of a kernel's block for n elements: the next power of two, within bounds."""
     return min(max(1 << (n - 1).bit_length(), low), high)
 
 
@@ -100,17 +100,17 @@ def cdiv(a: int, b: int) -> int:
 def types_of(dtype: torch.dtype) -> Tuple[Any, bool]:
     """Triton's type to accumulate in for tensors of a dtype, and whether kernels have to round to bfloat16 themselves.
 
-    Triton's interpreter truncates where a GPU rounds.
+    They have to in Triton's interpreter, which truncates where a GPU rounds.
     """
     import triton.language as tl
     return tl.float64 if dtype == torch.float64 else tl.float32, dtype == torch.bfloat16 and is_interpreted()
 
 
 class Launch:
-    """A kernel with all but its tensors: `kernel[grid](*tensors, *numbers, *constants)`.
+    """A kernel with all its arguments except the tensors: `kernel[grid](*tensors, *numbers, *constants)`.
 
-    A kernel's parameters have that order: pointers, numbers, constants of the compiler. Launches are made once for
-    shapes, strides and dtypes, and kept: each remembers what the compiler made of it, so that the next call need not
+    So the parameters of a kernel have this order: pointers, numbers, constants of the compiler. A launch is made once
+    per set of shapes, strides and dtypes, and kept. It remembers the compiled kernel, so that the next call need not
     ask Triton for it.
 
     Args:
@@ -135,12 +135,12 @@ class Launch:
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
         self.num_warps, self.num_stages = num_warps, num_stages
-        # by device, and by dtype and alignment of each tensor
+        # compiled kernels by device, and by dtype and alignment of each tensor
         self.kept: Dict[Tuple[Any, ...], Any] = {}
 
 
 def launch(this: Launch, *tensors: Optional[Tensor]) -> None:
-    """Launch on the current stream of the current device. All launches go through here."""
+    """Launch a kernel on the current stream of the current device. All launches go through this function."""
     if is_interpreted():
         this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
         return

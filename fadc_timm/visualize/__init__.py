@@ -1,6 +1,6 @@
 """Pictures of what FADC layers do to an image: dilation maps and band weights; spectra of features and kernels.
 
-Matplotlib is imported where a figure is drawn only: importing fadc_timm must not cost its import.
+Only the functions that draw import matplotlib, so that importing fadc_timm does not take longer.
 """
 from ._common import save
 from .dilation import LayerRecord, StageSummary, collect, figure, summarize, table

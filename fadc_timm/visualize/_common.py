@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Union
 import torch
 from torch import nn
 
+from .._writing import write_atomically
 from ..layers.hooks import LayerCall, watch_layers
 
 if TYPE_CHECKING:
@@ -52,16 +53,12 @@ def stride_of(output: torch.Tensor, x: torch.Tensor) -> int:
 
 
 def save(fig: 'Figure', path: Union[str, os.PathLike]) -> Path:
-    """Write a figure as PNG, whole or not at all: to a temporary name beside it, then renamed.
+    """Write a figure as PNG, whole or not at all.
 
     Raises:
         OSError: The folder is missing or cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        fig.savefig(temporary, format='png', metadata={'Software': None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(
+        path, lambda part: fig.savefig(part, format='png', metadata={'Software': None}), make_folder=False)
     return path

@@ -4,7 +4,7 @@
     stages = summarize(records)                     # one entry per stage
     save(figure(photo, stages), 'fadc.png')
 
-Matplotlib is imported inside `figure` only: importing fadc_timm must not cost its import.
+Only `figure` imports matplotlib, so that importing fadc_timm does not take longer.
 """
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'summarize', 'table']
 
-_CONSTANT = 0.01  # a map that varies by less is called constant: an identity start is off by eps = 1e-5 only
+_CONSTANT = 0.01  # a map that varies by less is called constant: FADC at its identity varies by eps = 1e-5
 
 
 @dataclass
@@ -70,7 +70,7 @@ class StageSummary:
 
 
 def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
-    """(2, 4, 8), 4 -> ['1/2-1', '1/4-1/2', '1/8-1/4', '0-1/8'], fractions of Nyquist; the last if it has a map too."""
+    """(2, 4, 8), 4 -> ['1/2-1', '1/4-1/2', '1/8-1/4', '0-1/8'], fractions of Nyquist, one label per map."""
     edges = ['1', *(f'1/{b:g}' for b in bands), '0']
     return [f'{low}-{high}' for high, low in zip(edges, edges[1:])][:maps]
 
@@ -108,15 +108,16 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
 def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSummary]:
     """Average records to one map of each kind per stage.
 
-    Groups (AdaDR's G, FreqSelect's S) are averaged too. Weight maps are brought to the size of the stage's output, as
-    those of a strided layer are finer. Layers with other bands than the stage's first are left out of its weights.
+    Groups (AdaDR's G, FreqSelect's S) are averaged too. Weight maps are resized to the stage's output, because the
+    weight maps of a strided layer are finer. Only layers with the same bands as the stage's first layer count for its
+    weights.
 
     Args:
         records: From `collect`.
         index: Which image of the batch.
 
     Returns:
-        One summary per stage, in the order they ran; layers of different output size are different stages.
+        One summary per stage, in the order of the calls; layers of different output sizes form different stages.
     """
     groups: Dict[Tuple[str, int, int], List[LayerRecord]] = {}
     for r in records:
@@ -151,7 +152,7 @@ def table(stages: Sequence[StageSummary]) -> str:
 
 
 def _spread(values: np.ndarray) -> Tuple[str, float, float]:
-    """A caption and a colour range: percentiles, so that a lone pixel at the border does not set the scale."""
+    """A caption and a colour range. The range is made of percentiles, so that no lone pixel at the border sets it."""
     low, high = float(values.min()), float(values.max())
     if high - low < _CONSTANT:
         return f'constant {values.mean():.2f}', low - 0.5, high + 0.5
@@ -181,7 +182,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     grey = photo if photo.ndim == 2 else photo[..., :3] @ (0.299, 0.587, 0.114)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))
-    # lengths in inches from the upper left corner, at 100 pixels an inch
+    # lengths in inches from the upper left corner, at 100 pixels per inch
     margin, gap, head, caption, bar = 0.3, 0.25, 0.95, 0.5, 0.8
     fig_w = max(16., 2 * margin + (len(stages) + 1) * (2.8 + gap))
     w = (fig_w - 2 * margin - len(stages) * gap) / max(4, len(stages) + 1)
@@ -199,7 +200,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     def panel(column: int, y: float, name: str, line: str) -> Any:
         x = margin + column * (w + gap)
-        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), INK, 'bold')  # 10 and 14 characters an inch
+        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), INK, 'bold')  # 10 and 14 characters per inch
         write(x, y + 0.41, line, 9.5 * min(1., 14 * w / len(line)))
         ax = axes(x, y + caption, w, h)
         ax.set_axis_off()

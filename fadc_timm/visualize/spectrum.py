@@ -3,8 +3,8 @@
     layers = collect_spectra(model, x)                         # of every FADConv2d that ran
     save(spectrum_figure(first_of_stages(layers)), 'spectrum.png')
 
-Frequencies are in cycles per pixel of the layer's input map, -0.5 to 0.5. FreqSelect's bands are square rings in
-that plane, so profiles go by max(|u|, |v|).
+Frequencies (u, v) are in cycles per pixel of the layer's input map, -0.5 to 0.5. FreqSelect's bands are square rings
+in the plane of these frequencies, so profiles go by max(|u|, |v|).
 """
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
@@ -34,11 +34,11 @@ class LayerSpectra:
     Attributes:
         name: Name of the layer in the model.
         shape: (C, H, W) of its input.
-        bands: FreqSelect's, as fractions 1/f of Nyquist; () where there is none.
+        bands: The factors f of FreqSelect's bands, whose edges lie at 1/f of Nyquist; () without FreqSelect.
         features: (H, W), mean over images and channels of |DFT|^2 / (H*W) of the input.
-        selected: (H, W), the same of FreqSelect's output, or None where there is none.
+        selected: (H, W), the same mean for FreqSelect's output; None without FreqSelect.
         kernel: (65, 65), mean over pairs of channels of the kernel's squared response, at dilation 1.
-        adapted: (65, 65), the same of the kernels that AdaKern makes for these images, or None where there is none.
+        adapted: (65, 65), the same mean for the kernels that AdaKern makes for these images; None without AdaKern.
     """
     name: str
     shape: Tuple[int, int, int]
@@ -55,14 +55,15 @@ def frequencies(n: int, kernel: bool = False) -> np.ndarray:
 
 
 def _feature_spectrum(x: Tensor) -> np.ndarray:
-    """(H, W) of a map (B, C, H, W)."""
+    """The power spectrum (H, W) of a map (B, C, H, W)."""
     x = x.to(accumulation_dtype(x.dtype))
     power = torch.fft.fft2(x, norm='ortho').abs().square().mean(dim=(0, 1))
     return torch.fft.fftshift(power).double().cpu().numpy()
 
 
 def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
-    """(65, 65) of kernels (..., k, k): the quadratic form of their taps' second moments, so none is transformed."""
+    """The mean power spectrum (65, 65) of kernels (..., k, k), from the second moments of their taps: no kernel is
+    transformed by itself."""
     k = kernels.shape[-1]
     taps = kernels.reshape(-1, k * k).double().cpu()
     moments = (taps.T @ taps / len(taps)).numpy()
@@ -73,7 +74,7 @@ def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
 
 
 def _adapted_kernels(call: LayerCall) -> Tensor:
-    """(B, O, C/groups, k, k)."""
+    """The kernels that AdaKern makes for each image, (B, O, C/groups, k, k)."""
     low_in, low_out, high_in, high_out = (None if g is None else g.float() for g in call.gains)
     return sample_kernels(call.layer.weight.float(), (low_in, low_out, high_in, high_out), call.layer.groups)
 
@@ -105,7 +106,7 @@ def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
 
 
 def first_of_stages(spectra: Sequence[LayerSpectra]) -> List[LayerSpectra]:
-    """The first layer of each stage: in most networks the strided one, which aliases most and has the largest input."""
+    """The first layer of each stage: in most networks it is strided, aliases most and has the largest input."""
     return list({stage_name(s.name): s for s in reversed(spectra)}.values())[::-1]
 
 
@@ -116,11 +117,11 @@ def _rings(power: np.ndarray, kernel: bool) -> np.ndarray:
 
 
 def profile(power: np.ndarray, kernel: bool = False) -> Tuple[np.ndarray, np.ndarray]:
-    """Mean power on square rings: max(|u|, |v|) of each ring in cycles per pixel, and the power there.
+    """Mean power on square rings: the frequency max(|u|, |v|) of each ring in cycles per pixel, and its mean power.
 
     Args:
         power: (H, W) spectrum; rings are as wide as its shorter axis resolves.
-        kernel: Whether it is that of a kernel.
+        kernel: Whether the spectrum is a kernel's.
     """
     n = min(power.shape) - int(kernel)  # a kernel's axis has both -0.5 and 0.5
     ring = np.minimum(np.round(_rings(power, kernel) * n), n // 2).astype(int).ravel()
@@ -130,14 +131,14 @@ def profile(power: np.ndarray, kernel: bool = False) -> Tuple[np.ndarray, np.nda
 
 
 def high_share(power: np.ndarray, kernel: bool = False) -> float:
-    """Share of the power at max(|u|, |v|) above 1/4 cycle a pixel, the zero frequency left out; NaN without power."""
+    """Share of the power at max(|u|, |v|) above 1/4 cycle per pixel, without the zero frequency; NaN without power."""
     ring = _rings(power, kernel)
     rest = power[ring > 0].sum()
     return float(power[ring > 0.25].sum() / rest) if rest > 0 else float('nan')
 
 
 def spectrum_table(spectra: Sequence[LayerSpectra]) -> str:
-    """A text table: per layer the share of the power above 1/4 cycle a pixel, before and after."""
+    """A text table: per layer the share of the power above 1/4 cycle per pixel, before and after."""
     rows = [['layer', 'input', 'features', 'after FreqSelect', 'kernel', 'after AdaKern']]
     for s in spectra:
         shares = [
@@ -146,7 +147,7 @@ def spectrum_table(spectra: Sequence[LayerSpectra]) -> str:
         rows.append([s.name, 'x'.join(map(str, s.shape)), *shares])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return '\n'.join(['share of the power above 1/4 cycle a pixel, the zero frequency left out:', *lines])
+    return '\n'.join(['share of the power above 1/4 cycle per pixel, the zero frequency left out:', *lines])
 
 
 def _log(power: np.ndarray, floor: float) -> np.ndarray:
@@ -156,7 +157,7 @@ def _log(power: np.ndarray, floor: float) -> np.ndarray:
 def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: str = '') -> 'Figure':
     """Draw a column per layer: features before and after FreqSelect, kernels before and after AdaKern.
 
-    Maps are log10 of the power, before and after on one scale; below them the profiles over max(|u|, |v|).
+    Maps show log10 of the power, with one scale for before and after. Below them are the profiles over max(|u|, |v|).
 
     Args:
         spectra: From `collect_spectra`, one or more; three columns fill the width.

@@ -34,7 +34,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ class Case(NamedTuple):
     what: str
     batch: int = 1
     size: int = SMALL
-    target: Optional[float] = None
+    target: float | None = None
     compile: str = 'no'
-    eager_target: Optional[float] = None
+    eager_target: float | None = None
 
     @property
     def name(self) -> str:
@@ -116,12 +116,12 @@ CUDA_CASES = (
 )
 
 
-def targets(case: Case) -> Dict[str, float]:
+def targets(case: Case) -> dict[str, float]:
     """The largest ratio by variant."""
     return {} if case.target is None else dict.fromkeys(('fadc', 'triton'), case.target)
 
 
-def check_same(models: Dict[str, nn.Module], x: Tensor, device: str) -> None:
+def check_same(models: dict[str, nn.Module], x: Tensor, device: str) -> None:
     """Raise unless today's way and ours compute the same, and something finite."""
     outputs = {}
     with torch.inference_mode():
@@ -142,15 +142,15 @@ def _skipped_graphs() -> int:
     return int(torch._dynamo.utils.counters['inductor']['cudagraph_skips'])
 
 
-def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
     """inference, train."""
     models = make_models(case.model, args.variants)
     x = torch.randn(case.batch, 3, case.size, case.size)
     check_same(models, x, setting.device)
     torch.compiler.reset()
     clock = Clock(setting.device)
-    formats: Dict[str, str] = {}
-    steps: Dict[str, Step] = {}
+    formats: dict[str, str] = {}
+    steps: dict[str, Step] = {}
 
     def add(name: str, model: nn.Module, setting: Setting) -> None:
         def make(memory_format: str, compile: str = 'no') -> Step:
@@ -190,11 +190,11 @@ def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> Lis
     return rows
 
 
-def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
     models = make_models(case.model, args.variants)
     clock = Clock(setting.device)
-    formats: Dict[str, str] = {}
-    steps: Dict[str, Step] = {}
+    formats: dict[str, str] = {}
+    steps: dict[str, Step] = {}
     for size in (SMALL, case.size):
         x = torch.randn(case.batch, 3, size, size)
         check_same(models, x, setting.device)
@@ -214,10 +214,10 @@ def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) ->
     return make_rows(case.name, case.what, samples, formats, environment(setting), targets(case), unit='x')
 
 
-def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
     x = torch.randn(case.batch, 3, case.size, case.size)
     samples: Samples = {}
-    formats: Dict[str, str] = {}
+    formats: dict[str, str] = {}
     for variant, source in make_models(case.model, args.variants).items():
         for memory_format in formats_to_try(args.memory_format):
             model, images = place(source, x, setting.device, memory_format)
@@ -234,7 +234,7 @@ def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> Li
     return make_rows(case.name, case.what, samples, formats, environment(setting), targets(case), unit='MB')
 
 
-def measure_import(case: Case, args: argparse.Namespace, setting: Setting) -> List[Row]:
+def measure_import(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
     code = ('import time; t0 = time.perf_counter(); import timm; t1 = time.perf_counter(); import fadc_timm; '
             'print(t1 - t0, time.perf_counter() - t0)')
     samples: Samples = {'plain': [], 'fadc': []}
@@ -256,14 +256,14 @@ MEASURE = {
     'import': measure_import}
 
 
-def measure(case: Case, args: argparse.Namespace) -> List[Row]:
+def measure(case: Case, args: argparse.Namespace) -> list[Row]:
     setting = Setting(args.device, args.amp, case.compile)
     if bool(args.amp) != (args.device == 'cuda'):
         case = case._replace(target=None, eager_target=None)
     return MEASURE[case.what](case, args, setting)
 
 
-def select_cases(args: argparse.Namespace) -> List[Case]:
+def select_cases(args: argparse.Namespace) -> list[Case]:
     """The cases of the table that the options leave, or where there is --batch or --size those that they make."""
     table = CUDA_CASES if args.device == 'cuda' else CASES
     what = args.what or WHAT
@@ -277,7 +277,7 @@ def select_cases(args: argparse.Namespace) -> List[Case]:
     return [known.get(c, c) for c in cases]
 
 
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', nargs='+', help='<base>_fadc')
     parser.add_argument('--what', nargs='+', choices=WHAT, help='quantities')

@@ -1,10 +1,11 @@
 """Tables of speed for README.md, docs/speed.md and docs/gpu.md, from the CSV files of the three benchmarks."""
 from collections.abc import Sequence
 
+from fadc_timm._writing import markdown_table
 from scripts.bench import bands as bench_bands
 from scripts.bench import model as bench_model
 from scripts.bench import op as bench_op
-from scripts.results import Row, markdown_table, read_rows
+from scripts.results import Row, read_rows
 
 __all__ = ['bands', 'headlines', 'operator', 'speed']
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from scripts.results import write_atomically
+from fadc_timm._writing import write_atomically
 
 CACHE_DIR = Path('~/.cache/fadc_timm').expanduser()
 HEIGHT, WIDTH = 2700, 5400  # the Blue Marble's own grid: plate carree, 1/15 degree, north up, first column at 180 W

@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from fadc_timm._writing import markdown_table
 from fadc_timm.visualize import save
 from scripts.bluemarble.globe import BLOCK, CACHE_DIR, CELL, HEIGHT, WIDTH, load_rasters
 from scripts.bluemarble.segmentation import CLASSES, PALETTE, ROWS, SPLITS, TILE, World, class_shares, load_world
-from scripts.results import RESULTS, markdown_table
+from scripts.results import RESULTS
 from scripts.segmentation.metrics import overlay
 
 COLOURS = ('#5cd6ff', '#ffb000', '#ff3b6b')  # of the splits

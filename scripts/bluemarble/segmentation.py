@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from fadc_timm._writing import write_atomically
 from scripts.bluemarble.globe import (
     BLOCK,
     CACHE_DIR,
@@ -29,7 +30,6 @@ from scripts.bluemarble.globe import (
     load_rasters,
     split_tiles,
 )
-from scripts.results import write_atomically
 from scripts.segmentation.pairs import IGNORE, DataError, Sample, SegmentationData
 
 CLASSES = (*CLASS_NAMES, 'lake')

@@ -17,9 +17,10 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import fadc_timm  # noqa: F401  registers the models
+from fadc_timm._writing import markdown_table, write_atomically
 from fadc_timm.models.cost import model_cost
 from scripts.bench import tables as speed_tables
-from scripts.results import RESULTS, markdown_table, write_atomically
+from scripts.results import RESULTS
 from scripts.segmentation import tables as segmentation_tables
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from scripts.results import write_atomically, write_csv
+from fadc_timm._writing import write_atomically
+from scripts.results import write_csv
 
 
 def _remove_leftovers(path: Path) -> None:

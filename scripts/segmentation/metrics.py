@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from scripts.results import write_atomically
+from fadc_timm._writing import write_atomically
 from scripts.segmentation.pairs import IGNORE
 
 

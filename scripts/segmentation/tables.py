@@ -5,7 +5,8 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from scripts.results import RESULTS, markdown_table
+from fadc_timm._writing import markdown_table
+from scripts.results import RESULTS
 from scripts.segmentation.comparison import BY_NAME, PRESETS, mean_and_deviation, paired_difference
 
 RUNS, TIMES, PLOT = (RESULTS / name for name in ('segmentation.csv', 'segmentation_time.csv', 'segmentation.png'))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from timm.utils import ParseKwargs
 from torch import nn
 
-from scripts.results import write_atomically
+from fadc_timm._writing import write_atomically
 from scripts.segmentation.batches import Samples
 from scripts.segmentation.checkpoint import Log
 from scripts.segmentation.data import DATA_SETS, open_data

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts.results import write_atomically
+from fadc_timm._writing import write_atomically
 from scripts.segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay
 from tests.support.segmentation_cases import mask_of, picture_of
 

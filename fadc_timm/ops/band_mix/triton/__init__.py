@@ -1,8 +1,8 @@
 """The band mix for CUDA: matrix products of the library, and Triton kernels between them.
 
-The products' factors have the map's dtype, their sums float32 (float64 for that). Both passes are deterministic: they
-add nothing up in an order that changes. With TRITON_INTERPRET=1 in the environment Triton interprets its kernels on a
-CPU, slowly: the tests do that. Triton is optional, and imported at the first call.
+The factors of the products have the map's dtype; sums are in float32, or float64 for a float64 map. Both passes are
+deterministic: the order of every sum is fixed. With TRITON_INTERPRET=1 in the environment, Triton interprets its
+kernels on a CPU, slowly, as in the tests. Triton is optional: the first call imports it.
 """
 from typing import List, Optional
 
@@ -25,7 +25,7 @@ def why_not(x: Tensor) -> Optional[str]:
 
 
 def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
-    """Of `mix_bands`, or NotImplementedError with the reason."""
+    """The band mix of `mix_bands`; raises NotImplementedError with the reason where the kernels cannot run."""
     reason = why_not(x)
     if reason is not None:
         raise NotImplementedError(f"backend='triton' cannot mix these bands: {reason}.")

@@ -1,12 +1,12 @@
-"""Triton kernels of the band mix that stand between products of the library.
+"""Triton kernels of the band mix, which run between matrix products of the library.
 
-The library analyses the map onto the cosines and sines of both axes: coefficients (B, J, J', C), means over the map.
-`synthesise_rows` turns them back into rows, one column for each frequency of the columns' axis that a filter keeps:
-rows (B, H, columns, C). `mix` turns these into low-passes, weighs them and adds them up. The other kernels are the
-transposes.
+The library multiplies the map by the cosines and sines of both axes: the coefficients (B, J, J', C) are means over the
+map. `synthesise_rows` turns the coefficients back into points along the height: rows (B, H, columns, C), with one
+column per filter and frequency along the width that the filter keeps. `mix` turns the rows into low-passes, weighs the
+low-passes and adds them up. The other kernels are the transposes.
 
-A column has a frequency `frequency[column]` of the columns' axis and one of the matrices `rows_basis` (matrices, H, J).
-Filters with one-sided frequencies have two columns more: they couple cosines and sines of both axes.
+A column has a frequency along the width, `frequency[column]`, and a matrix of `rows_basis` (matrices, H, J). A filter
+with one-sided frequencies on both axes has two more columns, which couple cosines and sines of both axes.
 """
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ __all__ = ['mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows', 'synthesis
 
 @triton.jit
 def _band(maps, m, live, stride_m, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr):
-    """The weight of band m at some places; after the last given one comes one band at most, which weighs 1."""
+    """The weight of band m at some places. A band without a map, which can only be the lowest, weighs 1."""
     band = tl.full(live.shape, 1., dtype=ACC)
     if m < COUNT:
         band = twice_sigmoid(tl.load(maps + m * stride_m, mask=live, other=0.).to(ACC), ACT)
@@ -32,7 +32,10 @@ def synthesise_rows(
         ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """Grid: columns of all samples, blocks of channels, blocks of rows."""
+    """Synthesis along the height: coefficients to rows.
+
+    Grid: columns of all samples, blocks of channels, blocks of rows.
+    """
     b, column = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
     j, basis = tl.load(frequency + column), rows_basis + tl.load(matrix + column) * height * count_h
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -57,9 +60,9 @@ def synthesise_rows_gradient(
         MOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr,
         BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Transpose of `synthesise_rows`, over the height. columns_of (J', MOST): the columns of a frequency, or -1.
+    """Transpose of `synthesise_rows`, over the height. columns_of (J', MOST): the columns of each frequency, then -1.
 
-    Grid: frequencies of the columns' axis of all samples, blocks of channels, blocks of frequencies of the rows' axis.
+    Grid: frequencies along the width of all samples, blocks of channels, blocks of frequencies along the height.
     """
     b, j = (tl.program_id(0) // count_w).to(tl.int64), tl.program_id(0) % count_w
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -104,10 +107,10 @@ def mix(
         FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f, and what a block adds to its mean, means (B, H * blocks, C).
+    """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f, and what each block adds to the mean of y, (B, H * blocks, C).
 
-    Grid: rows of all samples, blocks of columns, blocks of channels. A block of channels is in one of the groups, which
-    have maps of their own.
+    Grid: rows of all samples, blocks of columns, blocks of channels. A block of channels lies within one group, and
+    each group has its own maps of weights.
     """
     row = tl.program_id(0).to(tl.int64)
     b, h = row // height, row % height
@@ -137,7 +140,7 @@ def mix(
 
 @triton.jit
 def _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC: tl.constexpr):
-    """The gradient of y at some places, with that of its mean (C,) where there is one."""
+    """The gradient of y at some places, plus what the gradient of the mean of y (C,) adds, if there is one."""
     g = tl.load(grad + at, mask=live, other=0.)
     if grad_means is not None:
         m = tl.load(grad_means + at_means, mask=c_live, other=0.).to(ACC) / (height * width)
@@ -153,7 +156,7 @@ def mix_gradient(
         PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """The gradient of the maps, and of x what does not pass through the low-passes.
+    """The gradient of the maps, and the part of the gradient of x that passes no filter.
 
     Grid: rows of all samples, blocks of columns, groups.
     """
@@ -186,7 +189,7 @@ def mix_gradient(
             steps += tl.where(step[None, :] == f + 1, tl.sum(g * low, axis=1)[:, None], 0.)
     grad_maps += b * g_b + group * g_s + h * g_h + w * g_w
     for m in tl.static_range(COUNT):
-        # band m is in step m, and with the other sign in step m + 1
+        # band m enters step m with sign +, and step m + 1 with sign -
         of_band = tl.sum(tl.where(step[None, :] == m, steps, 0.) - tl.where(step[None, :] == m + 1, steps, 0.), axis=1)
         if ACT:
             band = _band(maps, m, w_live, m_m, COUNT, ACT, ACC)

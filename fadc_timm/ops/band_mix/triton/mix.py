@@ -13,7 +13,11 @@ __all__ = ['Spec', 'backward', 'forward', 'means_shape', 'spec_of']
 
 
 class Spec(NamedTuple):
-    """What a call follows from. x: Shape. maps: Strides of the maps (B, M, S, H, W), M bands, S groups."""
+    """What determines the launches of a call.
+
+    x: Shape of the map. bands, groups: M and S of the maps of weights (B, M, S, H, W). maps: Their strides.
+    act: Whether the weights are 2 * sigmoid of the maps. tf32: Whether float32 products may use TF32.
+    """
     x: Tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -39,7 +43,7 @@ def _block_w(w: int) -> int:
 
 
 def means_shape(b: int, c: int, h: int, w: int) -> Tuple[int, int, int]:
-    """Of what the blocks of a map add to its mean."""
+    """Shape of the tensor that holds what each block of y adds to the mean of y."""
     # as many as of blocks of _block_w(w), without asking about a symbolic width
     return b, h * cdiv(w, _MOST_W), c
 
@@ -70,7 +74,7 @@ def _launches(
     acc, upcast = types_of(spec.dtype)
     how = acc, 'tf32' if spec.tf32 else 'ieee', upcast
     warps = 4 if half else 8
-    # the accumulators of `mix` have width times channels numbers
+    # an accumulator of `mix` holds block_w * block_c numbers
     block_w, own = _block_w(w), c // spec.groups
     block_c = block(own, 16, 128 if half and block_w < 64 else 64)
     all_c = block(c, 16, 128 if half else 64)
@@ -109,7 +113,7 @@ def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: T
 
 
 def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor, means: Tensor) -> Tensor:
-    """Into y (B, H, W, C) and means from x (B, H, W, C), all contiguous. Returns the coefficients (B, J, J', C)."""
+    """Write y (B, H, W, C) and means from x (B, H, W, C), all contiguous. Returns the coefficients (B, J, J', C)."""
     t = _tables(spec)
     launches = _launches_of(spec, t)
     b, c, h, w = spec.x
@@ -130,14 +134,14 @@ def backward(
         grad_x: Tensor,
         grad_maps: Tensor,
 ) -> None:
-    """Into grad_x (B, H, W, C) and grad_maps (B, M, S, H, W), all contiguous except maps and grad_means."""
+    """Write grad_x (B, H, W, C) and grad_maps (B, M, S, H, W). All are contiguous except maps and grad_means."""
     t = _tables(spec)
     launches = _launches_of(spec, t, grad_means)
     b, c, h, w = spec.x
     rows = _synthesise_rows(spec, t, launches, coefficients)
     triton_support.launch(
         launches.mix_gradient, grad, grad_means, x, maps, rows, t.columns_basis, t.first_column, grad_x, grad_maps)
-    # the rows' gradients take their place
+    # the gradients of the rows take the place of the rows
     triton_support.launch(launches.rows_gradient, grad, grad_means, maps, t.columns_basis, t.filter_of, rows)
     total = torch.empty_like(coefficients)
     triton_support.launch(launches.coefficients_gradient, rows, t.rows_basis, t.columns_of, t.matrix, total)

@@ -40,20 +40,19 @@ def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> 
 
     Args:
         x: Map (B, C, H, W), best channels_last; another layout costs one copy.
-        maps: (B, M, S, H, W), any strides and float dtype: the weights of the bands, or if act what these are
-            2 * sigmoid of.
-        factors: Filters at 1/f of Nyquist, one less than there are bands.
+        maps: (B, M, S, H, W), any strides and float dtype: the weights of the bands; see act.
+        factors: The filters pass 1/f of Nyquist. There is one filter less than there are bands.
         act: Whether the weights are 2 * sigmoid(maps).
 
     Returns:
-        (B, C, H, W) channels_last; what blocks of it add to its mean (B, blocks, C), float32 or float64; and the
-        coefficients of x (B, J, J', C), which the gradient takes.
+        The mix (B, C, H, W) channels_last; what each block of the mix adds to its mean (B, blocks, C), float32 or
+        float64; and the coefficients of x (B, J, J', C), which the backward pass reads.
     """
     return _forward(x, maps, factors, act)
 
 
 def _count(n: int, factors: List[int]) -> int:
-    """Frequencies of the tables on an axis of n points."""
+    """Number of frequencies that the tables have on an axis of n points."""
     ends = [edges(n, f) for f in factors]
     return padded(max([2 * max(-low, high - 1, 0) + 1 for low, high in ends], default=1))
 
@@ -123,7 +122,7 @@ mix_bands_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator where nothing but autograd looks at it."""
+    """The operator for eager calls: autograd alone sees it, which is faster than a registered operator."""
 
     @staticmethod
     def forward(ctx, x, maps, factors, act):

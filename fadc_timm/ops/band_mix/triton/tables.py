@@ -11,14 +11,15 @@ __all__ = ['Tables', 'padded', 'tables_of']
 
 
 class Tables(NamedTuple):
-    """What the kernels want to know of some filters on maps of one size.
+    """The tables that the kernels read, for some filters and maps of one size.
 
-    basis_h (H, J), basis_w (W, J'): the frequencies of both axes, with columns of zeros up to a multiple of 8, without
-        which the library's products are slow. mean_h, mean_w: their transposes, divided by H and by W.
-    rows_basis (matrices, H, J): of each filter and of the coupled frequencies, the synthesis along the height.
+    basis_h (H, J), basis_w (W, J'): cosines and sines of both axes, with columns of zeros up to a multiple of 8, as the
+        library's products are slow without them. mean_h, mean_w: their transposes, divided by H and by W.
+    rows_basis (matrices, H, J): the synthesis along the height, one matrix per filter and per coupling.
     columns_basis (W, columns): the synthesis along the width.
-    frequency, matrix, filter_of (columns,): of each column. columns_of (J', most): the columns of each frequency.
-    first_column (filters + 1,): where the columns of a filter begin.
+    frequency, matrix, filter_of (columns,): each column's frequency, its matrix in rows_basis, and its filter.
+    columns_of (J', most): the columns of each frequency, then -1.
+    first_column (filters + 1,): where each filter's columns begin.
     """
     basis_h: Tensor
     basis_w: Tensor
@@ -34,12 +35,12 @@ class Tables(NamedTuple):
 
 
 def padded(count: int) -> int:
-    """Frequencies of a table for so many."""
+    """Width of a table with `count` frequencies: the next multiple of 8."""
     return -(-count // 8) * 8
 
 
 def _integers(values: List[int], device: torch.device) -> Tensor:
-    """int32 on the device, filled there: a copy from the host may not be captured in a CUDA graph."""
+    """An int32 tensor, filled on the device: a CUDA graph cannot capture a copy from the host."""
     out = torch.empty(len(values), dtype=torch.int32, device=device)
     for i, value in enumerate(values):
         out[i].fill_(value)
@@ -47,7 +48,7 @@ def _integers(values: List[int], device: torch.device) -> Tensor:
 
 
 def _swapped(pair: Tensor) -> Tensor:
-    """Of a cosine and a sine (n, 2) the sine negated and the cosine."""
+    """From a cosine and a sine (n, 2): the negated sine and the cosine."""
     return torch.stack((-pair[:, 1], pair[:, 0]), dim=1)
 
 
@@ -73,8 +74,8 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
         matrices.append(full)
         (k, side), (k2, side2) = rows.one_sided[f], cols.one_sided[f]
         if side * side2:
-            # of the pairs of one-sided frequencies two of the four products of exponentials pass: these couple
-            # cos cos and sin sin, and cos sin and sin cos, with the sign of the sides
+            # Both axes keep one of +k and -k, so two of the four products of exponentials pass. They couple cos cos
+            # with sin sin, and cos sin with sin cos; the sides determine the sign.
             coupled = torch.zeros_like(full)
             coupled[:, 2 * k - 1:2 * k + 1] = _swapped(rows.basis[:, 2 * k - 1:2 * k + 1])
             parts.append(-side * side2 * _swapped(cols.basis[:, 2 * k2 - 1:2 * k2 + 1]))
@@ -97,7 +98,7 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
         _integers(first_column, device))
 
 
-# Tables by their arguments, the oldest first.
+# Tables by the arguments that they were made for, the oldest first.
 _kept: Dict[Tuple[Any, ...], Tables] = {}
 _MOST_KEPT = 256
 # Tables that captured graphs read: they have to outlive the graphs.
@@ -115,7 +116,7 @@ def tables_of(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, devi
     tables = _kept.get(key)
     if tables is None:
         tables = _make_tables(*key)
-        if not capturing:  # what a capture makes is only there once the graph runs
+        if not capturing:  # a table made in a capture has no values until the graph runs
             if len(_kept) == _MOST_KEPT:
                 del _kept[next(iter(_kept))]
             _kept[key] = tables

@@ -1,7 +1,7 @@
-"""Triton backend: kernels write the samples as columns, the matrix products are the library's.
+"""Triton backend for CUDA: kernels write the samples as columns, the library multiplies them.
 
-For CUDA. With TRITON_INTERPRET=1 in the environment Triton interprets its kernels on a CPU, slowly: the tests do that.
-Triton is optional, and imported at the first call.
+With TRITON_INTERPRET=1 in the environment, Triton interprets its kernels on a CPU, slowly, as in the tests. Triton is
+optional: the first call imports it.
 """
 from typing import Optional
 
@@ -31,7 +31,7 @@ def why_not(args: ConvArgs) -> Optional[str]:
 
 
 def _gains(args: ConvArgs, into: Optional[Tensor], out: Optional[Tensor]) -> Optional[Tensor]:
-    """The gains of one part in a row (B, C + O), or where the operator is depthwise their product; None for ones."""
+    """The gains of one part side by side (B, C + O), or their product (B, C) if depthwise; None where all are one."""
     if into is None and out is None:
         return None
     if args.is_depthwise:

@@ -1,6 +1,6 @@
 """A call of the Triton backend without its tensors: shapes, strides, bundles of groups, tiles of positions.
 
-Calls are made once per shape, stride and dtype, and kept, with the launches that follow from them.
+A call is made once per set of shapes, strides and dtypes, and kept. So are the launches that follow from it.
 """
 import functools
 from typing import Any, List, NamedTuple, Optional, Tuple
@@ -13,18 +13,19 @@ from ...triton_support import cdiv, types_of
 
 __all__ = ['ACTS', 'Call', 'Spec', 'Tile', 'mask_in']
 
-# AdaDR's activations, as the kernels count them. With 0 the dilation and the mask themselves are given.
+# AdaDR's activations by the kernels' numbers. With number 0 the tensors hold the dilation and the mask themselves.
 ACTS = ('none', 'abs', 'relu', 'zero')
 
-# Channels from which on a matrix product runs well; narrower groups are bundled.
+# From this number of channels on a matrix product runs well. Narrower groups are bundled.
 _MIN_BUNDLE = 32
 
 
 class Spec(NamedTuple):
-    """What a call follows from.
+    """What determines a call.
 
-    x, dilation, weight: Shapes. dilation_strides, mask_strides: Elements; None without a mask.
-    split: Whether there are gains. act, base, gains_act: See :func:`two_step_conv2d`.
+    x, dilation, weight: Shapes. dilation_strides, mask_strides: In elements; mask_strides is None if the mask has no
+    tensor of its own.
+    split: Whether there are gains, for which the kernel is split. act, base, gains_act: See :func:`two_step_conv2d`.
     stride, padding: Of the rows and of the columns. workspace: Bytes that the columns may take at a time.
     """
     x: Tuple[int, ...]
@@ -44,7 +45,7 @@ class Spec(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some samples, or some positions of one sample, of which the workspace holds the columns."""
+    """Some samples, or some positions of one sample, whose columns fit into the workspace."""
     first_sample: int
     samples: int
     first: int
@@ -56,20 +57,24 @@ class Tile(NamedTuple):
 
 
 def mask_in(dilation: Tensor, mask: Optional[Tensor], groups: int, joint: bool) -> Tensor:
-    """Where the kernels read the mask: in the tensor of the dilation, if it holds both. Where there is none they read
-    nothing."""
+    """The tensor that the kernels read the mask from: the dilation's, if it holds both.
+
+    Without a mask it is the dilation, and the kernels do not read it as a mask.
+    """
     if joint:
         return dilation[:, groups:]
     return dilation if mask is None else mask
 
 
 class Call:
-    """What the kernels want to know of a call.
+    """What the kernels have to know about a call.
 
-    b, c, h, w: Shape of the map. o, k, out_h, out_w, area: Of the output. positions: Of the batch.
+    b, c, h, w: Shape of the map. o: Output channels. k: Side of the kernel. out_h, out_w: Size of the output.
+    area, positions: Output positions of one sample, and of the batch.
     joint: Whether the tensor of the dilation holds the mask too.
-    bundles, width, out_width: Groups put together until a matrix product runs well, with a block-diagonal kernel.
-    sampling, constants: Arguments that all kernels share that sample.
+    bundles, width, out_width: Number of bundles, and the input and output channels of each. A bundle is some groups
+        together, wide enough for a matrix product, with a block-diagonal kernel.
+    strides, centres, constants: Arguments of all kernels that sample.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -102,11 +107,11 @@ class Call:
             tl.int32 if self.h * self.w * self.c < 2 ** 31 else tl.int64)
 
     def channel_blocks(self, block_c: int) -> int:
-        """Blocks of channels, none of them across two dilation groups."""
+        """Number of blocks of channels. No block spans two dilation groups."""
         return self.dilation_groups * cdiv(self.dilation_width, block_c)
 
     def tiles(self, block_p: int) -> List[Tile]:
-        """Tiles of whole samples, or where a sample is too large, of blocks of its positions."""
+        """Tiles of whole samples or, if one sample is too large, of blocks of its positions."""
         row_bytes = self.c * (self.taps + self.split) * self.spec.dtype.itemsize
         most = max(self.spec.workspace // row_bytes, block_p)
         if most >= self.area:

@@ -15,9 +15,9 @@ __all__ = ['backward', 'contiguous_weight', 'forward']
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
 _SCATTER = 8, 32, 2
-# Positions of a program in the interpreter, whose time goes with the number of programs.
+# Positions of a program in the interpreter, whose time is proportional to the number of programs.
 _INTERPRETED = 32
-# Positions of one sample of which a program of `spread` adds up the gradients of the output gains.
+# A program of `spread` adds up the gradients of the output gains over this many positions of one sample.
 _SPREAD = 128
 
 
@@ -86,15 +86,15 @@ def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
 
 
 def contiguous_weight(weight: Tensor) -> Tensor:
-    """The weight in a layout that the kernels take: contiguous or channels_last."""
+    """The weight in a layout that the kernels can read: contiguous or channels_last."""
     is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return weight if is_dense else weight.contiguous()
 
 
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """The kernel for the products: its rest (bundles, out_width, K*K*width) over its mean (bundles, out_width, width).
+    """The kernel split for the products: its rest (bundles, out_width, K*K*width) and mean (bundles, out_width, width).
 
-    Without gains there is no mean, and the rest is the kernel.
+    Without gains there is no mean, and the rest is the whole kernel.
     """
     rest = weight.new_empty(call.bundles, call.out_width, call.taps * call.width, dtype=call.spec.dtype)
     mean = weight.new_empty(call.bundles, call.out_width, call.width, dtype=call.spec.dtype) if call.split else None
@@ -130,7 +130,7 @@ def _columns_gradient(call: Call, grad: Tensor, kernel: Tensor, out: Tensor) -> 
 
 
 def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, into: Optional[Tensor]) -> Tensor:
-    """The gradient of the kernel of :func:`_product`, plus `into`, that of earlier tiles."""
+    """The gradient of the kernel of :func:`_product`, plus `into`, the sum over earlier tiles."""
     if call.bundles == 1:
         product = torch.mm(grad.t(), columns)[None]
     else:
@@ -152,10 +152,10 @@ def forward(
         y: Tensor,
         save: bool,
 ) -> Tuple[Tensor, Tensor]:
-    """Into y (B, H', W', O) from x (B, H, W, C), both contiguous.
+    """Write y (B, H', W', O) from x (B, H, W, C), both contiguous.
 
     Returns:
-        The two parts of the output (positions, O) before the output gains, if save; else anything.
+        If save, the high and the low part of the output (positions, O) before the output gains; otherwise of no use.
     """
     weight = contiguous_weight(weight)
     call, launches = call_of(spec), _launches(spec, weight.stride(), False)
@@ -196,7 +196,7 @@ def backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of weight, bias, dilation, mask, low and high from grad (B, H', W', O) contiguous.
 
-    The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale where there is one.
+    The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale.
     """
     weight = contiguous_weight(weight)
     call, launches = call_of(spec), _launches(spec, weight.stride(), scale is not None)
@@ -222,7 +222,7 @@ def backward(
     for tile, columns, scatter in zip(launches.tiles, launches.columns, launches.scatter):
         n = tile.positions
         triton_support.launch(columns, x, dilation, masks, low, high, cols, totals)
-        # the columns' gradients take their place
+        # the gradients of the columns take the place of the columns
         g = grad_high[start:start + n]
         grad_rest = _kernel_gradient(call, g, cols[:n], grad_rest)
         _columns_gradient(call, g, rest, cols[:n])

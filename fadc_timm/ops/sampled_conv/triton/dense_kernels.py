@@ -1,15 +1,17 @@
 """Triton kernels around the matrix products of the dense and grouped operator.
 
-Forward: `pack` splits the kernel, `columns` writes masked and scaled samples, two products multiply them by the rest
-and by the mean of the kernel, `combine` applies the output gains. Backward: `spread` applies them to the gradient,
-two products and `scatter` lead to the map, the dilation and the mask, two products and `unpack` to the kernel,
-`sampling_gradient` and `gains_gradient` add up what the programs left.
+Forward: `pack` splits the kernel into mean and rest. `columns` writes masked and scaled samples. Two products multiply
+the samples by the rest and by the mean. `combine` applies the output gains.
 
-A program of `columns` and `scatter` has a block of positions of one sample and a block of channels of one dilation
-group. A tile is what the workspace holds: some samples, or some positions of one.
+Backward: `spread` applies the output gains to the gradient. Two products and `scatter_columns` give the gradients of
+map, dilation and mask; two products and `unpack` give the gradient of the kernel. `sampling_gradient` and
+`gains_gradient` add up the shares that the programs wrote.
+
+A program of `columns` and `scatter_columns` has a block of positions of one sample and a block of channels of one
+dilation group. A tile is what the workspace holds: some samples, or some positions of one.
 
 Shapes: x (B, H, W, C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H', W') of any strides; low and high,
-AdaKern's gains (B, C + O), those of the input channels first. A bundle is some groups together, with `width` input and
+AdaKern's gains (B, C + O), the input channels first. A bundle is some groups together, with `width` input and
 `out_width` output channels and a block-diagonal kernel: rest (bundles, out_width, K*K*width), mean (bundles, out_width,
 width). columns (positions of the tile, bundles, K*K, width), totals (positions of the tile, C).
 """
@@ -26,7 +28,7 @@ __all__ = [
 
 @triton.jit
 def gain(gains, at, live, ACT: tl.constexpr, ACC: tl.constexpr):
-    """The gains at some places, ones where there are none."""
+    """The gains at some places, or ones if gains is None."""
     if gains is None:
         g = tl.full(at.shape, 1., dtype=ACC)
     else:
@@ -41,9 +43,9 @@ def pack(
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """The kernel weight (O, C/groups, K*K) as the rest over its mean over the taps, and the mean.
+    """Split the weight (O, C/groups, K*K) into its mean over the taps, and the rest without it.
 
-    Without SPLIT the rest is the kernel itself. Grid: output channels, blocks of a bundle's input channels.
+    Without SPLIT the rest is the whole weight. Grid: output channels, blocks of a bundle's input channels.
     """
     o = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -93,7 +95,7 @@ def place(program, first_sample, first, count, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def channels_of(block, dilation_width, BLOCK_C: tl.constexpr):
-    """Dilation group and channels of a block, and which of them there are."""
+    """Dilation group and channels of a block, and which of these channels exist."""
     blocks = tl.cdiv(dilation_width, BLOCK_C)
     group = block // blocks
     c = block % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -103,7 +105,7 @@ def channels_of(block, dilation_width, BLOCK_C: tl.constexpr):
 @triton.jit
 def samples(x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK: tl.constexpr,
              MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
-    """The four pixels of a tap, their place and fractions, and the modulation (P,)."""
+    """The four pixels of a tap, the row and column of the first, the fractions between them, and the mask (P,)."""
     row, f = tap(d, t, centre_row)
     col, e = tap(d, u, centre_col)
     v00, v01, v10, v11 = corners(x, row, col, t, u, height, width, channels, c, live, ACC, INDEX)
@@ -118,7 +120,7 @@ def _write_tap(
         x, d, mask, into, total, high_in, alive, centre_row, centre_col, t, u, height, width, channels, c, live,
         SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
         UPCAST: tl.constexpr):
-    """Write one tap's column, and return the total with it."""
+    """Write one tap's column, and return the total with its sample added."""
     v00, v01, v10, v11, row, col, f, e, m = samples(
         x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
         INDEX)
@@ -139,7 +141,7 @@ def columns(
         MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """The samples of each tap times mask and high gain, and where SPLIT their total times the low gain.
+    """Write each tap's sample times mask and high input gain; if SPLIT, also their total times the low input gain.
 
     Grid: blocks of positions, blocks of channels.
     """
@@ -199,9 +201,9 @@ def spread(
         area, chunk, channels, out_channels, gains_b,
         GAINS_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):
-    """Transpose of `combine`: the gradients of both parts (P, O), and sums of a chunk of positions of one sample.
+    """Transpose of `combine`: the gradients of both parts (P, O), and sums over each chunk of positions of one sample.
 
-    sums (chunks, 3, O): the gradients of low_out and of high_out, and of the bias.
+    sums (chunks, 3, O): the shares of a chunk in the gradients of low_out, of high_out and of the bias.
     Grid: chunks of all samples, blocks of output channels.
     """
     chunks = tl.cdiv(area, chunk)
@@ -238,7 +240,7 @@ def _scatter_tap(
         x, d, mask, from_column, from_total, grad_x, into_mask, grad_d, of_high, total, high_in, alive, centre_row,
         centre_col, t, u, height, width, channels, c, live, factor, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
         MASK_ACT: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
-    """Scatter one tap's gradient, and return what its block adds up with it."""
+    """Scatter one tap's gradient, and return the sums of the block with this tap added."""
     v00, v01, v10, v11, row, col, f, e, m = samples(
         x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
         INDEX)
@@ -269,9 +271,9 @@ def scatter_columns(
 ):
     """Transpose of `columns`, of which cols and totals hold the gradients.
 
-    grad_x (B, H, W, C) is added to. What a program's channels add to the gradients of mask and dilation goes to
-    sampling (blocks of channels, K*K + 1, B*H'*W'), and what its positions add to those of low_in and high_in to gains
-    (blocks of positions, 2, C). Grid: as `columns`.
+    The program adds to grad_x (B, H, W, C). It writes the share of its channels in the gradients of mask and dilation
+    to sampling (blocks of channels, K*K + 1, B*H'*W'), and the share of its positions in the gradients of low_in and
+    high_in to gains (blocks of positions, 2, C). Grid: as in `columns`.
     """
     b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
@@ -288,7 +290,7 @@ def scatter_columns(
     at = cols + row_of_tile[:, None] * (channels * K * K) + at_column[None, :]
     sampling += tl.program_id(1).to(tl.int64) * (K * K + 1) * positions
     into = sampling + b * (out_h * out_w) + q
-    positions = tl.cast(positions, tl.int64)  # a plain number where it is 1
+    positions = tl.cast(positions, tl.int64)  # Triton makes an argument of 1 a plain number
     factor = 1.
     if FIXED:
         factor = tl.load(scale)
@@ -329,7 +331,7 @@ def sampling_gradient(
         TAPS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
         ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    """Gradients of dilation and mask, from those of some channels each, sampling (G * parts, TAPS + 1, positions).
+    """Gradients of dilation and mask, from sampling (G * parts, TAPS + 1, positions): sums over blocks of channels.
 
     Grid: blocks of positions, dilation groups, taps and the dilation.
     """
@@ -371,9 +373,9 @@ def gains_gradient(
         chunks, out_chunks, channels, out_channels, gains_b,
         ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Gradients of low and high (B, C + O), from those of some positions each.
+    """Gradients of low and high (B, C + O): the sums over chunks of positions.
 
-    of_input (B, chunks, 2, C) and of_output (B, out_chunks, 3, O), low before high. Grid: samples, blocks of C + O.
+    of_input (B, chunks, 2, C) and of_output (B, out_chunks, 3, O) have low before high. Grid: samples, blocks of C + O.
     """
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

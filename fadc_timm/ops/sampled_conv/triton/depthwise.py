@@ -1,4 +1,4 @@
-"""The depthwise operator: one kernel forward; backward one that scatters, one for the kernel, and two that add up."""
+"""The depthwise operator. Forward is one launch; backward scatters, takes the kernel's gradient, and adds up."""
 import functools
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -65,7 +65,7 @@ def forward(
         high: Optional[Tensor],
         y: Tensor,
 ) -> None:
-    """Into y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high (B, C)."""
+    """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C)."""
     call, launches = call_of(spec), _launches(spec, bias is not None, False)
     masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
     triton_support.launch(
@@ -85,7 +85,7 @@ def backward(
         grad_x: Tensor,
         scale: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
-    """Gradients of weight, bias, dilation, mask, low and high, as those of the dense operator."""
+    """Gradients of weight, bias, dilation, mask, low and high; arguments as in `dense.backward`."""
     call, launches = call_of(spec), _launches(spec, bias is not None, scale is not None)
     kernel, mean = _kernel(weight, call.split, call.wide)
 

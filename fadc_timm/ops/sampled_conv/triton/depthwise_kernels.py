@@ -1,7 +1,7 @@
-"""Triton kernels of the depthwise operator: forward, and its gradients in two and a sum.
+"""Triton kernels of the depthwise operator: forward, and three for its gradients.
 
-There is no matrix product in it. A program has a block of positions of one sample and a block of channels of one
-dilation group, and reads the pixels through the cache. AdaKern's gains of the input channels go into the kernel there.
+The operator has no matrix product. A program has a block of positions of one sample and a block of channels of one
+dilation group, and reads the pixels through the cache. The programs apply AdaKern's gains to the kernel.
 
 Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H',
 W') of any strides; kernel (K*K, C) and its mean over the taps (C,); low and high, the gains (B, C).
@@ -18,7 +18,7 @@ __all__ = ['backward', 'forward', 'kernel_gradient', 'products']
 
 @triton.jit
 def _kernel_of_sample(kernel, mean, low_in, high_in, c, c_live, SPLIT: tl.constexpr, ACC: tl.constexpr):
-    """A tap of the kernel under the gains (C,)."""
+    """A tap of the kernel with the gains applied (C,)."""
     w = tl.load(kernel + c, mask=c_live, other=0.).to(ACC)
     if SPLIT:
         w = high_in * (w - mean) + low_in * mean
@@ -34,7 +34,7 @@ def forward(
         MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
         HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Grid: blocks of positions, blocks of channels."""
+    """Write the output y. Grid: blocks of positions, blocks of channels."""
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
     live = alive[:, None] & c_live[None, :]
@@ -70,9 +70,9 @@ def backward(
         MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
         FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Gradients of x (added to grad_x), and of mask and dilation, sampling (blocks of channels, K*K + 1, positions).
+    """Add the gradient of x to grad_x, and write each block's share in the gradients of mask and dilation to sampling.
 
-    Grid: as `forward`.
+    sampling (blocks of channels, K*K + 1, positions). Grid: as in `forward`.
     """
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
@@ -92,7 +92,7 @@ def backward(
     factor = 1.
     if FIXED:
         factor = tl.load(scale)
-    positions = tl.cast(positions, tl.int64)  # a plain number where it is 1
+    positions = tl.cast(positions, tl.int64)  # Triton makes an argument of 1 a plain number
     into = sampling + tl.program_id(1) * (K * K + 1) * positions + p
     g = tl.load(grad + p[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
     grad_d = tl.zeros([BLOCK_P], dtype=ACC)
@@ -119,7 +119,7 @@ def products(
         K: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
         ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Sums over the positions of a sample of the gradient times what a tap of the kernel sees, into (B, K*K, C).
+    """Sum, over the positions of each sample, the gradient times the masked samples of a tap; into is (B, K*K, C).
 
     Grid: samples, taps, blocks of channels.
     """
@@ -152,7 +152,8 @@ def kernel_gradient(
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """The gradients of the gains from `products`, sums (B, K*K, C), which become a sample's part of the kernel's.
+    """Gradients of the gains from the sums (B, K*K, C) of `products`. Each image's share in the gradient of the kernel
+    replaces its sums.
 
     Grid: samples, blocks of channels.
     """

@@ -92,22 +92,24 @@ def two_step_conv2d(
         x: Map (B, C, H, W), best channels_last; another layout costs one copy.
         weight: (O, C/groups, k, k), in the dtype of x or float32.
         bias: (O,) or None.
-        dilation: (B, G, H', W'), any strides, half or float32. If act is not 0, what AdaDR's convolution gives; without
-            a mask it then holds the mask's channels too, (B, G + G*k*k, H', W').
-        mask: (B, G*k*k, H', W') or None, any strides. If act is not 0, what it is 2 * sigmoid of.
-        low, high: AdaKern's gains (B, C + O), those of the input channels first, or None for ones. (B, C) where the
-            operator is depthwise.
+        dilation: (B, G, H', W'), any strides, half or float32. If act is not 0, the output of AdaDR's convolution, to
+            which the kernels apply the activation; if mask is None too, it also holds the channels of the mask, after
+            those of the dilation: (B, G + G*k*k, H', W').
+        mask: (B, G*k*k, H', W') or None, any strides. If act is not 0, the kernels take 2 * sigmoid of it.
+        low, high: AdaKern's gains (B, C + O), first for the input channels, then for the output channels; or None if
+            all are one. If the operator is depthwise, their product (B, C).
         act: The activation of the dilation: 0 none, 1 `1 + |o| * base`, 2 `1 + relu(o) * base`,
             3 `1 + (relu(o + 1) - 1) * base`.
         base: Base dilation.
-        gains_act: Whether the gains are 2 * sigmoid of what is given.
-        save: Whether the gains want gradients: then the second and third result are made.
+        gains_act: Whether the kernels take 2 * sigmoid of low and high.
+        save: Whether the gains need gradients: then the second and third result are made.
         stride: Of the rows and of the columns.
         padding: Of the rows and of the columns, at dilation 1.
         groups: Convolution groups.
 
     Returns:
-        (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O), or nothing.
+        The output (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O),
+        which are empty unless they were asked for.
     """
     return _forward(
         x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, stride, padding, groups)
@@ -184,7 +186,7 @@ def two_step_conv2d_backward(
 ) -> List[Tensor]:
     """Gradients of :func:`two_step_conv2d` for x, weight, bias, dilation, mask, low and high; empty for None.
 
-    Without the parts of the output, low and high get gradients that are right for the input channels only.
+    Without the two parts of the output, the gradients of low and high are right for the input channels only.
     """
     return _gradient(
         grad, high_part, low_part, x, weight, bias, dilation, mask, low, high, act, base, gains_act, stride, padding,
@@ -199,7 +201,7 @@ def _scale(
         low: Optional[Tensor],
         high: Optional[Tensor],
 ) -> Tensor:
-    """Of whole multiples so small that no sum over a sample's positions and taps leaves the range of int64."""
+    """The scale of fixed-point gradients: with it, no sum over a sample's positions and taps overflows int64."""
     # a tap of a kernel split into mean and rest is at most three times the largest number of the kernel
     largest = grad.abs().amax().double() * (3 * weight.double().abs().amax((1, 2, 3)).sum())
     if spec.act:
@@ -215,7 +217,7 @@ def _scale(
 
 
 def _gradients(x, weight, bias, dilation, mask, low, high) -> List[Tensor]:
-    """Empty gradients."""
+    """Tensors for the gradients, not filled."""
     return [
         empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
         x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(dilation),
@@ -248,7 +250,7 @@ two_step_conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator where nothing but autograd looks at it."""
+    """The operator for eager calls: autograd alone sees it, which is faster than a registered operator."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -267,7 +269,7 @@ class _Eager(torch.autograd.Function):
 
 
 def call(*args: Any) -> Tensor:
-    """The first result of :func:`two_step_conv2d`, whose arguments are wanted."""
+    """The first result of :func:`two_step_conv2d`; the arguments are the same."""
     if not is_plain_eager(*args[:7]):
         return two_step_conv2d(*args)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):

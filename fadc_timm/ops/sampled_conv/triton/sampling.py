@@ -1,15 +1,15 @@
-"""Bilinear sampling inside Triton kernels: positions, taps, corners, and the transposes of these.
+"""Bilinear sampling inside Triton kernels: positions, taps, corners; and its transpose.
 
-The tap (t, u), in -r..r each, reads at a whole centre plus (d*t, d*u). So the first pixel and the weight of the second
-follow from d*t alone, and an axis with t = 0 has no second pixel: its corners are never read. Where t and u are
-constants of the compiler, as in unrolled loops, the code for these corners is left out.
+The tap (t, u), each in -r..r, reads at an integer centre plus (d*t, d*u). So d*t alone determines the offset of the
+first pixel and the weight of the second. An axis with t = 0 has no second pixel: its corners are never read. If t and u
+are constants of the compiler, as in unrolled loops, the compiler drops the code for these corners.
 """
 import triton
 import triton.language as tl
 
 __all__ = ['corners', 'dilation_of', 'dilation_slope', 'inside', 'sample', 'scatter', 'slopes', 'tap']
 
-# Steps beyond are clamped, which keeps them in the range of int32: they are outside any map, and stay there.
+# Larger steps are clamped to this, so that they fit into int32. They point outside of any map before and after.
 _FAR = tl.constexpr(2.0 ** 30)
 
 
@@ -28,7 +28,7 @@ def dilation_of(o, base, ACT: tl.constexpr):
 
 @triton.jit
 def dilation_slope(o, base, ACT: tl.constexpr):
-    """Derivative of :func:`dilation_of` for o."""
+    """Derivative of :func:`dilation_of` with respect to o."""
     slope = tl.full(o.shape, 1., dtype=o.dtype)
     if ACT == 1:
         slope = tl.where(o < 0, -base, base).to(o.dtype)
@@ -41,11 +41,11 @@ def dilation_slope(o, base, ACT: tl.constexpr):
 
 @triton.jit
 def tap(d, t, centre):
-    """First pixel of the tap on an axis, and the weight of the second."""
+    """The first pixel that a tap reads on an axis, and the weight of the second."""
     step = d * t
     near = tl.minimum(tl.maximum(step, -_FAR), _FAR)
     whole = tl.floor(near)
-    # minimum and maximum drop NaN, which has to be seen in the output
+    # minimum and maximum drop NaN, but NaN must reach the output
     return centre + whole.to(tl.int32), tl.where(step == step, near - whole, step)
 
 
@@ -86,7 +86,7 @@ def sample(v00, v01, v10, v11, f, e):
 
 @triton.jit
 def slopes(v00, v01, v10, v11, f, e, t, u):
-    """Derivative of :func:`sample` for the dilation, for the tap (t, u)."""
+    """Derivative of :func:`sample` with respect to the dilation, at the tap (t, u)."""
     down = (v10 - v00) + e[:, None] * ((v11 - v01) - (v10 - v00))
     across = (v01 - v00) + f[:, None] * ((v11 - v10) - (v01 - v00))
     return t * down + u * across
@@ -106,8 +106,7 @@ def scatter(into, row, col, f, e, t, u, height, width, channels, c, live, value,
             INDEX: tl.constexpr):
     """Transpose of :func:`sample`: add value (P, C) to its pixels in a sample (H, W, C).
 
-    FIXED: as whole multiples of 1/scale. The order in which atomics add is not determined; whole numbers add up to the
-    same in any order.
+    FIXED: add whole multiples of 1/scale. Atomics add in any order, and the sum of whole numbers does not depend on it.
     """
     f, e = f[:, None], e[:, None]
     _add(into, row, col, height, width, channels, c, live, value * ((1 - f) * (1 - e)), scale, FIXED, INDEX)

@@ -1,4 +1,4 @@
-"""Gradients that add up what the programs of a backward pass left: of dilation, mask and gains."""
+"""The gradients of dilation, mask and gains: sums of the shares that the programs of a backward pass wrote."""
 import functools
 from typing import List, Optional, Tuple
 
@@ -31,7 +31,7 @@ def _sampling_launch(
 
 def sampling_gradient(
         call: Call, sampling: Tensor, dilation: Tensor, mask: Optional[Tensor]) -> List[Optional[Tensor]]:
-    """Gradients of what was given as dilation and as mask, from sampling (blocks of channels, K*K + 1, positions)."""
+    """Gradients of the tensors dilation and mask, from sampling (blocks of channels, K*K + 1, positions)."""
     grad_dilation, grad_mask = empty_map(dilation), None if mask is None else empty_map(mask)
     masks, grad_masks = (mask_in(*pair, call.dilation_groups, call.joint)
                          for pair in ((dilation, mask), (grad_dilation, grad_mask)))
@@ -57,7 +57,7 @@ def gains_gradient(
         low: Optional[Tensor],
         high: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
-    """Gradients of low and high (B, C + O), from those of some positions each.
+    """Gradients of low and high (B, C + O), from the shares of chunks of positions.
 
     of_input (B, chunks, 2, C), of_output (B, chunks, 3, O).
     """
