@@ -139,12 +139,18 @@ class Launch:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
 
 
-def launch(this: Launch, *tensors: Optional[Tensor]) -> None:
-    """Launch a kernel on the current stream of the current device. All launches go through this function."""
+def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
+    """Launch a kernel on the current stream of the tensors' device. All launches go through this function."""
+    tensors = first, *others
     if is_interpreted():
         this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
         return
-    key = (torch.cuda.current_device(), *[None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors])
+    device = torch.cuda.current_device()
+    if first.get_device() != device:
+        with torch.cuda.device(first.device):
+            launch(this, first, *others)
+        return
+    key = (device, *[None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors])
     compiled = this.kept.get(key)
     if compiled is None:
         this.kept[key] = this.kernel[this.grid](

@@ -233,6 +233,7 @@ def backward(
         triton_support.launch(
             scatter, x, dilation, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n
+    assert grad_rest is not None
     grad_weight = torch.empty_like(weight)
     triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
     grad_bias = None
