@@ -1,6 +1,7 @@
 """Whether there is a Triton to be used: what is said where there is none, and what runs in its place."""
 import sys
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -164,22 +165,42 @@ class Kernel:
 
 
 def test_launch_asks_triton_once(monkeypatch):
-    """For each device, and for the dtypes and alignments of the tensors; what was compiled takes the same arguments."""
+    """For the dtypes and alignments of the tensors; what was compiled takes the same arguments."""
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: -1)  # the number of a CPU
     kernel = Kernel()
     this = Launch(kernel, (5, 2), (3, 0.5), (True, 16), num_warps=2)
     x = torch.zeros(16)
     for t in (x, x, x.double(), None, x[1:], x[4:]):
-        triton_support.launch(this, t, None)
+        triton_support.launch(this, x, t)
     compiled = [bool(options) for _, _, options in kernel.calls]
     assert compiled == [True, False, True, True, True, False] and len(this.kept) == 4
     for grid, args, options in kernel.calls:
-        assert grid == (5, 2, 1) and args[1:] == (None, 3, 0.5, True, 16)
+        assert grid == (5, 2, 1) and args[0] is x and args[2:] == (3, 0.5, True, 16)
         assert options in ({}, {'num_warps': 2, 'num_stages': 1})
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
-    triton_support.launch(this, x, None)
-    assert len(this.kept) == 5
+
+
+def test_launch_on_the_device_of_the_tensors(monkeypatch):
+    """Whatever the current device, which is the same again afterwards."""
+    current = [1]
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: current[-1])
+    seen = []
+
+    @contextmanager
+    def device(wanted):
+        current.append(-1 if wanted == torch.device('cpu') else None)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    kernel = Kernel()
+    this = Launch(kernel, (1,), (), ())
+    for _ in range(2):
+        triton_support.launch(this, torch.zeros(16))
+        seen.append(list(this.kept))
+    assert current == [1] and len(kernel.calls) == 2
+    assert [key[0] for key in seen[-1]] == [-1]
 
 
 @pytest.mark.parametrize('n, low, high, expected', [
