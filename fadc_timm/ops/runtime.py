@@ -6,12 +6,24 @@ from typing import Any, Callable, ContextManager, Optional
 import torch
 from torch import Tensor
 
-__all__ = ['accumulation_dtype', 'exact_products', 'is_exporting', 'is_plain_eager', 'match_layout', 'without_autocast']
+__all__ = [
+    'accumulation_dtype', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'match_layout', 'nhwc',
+    'without_autocast']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
     return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
+
+
+def empty_map(like: Tensor) -> Tensor:
+    """A map of the shape, dtype and device of another, channels_last."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x (B, C, H, W) as (B, H, W, C), contiguous; no copy of a channels_last map."""
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def match_layout(y: Tensor, x: Tensor) -> Tensor:

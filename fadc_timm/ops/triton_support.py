@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not_on']
+    'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not',
+    'why_not_on']
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 MINIMUM = (3, 5)  # the version with torch 2.9; Triton 3.2 and 3.3 have no float64 products, and fail in other places
 
@@ -68,6 +71,13 @@ def why_not_on(device_type: str) -> Optional[str]:
         return None
     return (f'Triton does not run on {device_type}, except on a CPU if TRITON_INTERPRET=1 is in the environment before '
             'the first use')
+
+
+def why_not(x: Tensor) -> Optional[str]:
+    """Why the kernels cannot run on a map, or None."""
+    if x.dtype not in _DTYPES:
+        return f'the kernels take float16, bfloat16, float32, float64, not {str(x.dtype).removeprefix("torch.")}'
+    return why_not_on(x.device.type)
 
 
 @torch.compiler.assume_constant_result

@@ -4,25 +4,14 @@ The factors of the products have the map's dtype; sums are in float32, or float6
 deterministic: the order of every sum is fixed. With TRITON_INTERPRET=1 in the environment, Triton interprets its
 kernels on a CPU, slowly, as in the tests. Triton is optional: the first call imports it.
 """
-from typing import List, Optional
+from typing import List
 
-import torch
 from torch import Tensor
 
-from ...triton_support import why_not_on
+from ...triton_support import why_not
 from .operator import call, mix_bands_triton
 
 __all__ = ['call', 'forward', 'mix_bands_triton', 'why_not']
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def why_not(x: Tensor) -> Optional[str]:
-    """Why the kernels cannot run on a map, or None."""
-    if x.dtype not in _DTYPES:
-        return f'the kernels take float16, bfloat16, float32, float64, not {str(x.dtype).removeprefix("torch.")}'
-    return why_not_on(x.device.type)
-
 
 def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     """The band mix of `mix_bands`; raises NotImplementedError with the reason where the kernels cannot run."""

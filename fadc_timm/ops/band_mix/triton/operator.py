@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...runtime import accumulation_dtype, is_plain_eager, without_autocast
+from ...runtime import accumulation_dtype, empty_map, is_plain_eager, nhwc, without_autocast
 from ..low_pass import edges
 from .mix import backward, forward, means_shape, spec_of
 from .tables import padded
@@ -13,24 +13,16 @@ from .tables import padded
 __all__ = ['call', 'mix_bands_triton']
 
 
-def _empty_map(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _empty_means(x: Tensor) -> Tensor:
     return torch.empty(means_shape(*x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
-    y, means = _empty_map(x), _empty_means(x)
+    y, means = empty_map(x), _empty_means(x)
     if not x.numel():
         return y, means, x.new_empty(0)
     with without_autocast(x):
-        coefficients = forward(spec_of(x, maps, factors, act), _nhwc(x), maps, y.permute(0, 2, 3, 1), means)
+        coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
     return y, means, coefficients
 
 
@@ -60,7 +52,7 @@ def _count(n: int, factors: List[int]) -> int:
 @mix_bands_triton.register_fake
 def _(x, maps, factors, act):
     b, c, h, w = x.shape
-    return _empty_map(x), _empty_means(x), x.new_empty(b, _count(h, factors), _count(w, factors), c)
+    return empty_map(x), _empty_means(x), x.new_empty(b, _count(h, factors), _count(w, factors), c)
 
 
 def _gradient(
@@ -72,11 +64,11 @@ def _gradient(
         factors: List[int],
         act: bool,
 ) -> Tuple[Tensor, Tensor]:
-    grad_x, grad_maps = _empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
+    grad_x, grad_maps = empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     if not x.numel():
         return grad_x, grad_maps.zero_()
     with without_autocast(x):
-        backward(spec_of(x, maps, factors, act), _nhwc(grad), grad_means, _nhwc(x), maps, coefficients,
+        backward(spec_of(x, maps, factors, act), nhwc(grad), grad_means, nhwc(x), maps, coefficients,
                  grad_x.permute(0, 2, 3, 1), grad_maps)
     return grad_x, grad_maps
 
@@ -97,7 +89,7 @@ def mix_bands_triton_backward(
 
 @mix_bands_triton_backward.register_fake
 def _(grad, grad_means, x, maps, coefficients, factors, act):
-    return _empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
+    return empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:

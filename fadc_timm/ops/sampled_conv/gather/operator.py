@@ -12,15 +12,11 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...runtime import exact_products
+from ...runtime import exact_products, nhwc
 from ..arguments import split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
 __all__ = ['sampled_conv2d']
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _nchw(x: Tensor) -> Tensor:
@@ -94,7 +90,7 @@ def sampled_conv2d(
         (B, H', W', O), kept for that gain's gradient, or nothing.
     """
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
-    x = _nhwc(x)
+    x = nhwc(x)
     y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
     high = torch.empty_like(y) if save else x.new_empty(0)
     kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
@@ -156,7 +152,7 @@ def sampled_conv2d_backward(
     grad (B, O, H', W') is that of the result, and high the second result, without which high_out gets no gradient.
     """
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
-    x, grad = _nhwc(x), _nhwc(grad)
+    x, grad = nhwc(x), nhwc(grad)
     width = tiling.c // tiling.dilation_groups
     rest, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)

@@ -9,22 +9,12 @@ import torch
 from torch import Tensor
 
 from ...runtime import match_layout
-from ...triton_support import why_not_on
+from ...triton_support import why_not as why_not_map
 from ..arguments import ConvArgs
 from .call import ACTS
 from .operator import call, two_step_conv2d
 
 __all__ = ['ACTS', 'call', 'forward', 'two_step_conv2d', 'why_not', 'why_not_map']
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def why_not_map(x: Tensor) -> Optional[str]:
-    """Why the kernels cannot run on a map, or None."""
-    if x.dtype not in _DTYPES:
-        return f'the kernels take float16, bfloat16, float32, float64, not {str(x.dtype).removeprefix("torch.")}'
-    return why_not_on(x.device.type)
-
 
 def why_not(args: ConvArgs) -> Optional[str]:
     return why_not_map(args.x)

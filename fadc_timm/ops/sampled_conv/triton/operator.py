@@ -6,10 +6,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import settings
-from ...runtime import is_plain_eager, without_autocast
+from ...runtime import empty_map, is_plain_eager, nhwc, without_autocast
 from . import dense, depthwise
 from .call import Spec, call_of
-from .sums import empty_map
 
 __all__ = ['call', 'two_step_conv2d']
 
@@ -21,10 +20,6 @@ def _empty_output(x: Tensor, weight: Tensor, dilation: Tensor) -> Tensor:
 
 def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     return groups > 1 and groups == x.shape[1] == weight.shape[0]
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
@@ -61,7 +56,7 @@ def _forward(
         return y, *nothing
     bias, low, high = _in_a_row(bias, low, high)
     spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
-    tensors = _nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
+    tensors = nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
     if call_of(spec).is_depthwise:
         depthwise.forward(spec, *tensors)
         return y, *nothing
@@ -154,12 +149,12 @@ def _gradient(
         x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
     if call.is_depthwise:
         grads = depthwise.backward(
-            spec, _nhwc(grad), _nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
+            spec, nhwc(grad), nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
     else:
         parts = (high_part, low_part) if high_part.numel() else (None, None)
         with without_autocast(x):
             grads = dense.backward(
-                spec, _nhwc(grad), parts, _nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
+                spec, nhwc(grad), parts, nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import triton_support
+from ...runtime import empty_map
 from ...triton_support import Launch, cdiv
 from .call import Call, Spec, call_of, mask_in
 
-__all__ = ['empty_map', 'gains_gradient', 'sampling_gradient']
-
-
-def empty_map(like: Tensor) -> Tensor:
-    """A map of the shape, dtype and device of another, channels_last."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+__all__ = ['gains_gradient', 'sampling_gradient']
 
 
 @functools.lru_cache(maxsize=1024)
