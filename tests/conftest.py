@@ -21,7 +21,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 INTERPRETED = {
     'test_steps_dtype': ('everything bfloat16-bfloat16', 'depthwise float64-float32', 'offset-float16'),
     'test_on_the_grid': (
-        'everything float32-border', 'everything float32-0', 'everything float32-1e+30', 'offset-float32-border'),
+        'everything float32-border', 'everything float32-0', 'everything float32-1e+30', 'k5-float32-3.4',
+        'offset-float32-border'),
     'test_slope_on_a_pixel': ('offset-0', 'offset_depthwise-0'),
     'test_one_gradient_alone': ('everything-x', 'everything-high_out', 'depthwise-dilation', 'offset-offset'),
     'test_no_uninitialised_memory': (),  # test_deterministic is that too
@@ -35,6 +36,7 @@ INTERPRETED = {
     'test_compile': ('everything', 'depthwise', 'offset_rectangular'),
     'test_backend_is_deterministic': ('groups2',),
     'test_operator_passes_on_what_is_not_finite': ('1-nan', '4-nan'),
+    'test_positions_that_are_not_finite': ('8-1-nan', '9-4-inf'),
 }
 
 

@@ -133,10 +133,11 @@ def deform_functions(shape: Shape, batch: int, setting: Setting, memory_format: 
     c, k, stride, padding = shape.channels, shape.kernel_size, shape.stride, shape.kernel_size // 2
     out = (shape.side - 1) // stride + 1
     # offsets of a few pixels, as a trained layer has them
-    maps = (torch.randn(batch, c, shape.side, shape.side), 2 * torch.randn(batch, 2 * k * k, out, out),
-            2 * torch.randn(batch, k * k, out, out).sigmoid())
-    x, offset, mask = (t.to(setting.device, memory_format=FORMATS[memory_format]) for t in maps)
-    weight = torch.randn(c, c // shape.groups, k, k, device=setting.device) / (c // shape.groups * k * k) ** 0.5
+    made_of = (
+        torch.randn(batch, c, shape.side, shape.side),
+        torch.randn(c, c // shape.groups, k, k) / (c // shape.groups * k * k) ** 0.5,
+        2 * torch.randn(batch, 2 * k * k, out, out), 2 * torch.randn(batch, k * k, out, out).sigmoid())
+    x, weight, offset, mask = (t.to(setting.device, memory_format=FORMATS[memory_format]) for t in made_of)
     gains = [2 * torch.randn(batch, c, device=setting.device).sigmoid() for _ in range(4)]
 
     made: dict[str, Called] = {
@@ -145,8 +146,9 @@ def deform_functions(shape: Shape, batch: int, setting: Setting, memory_format: 
         'plain': (lambda x, w: F.conv2d(x, w, None, stride, padding, 1, shape.groups), [x, weight])}
     for name in list_backends():
         def operator(*t: Tensor, name: str = name) -> Tensor:
+            gains = (t[4], t[5], t[6], t[7]) if t[4:] else None
             return deform_conv2d(
-                *t[:4], gains=t[4:] or None, stride=stride, padding=padding, groups=shape.groups, backend=name)
+                *t[:4], gains=gains, stride=stride, padding=padding, groups=shape.groups, backend=name)
 
         if name != 'reference' and runs(operator, [x, weight, offset, mask], setting):
             made[f'deform {name}'] = operator, [x, weight, offset, mask]

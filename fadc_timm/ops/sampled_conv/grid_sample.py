@@ -29,7 +29,7 @@ def _coordinates(args: ConvArgs, axis: int, dtype: torch.dtype) -> List[Tensor]:
         # align_corners=False puts the centre of pixel p at (2p + 1) / size - 1, on maps of one pixel too
         return (2 * position + 1) / size - 1
 
-    places = [divmod(t, k)[axis] for t in range(k * k)]
+    places = [t % k if axis else t // k for t in range(k * k)]
     if args.spacing is None:
         of_place = [coordinate(i, steps * (i - k // 2)) for i in range(k)]
         return [of_place[i] for i in places]

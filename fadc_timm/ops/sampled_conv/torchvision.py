@@ -68,11 +68,12 @@ def _dilated_conv2d(
     tap = torch.arange(k, device=x.device, dtype=x.dtype) - k // 2
     taps = torch.stack((tap[:, None].expand(k, k), tap[None, :].expand(k, k)), dim=-1)  # (k, k, 2)
     shift = torch.tensor([pad_h - padding[0], pad_w - padding[1]], device=x.device, dtype=x.dtype)
-    # the offset of a huge dilation is to be finite too
+    # the offset of a huge dilation is to be finite too, and that of an infinite one is not
     limit = float(x.shape[2] + x.shape[3] + out_h * stride[0] + out_w * stride[1] + abs(padding[0]) + abs(padding[1])
                   + k)
-    offset = ((dilation.clamp(-limit, limit)[:, :, None, None, None] - 1) * taps[:, :, :, None, None]
-              + shift[:, None, None])
+    exact = dilation.detach()
+    dilation = dilation.clamp(-limit, limit) + (exact - exact)
+    offset = (dilation[:, :, None, None, None] - 1) * taps[:, :, :, None, None] + shift[:, None, None]
     offset = offset.reshape(b, g * k * k * 2, out_h, out_w)
     full_h = (x.shape[2] + 2 * pad_h - k) // stride[0] + 1
     full_w = (x.shape[3] + 2 * pad_w - k) // stride[1] + 1

@@ -48,7 +48,7 @@ def test_operator_passes_on_what_is_not_finite(backend, groups, value):
 @pytest.mark.parametrize('width', [8, 9])
 @pytest.mark.parametrize('backend', [name for name in list_backends() if runs(name)])
 def test_positions_that_are_not_finite(backend, width, groups, value):
-    """They read nowhere: their outputs are NaN, and no others. On even widths torchvision's kernel would crash."""
+    """They read nowhere: their outputs are NaN, and no others. On odd widths torchvision's kernel would crash."""
     torch.manual_seed(0)
     x, weight = torch.randn(3, 4, 9, width), torch.randn(4, 4 // groups, 3, 3)
     offset = torch.rand(3, 18, 9, width) - 0.5

@@ -46,7 +46,8 @@ def _tap_steps(steps: Tensor, kernel_size: int, spacing: List[int]) -> Tensor:
     """The steps of the taps on both axes: (1, k, B, G, H', W') for dilations, (2, k*k, B, G, H', W') for offsets."""
     if not spacing:
         places = _line(kernel_size, 1, -(kernel_size // 2), (1, -1, 1, 1, 1, 1), steps.dtype, steps.device)
-        return steps * places
+        near = steps.clamp(-_FAR, _FAR) + (steps - steps)  # what is not finite is NaN, not far
+        return near * places
     groups = step_groups(steps, kernel_size, spacing)
     return steps.unflatten(1, (groups, kernel_size ** 2, 2)).permute(3, 2, 0, 1, 4, 5)
 
@@ -106,7 +107,7 @@ class SamplingTable:
 
     index: Rows of the table of pixels, ((b % batch * H + y)*W + x)*G + g, int32 (int64 where there are too many), four
         corners per tap: (B, H', W', k, k, G, 4), or as an image (B, H', k, W', k, G, 4).
-    weight: Their weights, bilinear times mask, of the same shape and in the dtype of dilation.
+    weight: Their weights, bilinear times mask, of the same shape and in the dtype of steps.
     """
 
     def __init__(

@@ -47,6 +47,7 @@ def dilations(steps, alive, base, OFFSETS: tl.constexpr, ACT: tl.constexpr, ACC:
     d = tl.zeros(steps.shape, dtype=ACC)
     if not OFFSETS:
         d = dilation_of(tl.load(steps, mask=alive, other=0.).to(ACC), base, ACT)
+        d = tl.minimum(tl.maximum(d, -_FAR), _FAR) + (d - d)  # what is not finite is NaN, not far
     return d
 
 
@@ -55,8 +56,8 @@ def _neighbours(step, pixel):
     """The first pixel that a tap reads on an axis, and the weight of the second."""
     near = tl.minimum(tl.maximum(step, -_FAR), _FAR)
     whole = tl.floor(near)
-    # minimum and maximum drop what is not finite, but it must reach the output, as NaN
-    return pixel + whole.to(tl.int32), tl.where(near == step, near - whole, step - step)
+    # minimum and maximum drop NaN, but it must reach the output, and so must infinity as NaN
+    return pixel + whole.to(tl.int32), near - whole + (step - step)
 
 
 @triton.jit
