@@ -230,8 +230,13 @@ def test_training(base):
 
 @needs_dynamo
 @pytest.mark.integration(package='torch', what='torch.compile, one graph: any batch and size, training too')
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('base', ['resnet10t', 'test_convnext'])
+@pytest.mark.parametrize('base, training', [
+    ('test_resnet', True),
+    ('test_convnext', False),
+    # symbolic sizes cost seconds per layer
+    pytest.param('test_convnext', True, marks=pytest.mark.sweep),
+    pytest.param('resnet10t', False, marks=pytest.mark.sweep),
+    pytest.param('resnet10t', True, marks=pytest.mark.sweep)])
 def test_compile_any_batch_and_size(base, training):
     """One graph for all batches and sizes, forward and backward."""
     model = timm.create_model(f'{base}_fadc', num_classes=3).train(training)
