@@ -228,13 +228,20 @@ def test_training(base):
     model(photos()[:1]).sum().backward()
 
 
+# the last stage alone: symbolic sizes cost seconds per layer
+LAST = dict(fadc_stages=(False, False, False, True))
+
+
 @needs_dynamo
 @pytest.mark.integration(package='torch', what='torch.compile, one graph: any batch and size, training too')
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('base', ['resnet10t', 'test_convnext'])
-def test_compile_any_batch_and_size(base, training):
+@pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize('base, kwargs', [
+    ('test_resnet', LAST),
+    pytest.param('resnet10t', {}, marks=pytest.mark.sweep),
+    pytest.param('test_convnext', {}, marks=pytest.mark.sweep)])
+def test_compile_any_batch_and_size(base, kwargs, training):
     """One graph for all batches and sizes, forward and backward."""
-    model = timm.create_model(f'{base}_fadc', num_classes=3).train(training)
+    model = timm.create_model(f'{base}_fadc', num_classes=3, **kwargs).train(training)
     off_identity(model, 0.3)
     torch.compiler.reset()
     counter = CompileCounterWithBackend('aot_eager')

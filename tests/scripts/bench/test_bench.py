@@ -397,6 +397,7 @@ def test_bench_op(tmp_path):
     assert run('op', '--shapes', 'nothing').returncode == 1
 
 
+@pytest.mark.sweep  # compiles every module of torch and timm first
 def test_import_time(tmp_path):
     path = tmp_path / 'x.csv'
     done = run('model', '--what', 'import', '--repeats', 1, '--output', path)
