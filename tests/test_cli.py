@@ -303,7 +303,7 @@ def test_info_of_settings(monkeypatch, capsys):
     assert main(['info']) == 0
     text = capsys.readouterr().out
     assert "name none: grid_sample; workspace of 'triton': 64 MB\n" in text
-    assert '  convolution: grid_sample; depthwise: grid_sample; band mix: fused\n' in text
+    assert '  convolution: grid_sample; depthwise: grid_sample; band mix: written_out\n' in text
     for line in ('Triton is not installed (why)', '  triton: cannot run: Triton is not installed (why)'):
         assert f'\n{line}\n' in text
     monkeypatch.setenv('FADC_TIMM_BACKEND', 'other')

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.padded_conv import padded_conv2d, wants_padding
-from ..ops.runtime import is_exporting
+from ..ops.runtime import is_exporting, is_transformed
 
 __all__ = ['PredictorConv2d']
 
@@ -42,7 +42,7 @@ class PredictorConv2d(nn.Conv2d):
             if wants_padding(x, self.weight, dtype):
                 return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-        if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting():
+        if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
         (k, k_cols), (p, p_cols) = self.kernel_size, (int(n) for n in self.padding)
         h, w = x.shape[2:]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, match_layout
+from ..runtime import accumulation_dtype, is_transformed, match_layout
 from .arguments import ConvArgs, combine_parts, scale_channels
+from .reference import bilinear
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -28,6 +29,17 @@ def _coordinates(d: Tensor, tap: int, size: int, stride: int, padding: int, k: i
 def _merge(t: Tensor) -> Tensor:
     """t (B, G, ...) to (B*G, ...). For one group not by a reshape, which would ask about symbolic sizes."""
     return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
+
+
+def _sample(x: Tensor, grid: Tensor) -> Tensor:
+    """x (N, C, H, W) at the coordinates (N, H', W', 2) of `_coordinates`: (N, C, H', W').
+
+    torch's operator has no forward-mode derivatives.
+    """
+    if is_transformed():
+        cols, rows = (((grid[..., i] + 1) * n - 1) / 2 for i, n in enumerate((x.shape[3], x.shape[2])))
+        return bilinear(x, rows, cols)
+    return F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
 
 
 def forward(args: ConvArgs) -> Tensor:
@@ -51,8 +63,7 @@ def forward(args: ConvArgs) -> Tensor:
     if groups > 1:
         x = x.unflatten(1, (n, groups, -1)).transpose(1, 2).flatten(2, 3)
         x = x.flatten(0, 1)
-    samples = F.grid_sample(x, _merge(grid), mode='bilinear', padding_mode='zeros', align_corners=False)
-    samples = samples.unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
+    samples = _sample(x, _merge(grid)).unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
     if args.mask is not None:
         samples = samples * _merge(args.mask.to(dtype).unflatten(1, (groups, 1, k * k)))
     if groups > 1:

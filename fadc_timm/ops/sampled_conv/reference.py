@@ -38,7 +38,7 @@ def forward(args: ConvArgs) -> Tensor:
     r, groups, (out_h, out_w) = k // 2, args.dilation_groups, dilation.shape[2:]
 
     # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
-    full = torch.zeros(o, c, k, k, dtype=torch.float64, device=x.device)
+    full = weight.new_zeros(o, c, k, k)
     for g in range(args.groups):
         rows = slice(g * o // args.groups, (g + 1) * o // args.groups)
         full[rows, g * per_group:(g + 1) * per_group] = weight[rows]

@@ -15,13 +15,13 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
 from ..runtime import accumulation_dtype, match_layout
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
+from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels, why_not_transformed
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
     if args.x.device.type not in ('cpu', 'cuda'):
         return f'torchvision.ops.deform_conv2d does not run on {args.x.device.type}'
-    return None
+    return why_not_transformed()
 
 
 def deform_conv2d(

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ...runtime import match_layout
 from ...triton_support import why_not as why_not_map
-from ..arguments import ConvArgs
+from ..arguments import ConvArgs, why_not_transformed
 from .call import ACTS
 from .operator import call, two_step_conv2d
 
 __all__ = ['ACTS', 'call', 'forward', 'two_step_conv2d', 'why_not', 'why_not_map']
 
 def why_not(args: ConvArgs) -> Optional[str]:
-    return why_not_map(args.x)
+    return why_not_map(args.x) or why_not_transformed()
 
 
 def _gains(args: ConvArgs, into: Optional[Tensor], out: Optional[Tensor]) -> Optional[Tensor]:
