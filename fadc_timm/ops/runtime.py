@@ -1,7 +1,7 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Callable, ContextManager, Optional
+from typing import Any, Callable, ContextManager, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
 
 
-def empty_map(like: Tensor) -> Tensor:
-    """A map of the shape, dtype and device of another, channels_last."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:
+    """A map of the dtype and device of another, and of its shape or the given one, channels_last.
+
+    Operators return such a map itself, and fill it through `permute`: layers cannot work in place on a view.
+    """
+    return torch.empty(
+        tuple(like.shape if shape is None else shape), dtype=like.dtype, device=like.device,
+        memory_format=torch.channels_last)
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Iterator, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import exact_products
+from ..runtime import empty_map, exact_products, nhwc
 from .frequencies import frequencies
 from .low_pass import edges
 
@@ -153,8 +153,8 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
         (B, C, H, W), channels_last.
     """
     plan = _Plan(x, factors)
-    x, steps = x.permute(0, 2, 3, 1).contiguous(), steps.permute(0, 2, 3, 1).contiguous()
-    out = torch.empty_like(x)
+    result = empty_map(x)
+    x, steps, out = nhwc(x), nhwc(steps), result.permute(0, 2, 3, 1)
     for samples in plan.samples() if x.numel() else ():
         coefficients = plan.analyse(x[samples])
         kept = [plan.couple(coefficients, i) for i in plan.filters]
@@ -162,12 +162,12 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
             part, step = out[samples, rows], steps[samples, rows]
             torch.mul(x[samples, rows], step[..., :1], out=part)
             part.flatten(0, 1).baddbmm_(plan.weighted_synthesis(step), plan.synthesise_columns(kept, rows))
-    return out.permute(0, 3, 1, 2)
+    return result
 
 
 @mix_low_passes.register_fake
 def _(x, steps, factors):
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    return empty_map(x)
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes_backward', mutates_args=())
@@ -175,7 +175,7 @@ def _(x, steps, factors):
 def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_low_passes` for x and steps. The low-passes are self-adjoint."""
     plan = _Plan(x, factors)
-    grad, x, steps = (t.permute(0, 2, 3, 1).contiguous() for t in (grad, x, steps))
+    grad, x, steps = (nhwc(t) for t in (grad, x, steps))
     grad_x, grad_steps = torch.empty_like(x), torch.zeros_like(steps)
     for samples in plan.samples() if x.numel() else ():
         coefficients = plan.analyse(x[samples])

@@ -12,7 +12,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...runtime import exact_products, nhwc
+from ...runtime import empty_map, exact_products, nhwc
 from ..arguments import split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
@@ -90,8 +90,8 @@ def sampled_conv2d(
         (B, H', W', O), kept for that gain's gradient, or nothing.
     """
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
-    x = nhwc(x)
-    y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
+    result = empty_map(x, (tiling.b, weight.shape[-4], tiling.out_h, tiling.out_w))
+    x, y = nhwc(x), result.permute(0, 2, 3, 1)
     high = torch.empty_like(y) if save else x.new_empty(0)
     kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     for samples in tiling.batches():
@@ -119,14 +119,14 @@ def sampled_conv2d(
             if bias is not None:
                 out += bias
             del taps, part, total  # so that the next tile finds their memory, still in cache
-    return _nchw(y), high
+    return result, high
 
 
 @sampled_conv2d.register_fake
 def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, groups):
     b, _, h, w = dilation.shape
-    y = x.new_empty(b, h, w, weight.shape[-4])
-    return _nchw(y), torch.empty_like(y) if save else x.new_empty(0)
+    y = empty_map(x, (b, weight.shape[-4], h, w))
+    return y, torch.empty_like(y.permute(0, 2, 3, 1)) if save else x.new_empty(0)
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d_backward', mutates_args=())
