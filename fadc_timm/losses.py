@@ -44,7 +44,7 @@ def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
     for k in range(1, window // 2 + 1):
         angle = 2 * math.pi * k / window * i
         rows += [math.sqrt(2 / window) * torch.cos(angle), math.sqrt(2 / window) * torch.sin(angle)]
-    basis = torch.stack(rows).to(like.device, like.dtype)
+    basis = torch.stack(rows).to(like.dtype).to(like.device)
     m = 1 + 2 * sum(k / window <= cutoff for k in range(1, window // 2 + 1))
     return [basis[:m], basis[m:]]
 

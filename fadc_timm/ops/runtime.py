@@ -8,12 +8,20 @@ from torch import Tensor
 
 __all__ = [
     'accumulation_dtype', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'is_transformed',
-    'match_layout', 'nhwc', 'without_autocast']
+    'match_layout', 'nhwc', 'table_device', 'without_autocast']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
     return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
+
+
+def table_device(device: torch.device) -> torch.device:
+    """Where tables for a device are computed in float64: on the CPU, as not every device has that dtype.
+
+    Except for CUDA: its graphs cannot hold a copy from the host.
+    """
+    return device if device.type in ('cuda', 'meta') else torch.device('cpu')
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

@@ -56,16 +56,16 @@ def frequencies(n: int, kernel: bool = False) -> np.ndarray:
 
 def _feature_spectrum(x: Tensor) -> np.ndarray:
     """The power spectrum (H, W) of a map (B, C, H, W)."""
-    x = x.to(accumulation_dtype(x.dtype))
+    x = x.cpu().to(accumulation_dtype(x.dtype))  # not every device has complex numbers and float64
     power = torch.fft.fft2(x, norm='ortho').abs().square().mean(dim=(0, 1))
-    return torch.fft.fftshift(power).double().cpu().numpy()
+    return torch.fft.fftshift(power).double().numpy()
 
 
 def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
     """The mean power spectrum (65, 65) of kernels (..., k, k), from the second moments of their taps: no kernel is
     transformed by itself."""
     k = kernels.shape[-1]
-    taps = kernels.reshape(-1, k * k).double().cpu()
+    taps = kernels.reshape(-1, k * k).cpu().double()
     moments = (taps.T @ taps / len(taps)).numpy()
     f = frequencies(_KERNEL_POINTS, kernel=True)
     axis = np.exp(-2j * np.pi * f[:, None] * np.arange(k))

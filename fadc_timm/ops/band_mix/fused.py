@@ -37,8 +37,8 @@ class _Axis(NamedTuple):
 @torch.inference_mode(False)
 def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
     basis, kept, one_sided = frequencies(n, factors, device)
-    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype) for k in kept]
-    return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
+    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype).to(device) for k in kept]
+    return _Axis(basis.t().contiguous().to(dtype).to(device), synthesis, one_sided)
 
 
 @lru_cache(maxsize=64)
