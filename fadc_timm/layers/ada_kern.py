@@ -17,6 +17,15 @@ from ..ops.runtime import without_autocast
 __all__ = ['AdaKern']
 
 
+class _Head(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Back to zero."""
+        for parameter in (self.weight, self.bias):
+            nn.init.zeros_(parameter)
+
+
 class AdaKern(nn.Module):
     """Gains for the two parts of a kernel: its mean over the taps (low) and the rest (high).
 
@@ -65,8 +74,8 @@ class AdaKern(nn.Module):
         # Any, as SyncBatchNorm may replace it, and reparameterize() does
         self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
         self.act = nn.ReLU()
-        self.low = None if kernel_decompose == 'high' else nn.Linear(width, heads, **dd)
-        self.high = None if kernel_decompose == 'low' else nn.Linear(width, heads, **dd)
+        self.low = None if kernel_decompose == 'high' else _Head(width, heads, **dd)
+        self.high = None if kernel_decompose == 'low' else _Head(width, heads, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,8 +87,7 @@ class AdaKern(nn.Module):
             self.norm.reset_parameters()
         for head in (self.low, self.high):
             if head is not None:
-                for parameter in head.parameters():
-                    nn.init.zeros_(parameter)
+                head.reset_parameters()
 
     def reparameterize(self) -> None:
         """Fold the norm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.

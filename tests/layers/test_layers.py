@@ -2,6 +2,7 @@
 import copy
 import inspect
 import itertools
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
 from fadc_timm.layers.fad_conv import OPTIONS
 from tests.support.cases import error
-from tests.support.layer_cases import AT_START, EXACT, ids
+from tests.support.layer_cases import AT_START, EXACT, FAD_CONV, ids, make
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -241,6 +242,34 @@ def test_leaves_the_identity(depthwise):
         m(x).square().mean().backward()
         assert {n for n, p in m.named_parameters() if p.grad is None or p.grad.norm() == 0} == expected
         optimizer.step()
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_loops_that_reset_every_module(cfg):
+    """In any order the layer starts over, as one that was just made."""
+    m = make(**cfg)
+    x = torch.randn(2, 4, 9, 12)
+    for order in (1, -1, 0):
+        modules = list(off_identity(m).modules())
+        for module in random.sample(modules, len(modules)) if not order else modules[::order]:
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        fresh = make(**cfg).eval()
+        fresh.load_state_dict({k: v for k, v in m.state_dict().items() if k in ('weight', 'bias')}, strict=False)
+        assert torch.equal(m.eval()(x), fresh(x))
+
+
+def test_a_loop_that_draws_every_convolution():
+    """Kaiming initialisation draws what predicts the dilation too; one call undoes it, and keeps the weight."""
+    m = FADConv2d(4, 6, 3, padding=1)
+    for module in m.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    weight = m.weight.clone()
+    x = torch.randn(2, 4, 9, 12)
+    assert (m.ada_dr(x)[0] - 1).abs().max() > 0.5
+    m.reset_fadc_parameters()
+    assert (m.ada_dr(x)[0] - 1).abs().max() < 1e-4 and torch.equal(m.weight, weight)
 
 
 def test_reset_fadc_parameters():
