@@ -1,9 +1,9 @@
-"""Derivatives other than a gradient: forward-mode ones, and those under the transforms of torch.func."""
+"""Derivatives other than a gradient: forward-mode ones, second ones, and under the transforms of torch.func."""
 import pytest
 import timm
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp
+from torch.func import functional_call, grad, jvp, vmap
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
 from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, mix_bands, set_backend
@@ -142,3 +142,126 @@ def off_identity_copy(m):
     other = FADConv2d(4, 4, 3, padding=1).eval()
     other.load_state_dict(m.state_dict())
     return other
+
+
+# second derivatives
+
+def second(function, inputs, *directions):
+    """Gradients of a directional derivative of the gradient."""
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    y = function(*inputs)
+    grads = torch.autograd.grad(y, inputs, torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y),
+                                create_graph=True, allow_unused=True)
+    pushed = sum((g * d).sum() for g, d in zip(grads, directions) if g is not None)
+    return [g.detach() for g in grads if g is not None], torch.autograd.grad(pushed, inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_second_derivatives_of_a_layer(cfg):
+    """Gradient penalties: those of the definition, in torch's own operators."""
+    m = off_identity(make(**cfg)).double().eval()
+    function, parameters = of_module(m)
+    inputs = [torch.randn(2, 4, 7, 8, dtype=torch.float64), *parameters]
+    directions = tensors_like(inputs)
+    results = {}
+    for backend in (None, 'reference', 'grid_sample'):
+        with set_backend(backend):
+            results[backend] = second(function, inputs, *directions)
+    first, again = results['reference']
+    assert sum(g.abs().sum() for g in again if g is not None) > 1e-3
+    for backend in (None, 'grid_sample'):
+        for a, e in zip((*results[backend][0], *results[backend][1]), (*first, *again), strict=True):
+            if e is None or a is None:
+                assert e is a or (e if a is None else a).abs().max() == 0
+            else:
+                torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize('backend', [None, 'gather', 'grid_sample', 'reference'])
+def test_second_derivatives_numerically(backend):
+    x, weight, dilation, mask, bias, *gains = arguments()
+    inputs = [x[:1, :2, :3, :4], weight[:2, :2], dilation[:1, :, :3, :4], mask[:1, :, :3, :4], bias[:2],
+              *(g[:1, :2] for g in gains)]
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradgradcheck(operator(backend), inputs)
+
+
+def test_second_derivatives_where_one_input_made_another():
+    """The gradient for x does not contain what flows through the dilation, which was computed from x."""
+    x, weight = torch.randn(1, 2, 4, 5, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+
+    def function(x, weight, backend=None):
+        dilation = 1.3 + x[:, :1].sigmoid()
+        return adaptive_dilated_conv2d(x, weight, dilation, backend=backend)
+
+    directions = tensors_like((x, weight))
+    results = [second(lambda *args, b=b: function(*args, b), (x, weight), *directions) for b in (None, 'reference')]
+    for a, e in zip(*results):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize('backend', ['torchvision', 'triton'])
+def test_backends_without_second_derivatives_say_so(backend):
+    inputs = [t.float().requires_grad_() for t in arguments()]
+    y = operator(backend)(*inputs)
+    torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    with pytest.raises(NotImplementedError, match=f"'{backend}' has no second derivatives.*set_backend.'grid_sample'"):
+        torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    if backend == 'triton':
+        x = torch.randn(1, 4, 8, 9, requires_grad=True)
+        for y in (mix_bands(x, torch.rand(1, 3, 2, 8, 9), [2, 4, 8], backend), FADConv2d(4, 4, 3, backend=backend)(x)):
+            with pytest.raises(NotImplementedError, match='no second derivatives'):
+                torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc'])
+def test_gradient_penalty_of_a_network(name):
+    """Both ways to the same Hessian-vector product: reverse over reverse, and forward over reverse."""
+    m = off_identity(timm.create_model(name, pretrained=False)).double().eval()
+    x, v = (torch.randn(1, 3, 32, 32, dtype=torch.float64) for _ in range(2))
+
+    def loss(x):
+        return m(x).square().mean()
+
+    _, expected = torch.autograd.functional.hvp(loss, x, v)
+    _, pushed = jvp(grad(loss), (x,), (v,))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(pushed, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
+
+
+# transforms of torch.func
+
+@pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc'])
+def test_gradients_per_sample(name):
+    """What Opacus and influence functions take: vmap of grad, with functional_call."""
+    m = off_identity(timm.create_model(name, pretrained=False)).double().eval()
+    parameters = {k: p.detach() for k, p in m.named_parameters()}
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return functional_call(m, parameters, (x[None],)).square().mean()
+
+    each = vmap(grad(loss), (None, 0))(parameters, x)
+    for i in range(len(x)):
+        m.zero_grad()
+        loss(dict(m.named_parameters()), x[i]).backward()
+        for k, p in m.named_parameters():
+            torch.testing.assert_close(each[k][i], p.grad, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_ensemble_of_layers(cfg):
+    members = [off_identity(make(**cfg)).eval() for _ in range(2)]
+    x = torch.randn(2, 4, 7, 8)
+    stacked = {k: torch.stack([m.state_dict()[k] for m in members]) for k in members[0].state_dict()}
+    together = vmap(lambda state: functional_call(members[0], state, (x,)))(stacked)
+    for a, m in zip(together, members, strict=True):
+        torch.testing.assert_close(a, m(x), rtol=1e-4, atol=1e-4)
+
+
+def test_many_gradients_at_once():
+    """jacobian(vectorize=True) is vmap over the backward pass."""
+    m = off_identity(FADConv2d(2, 2, 3, padding=1)).double().eval()
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
+    one, many = (torch.autograd.functional.jacobian(m, x, vectorize=v) for v in (False, True))
+    torch.testing.assert_close(many, one)

@@ -11,9 +11,10 @@ from typing import Iterator, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..derivatives import formula_gradients, wants_formula
 from ..runtime import empty_map, exact_products, nhwc
 from .frequencies import frequencies
-from .low_pass import edges
+from .low_pass import edges, low_pass
 
 __all__ = ['forward', 'mix_low_passes', 'mix_low_passes_backward', 'multiply_adds']
 
@@ -216,7 +217,17 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, steps)
 
 
+def _formula(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    """:func:`mix_low_passes` in torch's own operators."""
+    y = x * steps[:, :1]
+    for i, low in enumerate(low_pass(x, factors)):
+        y = y + low * steps[:, i + 1, None]
+    return y
+
+
 def _backward(ctx, grad: Tensor):
+    if wants_formula():
+        return *formula_gradients(lambda x, steps: _formula(x, steps, ctx.factors), ctx.saved_tensors, grad), None
     return *mix_low_passes_backward(grad, *ctx.saved_tensors, ctx.factors), None
 
 

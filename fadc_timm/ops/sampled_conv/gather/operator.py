@@ -12,8 +12,10 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ...derivatives import formula_gradients, wants_formula
 from ...runtime import empty_map, exact_products, nhwc
-from ..arguments import split_kernel
+from .. import grid_sample
+from ..arguments import NO_GAINS, ConvArgs, split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
 __all__ = ['sampled_conv2d']
@@ -228,10 +230,27 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], *(call[name] for name in _DIFFERENTIABLE))
 
 
+def _formula(x, dilation, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, groups) -> Tensor:
+    """:func:`sampled_conv2d` without bias in torch's own operators."""
+    b, (h, w), options = x.shape[0], dilation.shape[2:], (tuple(stride), tuple(padding))
+    if weight.dim() == 4:
+        gains = (low_in, low_out, high_in, high_out) if split else NO_GAINS
+        return grid_sample.differentiable(ConvArgs(x, weight, dilation, mask, None, gains, *options, groups))
+    # a kernel for each sample: the samples are groups of one
+    x, dilation, mask = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (x, dilation, mask))
+    y = grid_sample.differentiable(
+        ConvArgs(x, weight.flatten(0, 1), dilation, mask, None, NO_GAINS, *options, b * groups))
+    return y.reshape(b, -1, h, w)
+
+
 def _backward(ctx, grad: Optional[Tensor], _):
     grads, needed = {}, dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is not None:
-        grads = dict(zip(_DIFFERENTIABLE, sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options), strict=True))
+        if wants_formula():
+            found = formula_gradients(lambda *tensors: _formula(*tensors, *ctx.options), ctx.saved_tensors[1:], grad)
+        else:
+            found = sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
+        grads = dict(zip(_DIFFERENTIABLE, found, strict=True))
         if needed['bias']:
             grads['bias'] = grad.sum((0, 2, 3))
     return tuple(grads.get(name) if needed[name] else None for name in _ARGUMENTS)

@@ -8,6 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ...derivatives import once
 from ...runtime import match_layout
 from ...triton_support import why_not as why_not_map
 from ..arguments import ConvArgs, why_not_transformed
@@ -37,4 +38,4 @@ def forward(args: ConvArgs) -> Tensor:
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
     y = call(
         args.x, args.weight, args.bias, args.dilation, args.mask, low, high, 0, 1., False, save, *args.geometry())
-    return match_layout(y, args.x)
+    return once(match_layout(y, args.x), 'triton')
