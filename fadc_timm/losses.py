@@ -87,7 +87,7 @@ def high_frequency_power(x: Tensor, window: int = 7, cutoff: float = 0.25, group
         planes = x.reshape(b * c, 1, h, w)
         side = window // 2
         step = max(1, _CHUNK_BYTES // (x.element_size() * window * (h + 2 * side) * (w + 2 * side)))
-        out = x.new_zeros(b * c, 1, h, w)
+        out = x.new_zeros((b * c, 1, h, w))
         for start in range(0, b * c, step):
             part = F.pad(planes[start:start + step], [side] * 4, mode='replicate')
             # high along the columns, any frequency along the rows: by Parseval's theorem the sum over all frequencies

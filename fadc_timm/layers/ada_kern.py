@@ -145,7 +145,7 @@ class AdaKern(nn.Module):
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)[:, :, None, None]
-        x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
+        x = self.act(self._scripted_norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
         width = x.shape[1] // self.parts
         low: Optional[Tensor] = None
         high: Optional[Tensor] = None
@@ -155,14 +155,31 @@ class AdaKern(nn.Module):
             high = self.high(x[:, x.shape[1] - width:])
         return low, high
 
+    def _scripted_norm(self, x: Tensor) -> Tensor:
+        """:meth:`_normalize` in TorchScript, where the norm is a BatchNorm or, once folded, the identity."""
+        if hasattr(self.norm, 'running_mean'):
+            if self.norm.training and x.shape[0] == 1:
+                return F.batch_norm(
+                    x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, False, 0.,
+                    self.norm.eps)
+        return self.norm(x)
+
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
-        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics."""
+        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics.
+
+        timm's split BatchNorm gives every part of the batch to a norm of its own.
+        """
         norm = self.norm
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-        if not isinstance(norm, _BatchNorm) or x.shape[0] > 1 or not norm.training or synced:
+        if not isinstance(norm, _BatchNorm) or not norm.training or synced:
             return norm(x)
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
+        norms = [norm, *getattr(norm, 'aux_bn', ())]
+        if x.shape[0] not in (0, len(norms)):
+            return norm(x)
+        return torch.cat([
+            F.batch_norm(part, n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
+            for part, n in zip(x.split(1), norms)])
 
     def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """The gains of the input and of the output channels, from x, which holds those of the input first."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
+from fadc_timm.losses import high_frequency_power
 from fadc_timm.ops import list_backends
 from fadc_timm.ops.band_mix import functional
 from tests.support.cases import DTYPES, error
@@ -251,6 +252,39 @@ def test_backend_reaches_freq_select(monkeypatch):
     for backend in (None, 'gather', 'triton'):
         FADConv2d(4, 4, 3, padding=1, ada_dr=False, backend=backend)(x)
     assert chosen == ['fused', 'fused', 'triton']
+
+
+# subclasses of tensors
+
+class Strict(torch.Tensor):
+    """Takes the arguments of torch's documentation and no others, as MONAI's MetaTensor does."""
+
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_empty(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def new_zeros(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_zeros(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def new_ones(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_ones(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def clone(self, *, memory_format=torch.preserve_format):
+        return super().clone(memory_format=memory_format)
+
+
+# Triton's interpreter calls `new_empty(0)` itself
+@pytest.mark.parametrize('backend', [*(b for b in list_backends() if b != 'triton'), None])
+@pytest.mark.parametrize('cfg', [dict(padding=1), dict(padding=1, groups=4, out_channels=4), dict(
+    padding=1, spatial_group=2, dilation_groups=2, kernel_decompose='low')], ids=ids)
+def test_tensor_subclass(cfg, backend):
+    m = off_identity(make(**cfg, backend=backend)).eval()
+    x = torch.randn(2, 4, 7, 8)
+    y, expected = m(x.as_subclass(Strict)), m(x)
+    assert type(y) is Strict and error(y.as_subclass(torch.Tensor), expected) < 1e-6
+    actual = grads(y, list(m.parameters()))
+    assert_same([g.as_subclass(torch.Tensor) for g in actual], grads(expected, list(m.parameters())), 1e-6)
+    power = high_frequency_power(x.as_subclass(Strict))
+    assert error(power.as_subclass(torch.Tensor), high_frequency_power(x)) < 1e-6
 
 
 # what people put behind a layer works in place

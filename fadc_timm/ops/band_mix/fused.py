@@ -82,7 +82,7 @@ class _Plan:
     def analyse(self, x: Tensor) -> Tensor:
         """x (b, H, W, C) to coefficients (b, J, J', C)."""
         b, across, down = x.shape[0], self.cols.analysis, self.rows.analysis
-        out = x.new_zeros(b, down.shape[0], across.shape[0] * self.c)
+        out = x.new_zeros((b, down.shape[0], across.shape[0] * self.c))
         for rows in self.blocks():
             part = x[:, rows]
             n = part.shape[1]
@@ -117,7 +117,7 @@ class _Plan:
 
     def weighted_synthesis(self, steps: Tensor) -> Tensor:
         """Weights (b, n, W, 1 + M) on the synthesis along rows, all filters side by side: (b*n, W, sum of J'_i)."""
-        out = steps.new_empty(*steps.shape[:3], self.columns[-1].stop if self.columns else 0)
+        out = steps.new_empty((*steps.shape[:3], self.columns[-1].stop if self.columns else 0))
         for i, synthesis in enumerate(self.cols.synthesis):
             of = [j + 1 for j, place in enumerate(self.place) if place == i]
             step = steps[..., of[0]:of[0] + 1] if len(of) == 1 else steps[..., of].sum(-1, keepdim=True)

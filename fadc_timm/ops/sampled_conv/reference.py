@@ -15,7 +15,7 @@ def why_not(args: ConvArgs) -> Optional[str]:
 def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Sample x (B, C, H, W) at real positions rows, cols (B, H', W'), zero outside: (B, C, H', W')."""
     b, c, h, w = x.shape
-    y = x.new_zeros(b, c, *rows.shape[1:])
+    y = x.new_zeros((b, c, *rows.shape[1:]))
     batch = torch.arange(b, device=x.device)[:, None, None]
     for dy in (0, 1):
         for dx in (0, 1):
@@ -38,7 +38,7 @@ def forward(args: ConvArgs) -> Tensor:
     r, groups, (out_h, out_w) = k // 2, args.dilation_groups, dilation.shape[2:]
 
     # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
-    full = weight.new_zeros(o, c, k, k)
+    full = weight.new_zeros((o, c, k, k))
     for g in range(args.groups):
         rows = slice(g * o // args.groups, (g + 1) * o // args.groups)
         full[rows, g * per_group:(g + 1) * per_group] = weight[rows]
@@ -56,7 +56,7 @@ def forward(args: ConvArgs) -> Tensor:
 
     centre_rows = torch.arange(out_h, device=x.device)[:, None] * args.stride[0] + r - args.padding[0]
     centre_cols = torch.arange(out_w, device=x.device)[None, :] * args.stride[1] + r - args.padding[1]
-    y = x.new_zeros(b, o, out_h, out_w)
+    y = x.new_zeros((b, o, out_h, out_w))
     for g in range(groups):
         channels = slice(g * c // groups, (g + 1) * c // groups)
         for i in range(k):

@@ -94,7 +94,7 @@ def sampled_conv2d(
     tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
     result = empty_map(x, (tiling.b, weight.shape[-4], tiling.out_h, tiling.out_w))
     x, y = nhwc(x), result.permute(0, 2, 3, 1)
-    high = torch.empty_like(y) if save else x.new_empty(0)
+    high = torch.empty_like(y) if save else x.new_empty((0,))
     kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
@@ -128,7 +128,7 @@ def sampled_conv2d(
 def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, groups):
     b, _, h, w = dilation.shape
     y = empty_map(x, (b, weight.shape[-4], h, w))
-    return y, torch.empty_like(y.permute(0, 2, 3, 1)) if save else x.new_empty(0)
+    return y, torch.empty_like(y.permute(0, 2, 3, 1)) if save else x.new_empty((0,))
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d_backward', mutates_args=())
@@ -160,7 +160,7 @@ def sampled_conv2d_backward(
     grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)
     grad_sampling, grad_x = torch.empty_like(tiling.sampling), torch.zeros_like(x)
     grad_low_in, grad_low_out, grad_high_in = (
-        x.new_zeros(0 if t is None else t.shape) for t in (low_in, low_out, high_in))
+        x.new_zeros((0,) if t is None else t.shape) for t in (low_in, low_out, high_in))
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
         kernel, into_kernel = (t[samples.start] if t.dim() == 5 else t for t in (rest, grad_weight))
@@ -197,7 +197,7 @@ def sampled_conv2d_backward(
             grad_high_in[samples] = (grad_high * x[samples]).sum((1, 2))
         grad_x[samples] += _scaled(grad_high, own.high_in) if split else grad_high
     grad_dilation, grad_mask = tiling.backward(grad_sampling)
-    empty = x.new_empty(0)
+    empty = x.new_empty((0,))
     if grad_mean is not None:
         if not centres_samples:
             grad_mean -= grad_weight.sum((2, 3), keepdim=True)
@@ -212,7 +212,7 @@ def sampled_conv2d_backward(
 @sampled_conv2d_backward.register_fake
 def _(grad, high, x, dilation, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, groups):
     def like(t):
-        return x.new_empty(0) if t is None else t.new_empty(t.shape)
+        return x.new_empty((0,)) if t is None else t.new_empty(t.shape)
 
     return [torch.empty_like(x, memory_format=torch.channels_last), like(dilation), like(mask),
             torch.empty_like(weight), *map(like, (low_in, low_out, high_in, None if high.dim() == 1 else high_out))]

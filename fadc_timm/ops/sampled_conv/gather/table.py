@@ -46,7 +46,7 @@ def _axes(
     like = dilation.dtype, dilation.device
     r = kernel_size // 2
     taps = _line(kernel_size, 1, -r, (-1, 1, 1, 1, 1), *like)
-    position = dilation.new_empty(2, kernel_size, *dilation.shape)
+    position = dilation.new_empty((2, kernel_size, *dilation.shape))
     for axis, shape in enumerate(((-1, 1), (-1,))):
         centre = _line(dilation.shape[2 + axis], stride[axis], r - padding[axis], shape, *like)
         torch.addcmul(centre, taps, dilation, out=position[axis])

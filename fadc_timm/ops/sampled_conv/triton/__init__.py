@@ -28,7 +28,7 @@ def _gains(args: ConvArgs, into: Optional[Tensor], out: Optional[Tensor]) -> Opt
     if args.is_depthwise:
         return out if into is None else into if out is None else into * out
     b, c, o = *args.x.shape[:2], len(args.weight)
-    into, out = (args.x.new_ones(b, n) if t is None else t for n, t in ((c, into), (o, out)))
+    into, out = (args.x.new_ones((b, n)) if t is None else t for n, t in ((c, into), (o, out)))
     return torch.cat((into, out), dim=1)
 
 
