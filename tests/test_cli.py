@@ -187,9 +187,9 @@ def test_visualize_takes_the_folder_of_a_model(tmp_path, capsys):
     plain = str(write_folder(timm.create_model('test_resnet'), tmp_path / 'plain'))
     grey = str(write_folder(timm.create_model(MODEL, in_chans=1), tmp_path / 'grey', model_args=dict(in_chans=1)))
     for rest, message in (
-            ([folder, '--model', 'resnet18_fadc'], f"holds '{MODEL}', not 'resnet18_fadc'"),
-            ([plain], "the model 'test_resnet' in '.*plain' has no FADC layers"),
-            ([str(tmp_path)], 'is no folder of a model: it has no config.json'),
+            ([folder, '--model', 'resnet18_fadc'], f'holds the model {MODEL}, not resnet18_fadc'),
+            ([plain], "the model test_resnet in '.*plain' has no FADC layers"),
+            ([str(tmp_path)], 'has no config.json, so it is no folder of a model'),
             ([grey], 'takes images of 1 channels')):
         assert main([*args, *rest]) == 2
         assert re.search(message, capsys.readouterr().err)

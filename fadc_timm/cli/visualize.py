@@ -38,21 +38,15 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
 
 def _load_folder(folder: str, name: Optional[str]) -> Tuple[nn.Module, str]:
     """The FADC model in a folder, and the name of its architecture, which is that of `name` if there is one."""
-    from ..checkpoints import is_model_folder, reload
+    from ..checkpoints.saved import architecture_of, load_checkpoint
     from ..models._family import fadc_keys
-    if not is_model_folder(Path(folder)):
-        raise CommandError(f"'{folder}' is no folder of a model: it has no config.json")
     try:
-        model = reload(folder)
+        model = load_checkpoint(folder, name)
     except Exception as e:  # the folder can hold anything
         raise CommandError(f"cannot load the model in '{folder}': {first_line(e)}") from e
-    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
-    own = cfg['architecture']
+    own = architecture_of(model)
     if not fadc_keys(model):
-        raise CommandError(f"the model '{own}' in '{folder}' has no FADC layers; `fadc-timm convert` adds them")
-    if name is not None and name.partition('.')[0] != own:
-        raise CommandError(f"the folder '{folder}' holds '{own}', not '{name}'; --checkpoint takes a file of weights "
-                           "for another model")
+        raise CommandError(f"the model {own} in '{folder}' has no FADC layers; `fadc-timm convert` adds them")
     return model, own
 
 

@@ -33,7 +33,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints import convert, is_model_folder, read_checkpoint
+from fadc_timm.checkpoints.saved import architecture_of, load_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
 from fadc_timm.visualize import read_image, save
@@ -244,20 +244,16 @@ def states_of(name: str | None, checkpoint: Path | None) -> tuple[str, dict[str,
         ValueError: The folder holds another architecture, or none.
     """
     if checkpoint is not None and checkpoint.is_dir():
-        if not is_model_folder(checkpoint):
-            raise ValueError(f'{checkpoint} is no folder of a model: it has no config.json')
-        source = f'local-dir:{checkpoint}'
-        trained = timm.create_model(source, pretrained=True)
-        own = trained.pretrained_cfg['architecture']
-        if name not in (None, own):
-            raise ValueError(f'{checkpoint} holds {own}, not {name}')
+        trained = load_checkpoint(checkpoint, name)
+        initial = copy.deepcopy(trained)
         torch.manual_seed(0)
-        return own, {'trained': trained.eval(), 'initial': timm.create_model(source, pretrained=False).eval()}
+        for m in initial.modules():
+            reset = getattr(m, 'reset_parameters', None)
+            if callable(reset):
+                reset()
+        return architecture_of(trained), {'trained': trained, 'initial': initial}
     name = name or DEFAULT_MODEL
-    if checkpoint is None:
-        trained = timm.create_model(name, pretrained=True)
-    else:
-        trained = convert(read_checkpoint(checkpoint), name).model
+    trained = timm.create_model(name, pretrained=True) if checkpoint is None else load_checkpoint(checkpoint, name)
     torch.manual_seed(0)
     return name, {'trained': trained.eval(), 'initial': timm.create_model(name).eval()}
 

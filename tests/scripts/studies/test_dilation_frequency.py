@@ -123,7 +123,7 @@ def test_command(tmp_path, capsys):
     for r in rows:
         assert (r['rho'] == 'undefined') == (r['state'] == 'initial')
     assert dilation_frequency.main([*args, '--checkpoint', str(folder), '--model', 'resnet18_fadc']) == 2
-    assert f'holds {MODEL}, not resnet18_fadc' in capsys.readouterr().err
+    assert f'holds the model {MODEL}, not resnet18_fadc' in capsys.readouterr().err
 
 
 def test_images_of_16_bits(tmp_path):
