@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, List
 
 from . import layers, losses, ops
 from .layers import AdaDR, AdaKern, FADConv2d, FreqSelect
-from .models import LiftReport, lift_model
+from .models import LiftReport, lift_model, param_groups
 
 if TYPE_CHECKING:
     from . import checkpoints, visualize
@@ -17,7 +17,7 @@ __version__ = '0.1.0.dev0'
 
 __all__ = [
     'AdaDR', 'AdaKern', 'FADConv2d', 'FreqSelect', 'LiftReport', 'checkpoints', 'layers', 'lift_model', 'losses',
-    'official', 'ops', 'visualize']
+    'official', 'ops', 'param_groups', 'visualize']
 
 # Modules that Python imports at their first use: building a model needs none of them.
 _LAZY = {'checkpoints': '.checkpoints', 'official': '.checkpoints.official', 'visualize': '.visualize'}

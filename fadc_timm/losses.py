@@ -44,7 +44,7 @@ def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
     for k in range(1, window // 2 + 1):
         angle = 2 * math.pi * k / window * i
         rows += [math.sqrt(2 / window) * torch.cos(angle), math.sqrt(2 / window) * torch.sin(angle)]
-    basis = torch.stack(rows).to(like.device, like.dtype)
+    basis = torch.stack(rows).to(like.dtype).to(like.device)
     m = 1 + 2 * sum(k / window <= cutoff for k in range(1, window // 2 + 1))
     return [basis[:m], basis[m:]]
 
@@ -87,7 +87,7 @@ def high_frequency_power(x: Tensor, window: int = 7, cutoff: float = 0.25, group
         planes = x.reshape(b * c, 1, h, w)
         side = window // 2
         step = max(1, _CHUNK_BYTES // (x.element_size() * window * (h + 2 * side) * (w + 2 * side)))
-        out = x.new_zeros(b * c, 1, h, w)
+        out = x.new_zeros((b * c, 1, h, w))
         for start in range(0, b * c, step):
             part = F.pad(planes[start:start + step], [side] * 4, mode='replicate')
             # high along the columns, any frequency along the rows: by Parseval's theorem the sum over all frequencies

@@ -13,9 +13,11 @@ from PIL import Image
 
 import fadc_timm
 from fadc_timm import visualize
+from fadc_timm.checkpoints import write_folder
 from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
 from fadc_timm.ops import triton_support
+from tests.support.off_identity import off_identity
 from tests.support.small_model import MODEL, make_model
 
 ROOT = Path(fadc_timm.__file__).parents[1]
@@ -51,6 +53,8 @@ def test_visualize(tmp_path, capsys):
     assert main(['visualize', '--no-pretrained', '--out', str(out)]) == 0
     text = capsys.readouterr().out
     assert 'random weights' in text and str(out) in text
+    line = 'All maps are constant, as before any training of FADC; --pretrained takes weights that were trained'
+    assert f'{line} with it.' in text.splitlines()
     rows = table_rows(text)
     assert rows['layer2'][2:5] == ['48x48x72', '8', '1.00 (1.00 to 1.00)'] and rows['layer2'][5:] == ['1.00'] * 3
     assert rows['layer4'][2:4] == ['96x12x18', '32']
@@ -66,7 +70,7 @@ def test_visualize(tmp_path, capsys):
 def test_visualize_takes_weights_from_the_package(tmp_path, capsys):
     assert main(['visualize', '--out', str(tmp_path / 'a.png')]) == 0
     text = capsys.readouterr().out
-    assert "pretrained weights 'bluemarble_climate', in the package" in text
+    assert "pretrained weights 'bluemarble_climate', in the package" in text and 'constant' not in text
     for row in table_rows(text).values():  # training moved every stage away from its identity start
         low, high = map(float, re.search(r'\((.*) to (.*)\)', row[4]).groups())
         assert high - low > 0.1 and min(map(float, row[5:])) < 0.95
@@ -116,6 +120,93 @@ def test_visualize_checkpoint(tmp_path, capsys):
     torch.save(timm.create_model('test_resnet', num_classes=0).state_dict(), tmp_path / 'c.pth')
     assert main(args) == 0
     assert [row[4] for row in table_rows(capsys.readouterr().out).values()] == ['1.00 (1.00 to 1.00)'] * 3
+
+
+def test_visualize_a_picture_of_constant_maps_says_so(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(visualize, 'figure', lambda image, stages, title, note: notes.append(note))
+    monkeypatch.setattr(visualize, 'save', lambda *args: None)
+    args = ['visualize', '--size', '64', '--out', str(tmp_path / 'a.png')]
+    assert main([*args, '--no-pretrained']) == 0 and main(args) == 0
+    assert main([*args, '--no-pretrained', '--model', 'test_convnext_fadc']) == 0
+    assert ['All maps are constant' in note for note in notes] == [True, False, True]
+    assert '--pretrained takes' in notes[0] and '--checkpoint takes' in notes[2]  # of which there are trained weights
+
+
+@pytest.mark.parametrize('options, pretrained', [
+    (['--model', 'resnet18_fadc.a2_in1k'], True), (['--model', 'resnet18_fadc.a2_in1k', '--no-pretrained'], False),
+    (['--model', 'resnet18_fadc'], False), (['--model', 'resnet18_fadc', '--pretrained'], True)])
+def test_visualize_a_tag_means_its_weights(options, pretrained, tmp_path, monkeypatch, capsys):
+    asked, model = [], make_model()
+
+    def create_model(name, pretrained=False):
+        asked.append(pretrained)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    assert main(['visualize', *options, '--size', '64', '--out', str(tmp_path / 'a.png')]) == 0
+    assert asked == [pretrained]
+    assert ('pretrained weights' in capsys.readouterr().out) == pretrained
+
+
+def test_visualize_several_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = [tmp_path / 'wide.png', tmp_path / 'tall.jpg']
+    for path, size in zip(photos, ((90, 60), (60, 90))):
+        Image.effect_noise(size, 60).save(path)
+    assert main(['visualize', *map(str, photos), '--size', '64', '--no-pretrained']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for path, size in zip(photos, ('64x43', '43x64')):
+        assert f'{path}: {MODEL}: random weights; input {size}' in lines
+    assert sorted(os.listdir('fadc_visualize')) == ['tall.png', 'wide.png']
+    assert main(['visualize', *map(str, photos), '--size', '64', '--no-pretrained', '--out', 'other']) == 0
+    assert sorted(os.listdir('other')) == ['tall.png', 'wide.png']
+    capsys.readouterr()
+    (tmp_path / 'a').mkdir()
+    Image.effect_noise((64, 64), 60).save('a/wide.jpg')
+    for args, message in (
+            (['--out', 'a.png'], "--out wants a folder for the pictures of 2 images, got 'a.png'"),
+            (['--out', 'wide.png'], '--out wants a folder'), (['absent.jpg'], "no image at 'absent.jpg'"),
+            (['a/wide.jpg'], "wide.png' and 'a/wide.jpg' have the same name")):
+        assert main(['visualize', *map(str, photos), *args]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.out == ''
+
+
+def test_visualize_takes_the_folder_of_a_model(tmp_path, capsys):
+    """Its architecture and options too."""
+    model = timm.create_model(MODEL, num_classes=5, fadc_stages=(False, False, False, True))
+    folder = str(write_folder(off_identity(model), tmp_path / 'own',
+                              model_args=dict(fadc_stages=(False, False, False, True))))
+    args = ['visualize', '--size', '64', '--out', str(tmp_path / 'a.png'), '--checkpoint']
+    assert main([*args, folder]) == 0
+    text = capsys.readouterr().out
+    assert f'{MODEL}: weights from {folder}' in text and list(table_rows(text)) == ['layer4'] and 'constant' not in text
+    assert main([*args, folder, '--model', MODEL]) == 0
+    capsys.readouterr()
+    plain = str(write_folder(timm.create_model('test_resnet'), tmp_path / 'plain'))
+    grey = str(write_folder(timm.create_model(MODEL, in_chans=1), tmp_path / 'grey', model_args=dict(in_chans=1)))
+    for rest, message in (
+            ([folder, '--model', 'resnet18_fadc'], f'holds the model {MODEL}, not resnet18_fadc'),
+            ([plain], "the model test_resnet in '.*plain' has no FADC layers"),
+            ([str(tmp_path)], 'has no config.json, so it is no folder of a model'),
+            ([grey], 'takes images of 1 channels')):
+        assert main([*args, *rest]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_visualize_of_16_bits(tmp_path, monkeypatch):
+    """The model sees the photograph, not white."""
+    shown = []
+    monkeypatch.setattr(visualize, 'figure', lambda image, *args: shown.append(image))
+    monkeypatch.setattr(visualize, 'save', lambda *args: None)
+    grey = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))
+    for name, values in (('a.png', grey), ('b.png', grey.astype(np.uint16) * 257), ('c.tif', (grey / 255).astype('f'))):
+        Image.fromarray(values).save(tmp_path / name)
+        assert main(['visualize', str(tmp_path / name), '--no-pretrained', '--out', str(tmp_path / 'o.png')]) == 0
+    assert shown[0].std() > 0.2
+    for image in shown[1:]:
+        np.testing.assert_array_equal(image, shown[0])
 
 
 @pytest.mark.parametrize('args, message', [
@@ -212,7 +303,7 @@ def test_info_of_settings(monkeypatch, capsys):
     assert main(['info']) == 0
     text = capsys.readouterr().out
     assert "name none: grid_sample; workspace of 'triton': 64 MB\n" in text
-    assert '  convolution: grid_sample; depthwise: grid_sample; band mix: fused\n' in text
+    assert '  convolution: grid_sample; depthwise: grid_sample; band mix: written_out\n' in text
     for line in ('Triton is not installed (why)', '  triton: cannot run: Triton is not installed (why)'):
         assert f'\n{line}\n' in text
     monkeypatch.setenv('FADC_TIMM_BACKEND', 'other')

@@ -76,22 +76,18 @@ class AdaDR(nn.Module):
         taps = kernel_size * kernel_size
         conv_args = dict(kernel_size=kernel_size, stride=stride, padding=max(padding, 0), **dd)
         # dilation and mask read the same tensor: one convolution, the dilation first
-        self.conv = PredictorConv2d(in_channels, dilation_groups * (1 if depthwise else 1 + taps), **conv_args)
+        self.conv = PredictorConv2d(
+            in_channels, dilation_groups * (1 if depthwise else 1 + taps), first=dilation_groups,
+            first_bias=(dilation - 1 + eps) / dilation, **conv_args)
         self.mask_dw = nn.Conv2d(in_channels, in_channels, groups=in_channels, bias=False, **conv_args) \
             if depthwise else None
-        self.mask_pw = nn.Conv2d(in_channels, dilation_groups * taps, 1, **dd) if depthwise else None
-        self.reset_parameters()
+        self.mask_pw = PredictorConv2d(in_channels, dilation_groups * taps, 1, **dd) if depthwise else None
 
     def reset_parameters(self) -> None:
         """Back to the base dilation and a mask of ones."""
-        if self.mask_dw is not None:
-            self.mask_dw.reset_parameters()
-        for conv in (self.conv, self.mask_pw):
+        for conv in (self.conv, self.mask_dw, self.mask_pw):
             if conv is not None:
-                for parameter in conv.parameters():
-                    nn.init.zeros_(parameter)
-        assert self.conv.bias is not None
-        nn.init.constant_(self.conv.bias[:self.dilation_groups], (self.dilation - 1 + self.eps) / self.dilation)
+                conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """

@@ -17,6 +17,15 @@ from ..ops.runtime import without_autocast
 __all__ = ['AdaKern']
 
 
+class _Head(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Back to zero."""
+        for parameter in (self.weight, self.bias):
+            nn.init.zeros_(parameter)
+
+
 class AdaKern(nn.Module):
     """Gains for the two parts of a kernel: its mean over the taps (low) and the rest (high).
 
@@ -65,8 +74,8 @@ class AdaKern(nn.Module):
         # Any, as SyncBatchNorm may replace it, and reparameterize() does
         self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
         self.act = nn.ReLU()
-        self.low = None if kernel_decompose == 'high' else nn.Linear(width, heads, **dd)
-        self.high = None if kernel_decompose == 'low' else nn.Linear(width, heads, **dd)
+        self.low = None if kernel_decompose == 'high' else _Head(width, heads, **dd)
+        self.high = None if kernel_decompose == 'low' else _Head(width, heads, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,8 +87,7 @@ class AdaKern(nn.Module):
             self.norm.reset_parameters()
         for head in (self.low, self.high):
             if head is not None:
-                for parameter in head.parameters():
-                    nn.init.zeros_(parameter)
+                head.reset_parameters()
 
     def reparameterize(self) -> None:
         """Fold the norm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
@@ -137,7 +145,7 @@ class AdaKern(nn.Module):
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)[:, :, None, None]
-        x = self.act(self.norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
+        x = self.act(self._scripted_norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
         width = x.shape[1] // self.parts
         low: Optional[Tensor] = None
         high: Optional[Tensor] = None
@@ -147,14 +155,31 @@ class AdaKern(nn.Module):
             high = self.high(x[:, x.shape[1] - width:])
         return low, high
 
+    def _scripted_norm(self, x: Tensor) -> Tensor:
+        """:meth:`_normalize` in TorchScript, where the norm is a BatchNorm or, once folded, the identity."""
+        if hasattr(self.norm, 'running_mean'):
+            if self.norm.training and x.shape[0] == 1:
+                return F.batch_norm(
+                    x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, False, 0.,
+                    self.norm.eps)
+        return self.norm(x)
+
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
-        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics."""
+        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics.
+
+        timm's split BatchNorm gives every part of the batch to a norm of its own.
+        """
         norm = self.norm
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-        if not isinstance(norm, _BatchNorm) or x.shape[0] > 1 or not norm.training or synced:
+        if not isinstance(norm, _BatchNorm) or not norm.training or synced:
             return norm(x)
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
+        norms = [norm, *getattr(norm, 'aux_bn', ())]
+        if x.shape[0] not in (0, len(norms)):
+            return norm(x)
+        return torch.cat([
+            F.batch_norm(part, n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
+            for part, n in zip(x.split(1), norms)])
 
     def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """The gains of the input and of the output channels, from x, which holds those of the input first."""

@@ -155,9 +155,15 @@ class FADConv2d(nn.Conv2d):
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `nn.Conv2d` does, and make FreqSelect, AdaKern and AdaDR the identity again."""
+        super().reset_parameters()
+        self.reset_fadc_parameters()
+
     def reset_fadc_parameters(self) -> None:
         """Make FreqSelect, AdaKern and AdaDR the identity again; weight and bias stay."""
-        for module in (self.freq_select, self.ada_kern, self.ada_dr):
+        for name in ('freq_select', 'ada_kern', 'ada_dr'):
+            module = getattr(self, name, None)  # nn.Conv2d resets its parameters before there are modules
             if module is not None:
                 module.reset_parameters()
 

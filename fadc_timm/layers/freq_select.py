@@ -60,12 +60,10 @@ class FreqSelect(nn.Module):
         # all maps read the same tensor: one convolution, its outputs group by group
         self.conv = PredictorConv2d(
             in_channels, groups * self.num_maps, 3, padding=1, groups=groups, device=device, dtype=dtype)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to the identity."""
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
+        self.conv.reset_parameters()
 
     def band_weights(self, x: Tensor) -> Tensor:
         """Weights of the bands at every position.

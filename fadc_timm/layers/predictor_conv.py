@@ -1,4 +1,4 @@
-"""The convolutions with few outputs: those that predict FreqSelect's maps, and the dilation of a depthwise kernel."""
+"""The convolutions that predict: FreqSelect's maps, AdaDR's dilation and mask. They start at zero."""
 from typing import Any
 
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.padded_conv import padded_conv2d, wants_padding
-from ..ops.runtime import is_exporting
+from ..ops.runtime import is_exporting, is_transformed
 
 __all__ = ['PredictorConv2d']
 
@@ -20,13 +20,27 @@ class PredictorConv2d(nn.Conv2d):
     precisions, and every convolution that is strided, dilated, grouped or padded beyond its kernel.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Arguments as those of `nn.Conv2d`."""
+    def __init__(self, *args: Any, first: int = 0, first_bias: float = 0., **kwargs: Any) -> None:
+        """
+        Args:
+            *args: As those of `nn.Conv2d`.
+            first: Number of outputs, the first ones, whose bias does not start at zero.
+            first_bias: Their bias at the start.
+            **kwargs: As those of `nn.Conv2d`.
+        """
+        self.first, self.first_bias = first, first_bias  # read by reset_parameters, which nn.Conv2d calls
         super().__init__(*args, **kwargs)
         self.by_products = (
             self.out_channels <= MOST and self.groups == 1 and self.stride == self.dilation == (1, 1)
             and self.padding_mode == 'zeros'
             and all(isinstance(p, int) and p < k for p, k in zip(self.padding, self.kernel_size)))
+
+    def reset_parameters(self) -> None:
+        """Back to zeros and the biases of the start."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias[:self.first], self.first_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) to (B, O, H', W')."""
@@ -42,7 +56,7 @@ class PredictorConv2d(nn.Conv2d):
             if wants_padding(x, self.weight, dtype):
                 return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-        if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting():
+        if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
         (k, k_cols), (p, p_cols) = self.kernel_size, (int(n) for n in self.padding)
         h, w = x.shape[2:]

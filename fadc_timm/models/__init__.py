@@ -3,5 +3,6 @@ from . import fadc_convnext, fadc_resnet
 from .fadc_convnext import FADCConvNeXt
 from .fadc_resnet import FADCResNet
 from .lift import LiftReport, lift_model
+from .optim import param_groups
 
-__all__ = ['FADCConvNeXt', 'FADCResNet', 'LiftReport', 'fadc_convnext', 'fadc_resnet', 'lift_model']
+__all__ = ['FADCConvNeXt', 'FADCResNet', 'LiftReport', 'fadc_convnext', 'fadc_resnet', 'lift_model', 'param_groups']

@@ -4,16 +4,18 @@ torch's FlopCounterMode counts matrix products and convolutions, so it sees the 
 itself. `OPERATORS` is the one table of the operators that no counter knows: torch's counter, fvcore's (which takes
 :func:`fvcore_handlers`) and models/cost.py read it.
 """
-from typing import Any, Callable, Dict, List, NamedTuple
+import copy
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
 
-__all__ = ['OPERATORS', 'Operator', 'fvcore_handlers']
+__all__ = ['OPERATORS', 'Operator', 'fvcore_handlers', 'layer_multiply_adds', 'ptflops_hook', 'thop_hook']
 
 # The arguments of a call by their names in the operator's schema, with shapes in the place of tensors. 'y' is the shape
 # of the first result; in the backward pass that of its gradient.
@@ -112,3 +114,25 @@ def fvcore_handlers() -> Dict[str, Callable[[List[Any], List[Any]], int]]:
     fvcore's unit is the multiply-add, and it calls a handler with the jit values of an operator's inputs and outputs.
     """
     return {operator.forward._qualified_op_name: _fvcore_handler(operator) for operator in OPERATORS}
+
+
+def layer_multiply_adds(layer: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of a layer and all that is in it, for an input of the shape of x, by torch's FlopCounterMode."""
+    twin = copy.deepcopy(layer)
+    for m in twin.modules():
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
+    twin = twin.to('meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(torch.empty(x.shape, dtype=x.dtype, device='meta'))
+    return counter.get_total_flops() // 2
+
+
+def thop_hook(layer: Any, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+    """For thop: `thop.profile(model, inputs=(x,), custom_ops={fadc_timm.FADConv2d: thop_hook})`."""
+    layer.total_ops += layer_multiply_adds(layer, inputs[0])
+
+
+def ptflops_hook(layer: Any, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+    """For ptflops: `get_model_complexity_info(..., custom_modules_hooks={fadc_timm.FADConv2d: ptflops_hook})`."""
+    layer.__flops__ += layer_multiply_adds(layer, inputs[0])

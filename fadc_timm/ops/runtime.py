@@ -1,14 +1,14 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Callable, ContextManager, Optional
+from typing import Any, Callable, ContextManager, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    'accumulation_dtype', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'match_layout', 'nhwc',
-    'without_autocast']
+    'accumulation_dtype', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'is_transformed',
+    'match_layout', 'nhwc', 'table_device', 'without_autocast']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,9 +16,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
 
 
-def empty_map(like: Tensor) -> Tensor:
-    """A map of the shape, dtype and device of another, channels_last."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def table_device(device: torch.device) -> torch.device:
+    """Where tables for a device are computed in float64: on the CPU, as not every device has that dtype.
+
+    Except for CUDA: its graphs cannot hold a copy from the host.
+    """
+    return device if device.type in ('cuda', 'meta') else torch.device('cpu')
+
+
+def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:
+    """A map of the dtype and device of another, and of its shape or the given one, channels_last.
+
+    Operators return such a map itself, and fill it through `permute`: layers cannot work in place on a view.
+    """
+    return torch.empty(
+        tuple(like.shape if shape is None else shape), dtype=like.dtype, device=like.device,
+        memory_format=torch.channels_last)
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -27,7 +40,13 @@ def nhwc(x: Tensor) -> Tensor:
 
 
 def match_layout(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous."""
+    """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous.
+
+    In transforms, where torch does not say what format x has, y itself.
+    """
+    if not torch.jit.is_scripting():
+        if is_transformed():
+            return y
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -37,6 +56,16 @@ def is_exporting() -> bool:
     # torch has is_exporting from 2.7 on
     exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
     return torch.onnx.is_in_onnx_export() or exporting()
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether a level of forward-mode derivatives or a transform of torch.func is open.
+
+    Our kernels have only gradients: a tangent would be lost there without a word. Then torch's own operators have to
+    compute a call.
+    """
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def without_autocast(x: Tensor) -> ContextManager[None]:
@@ -66,5 +95,4 @@ def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
     return (all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type != 'meta') for t in tensors)
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._len_torch_function_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch.autograd.forward_ad._current_level < 0)
+            and not is_transformed())

@@ -3,9 +3,18 @@
 Only the functions that draw import matplotlib, so that importing fadc_timm does not take longer.
 """
 from ._common import save
-from .dilation import LayerRecord, StageSummary, collect, figure, summarize, table
-from .spectrum import LayerSpectra, collect_spectra, first_of_stages, spectrum_figure, spectrum_table
+from .dilation import LayerRecord, StageSummary, all_constant, collect, figure, summarize, table
+from .images import read_image, to_rgb
+from .spectrum import (
+    LayerSpectra,
+    all_unchanged,
+    collect_spectra,
+    first_of_stages,
+    spectrum_figure,
+    spectrum_table,
+)
 
 __all__ = [
-    'LayerRecord', 'LayerSpectra', 'StageSummary', 'collect', 'collect_spectra', 'figure', 'first_of_stages', 'save',
-    'spectrum_figure', 'spectrum_table', 'summarize', 'table']
+    'LayerRecord', 'LayerSpectra', 'StageSummary', 'all_constant', 'all_unchanged', 'collect', 'collect_spectra',
+    'figure', 'first_of_stages', 'read_image', 'save', 'spectrum_figure', 'spectrum_table', 'summarize', 'table',
+    'to_rgb']

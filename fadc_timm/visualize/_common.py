@@ -2,8 +2,9 @@
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Union
 
 import torch
 from torch import nn
@@ -50,6 +51,21 @@ def stride_of(output: torch.Tensor, x: torch.Tensor) -> int:
     # maps of odd sizes are rounded up, so the ratio of sizes is only near the stride, a power of two
     ratio = max(a / b for a, b in zip(x.shape[-2:], output.shape[-2:]))
     return int(2 ** max(0, round(math.log2(ratio))))
+
+
+def fitted(size: float, text: str, width: float, bold: bool = False) -> float:
+    """The font size in points at which a line fits into a width in inches, `size` at most."""
+    return size * min(1., _per_inch(size, bold) * width / max(1, len(text)))
+
+
+def wrapped(text: str, size: float, width: float) -> List[str]:
+    """The lines of a text at a font size in points, in a width in inches."""
+    return textwrap.wrap(text, max(1, int(_per_inch(size) * width)))
+
+
+def _per_inch(size: float, bold: bool = False) -> float:
+    """Characters per inch, of matplotlib's default font."""
+    return (110 if bold else 133) / size
 
 
 def save(fig: 'Figure', path: Union[str, os.PathLike]) -> Path:

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from ..layers.hooks import LayerCall
-from ._common import GREY, INK, run_watched, stage_name, stride_of
+from ._common import GREY, INK, fitted, run_watched, stage_name, stride_of, wrapped
+from .images import to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['LayerRecord', 'StageSummary', 'collect', 'figure', 'summarize', 'table']
+__all__ = ['LayerRecord', 'StageSummary', 'all_constant', 'collect', 'figure', 'summarize', 'table']
 
 _CONSTANT = 0.01  # a map that varies by less is called constant: FADC at its identity varies by eps = 1e-5
 
@@ -59,6 +61,7 @@ class StageSummary:
         dilation: (H', W') map, the mean over the layers.
         dilation_range: Smallest and largest dilation over all layers, before any averaging.
         weights: Band ('1/2-1', in units of Nyquist) to (H', W') map, high to low frequency; {} without FreqSelect.
+        weight_ranges: Band to its smallest and largest weight over all layers, before any averaging.
     """
     name: str
     stride: int
@@ -67,6 +70,7 @@ class StageSummary:
     dilation: np.ndarray
     dilation_range: Tuple[float, float]
     weights: Dict[str, np.ndarray]
+    weight_ranges: Dict[str, Tuple[float, float]]
 
 
 def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
@@ -127,14 +131,26 @@ def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSumma
         dilation = torch.stack([r.dilation[index].mean(0) for r in rs]).mean(0).numpy()
         low = min(r.dilation[index].min().item() for r in rs)
         high = max(r.dilation[index].max().item() for r in rs)
-        weighted = [(r.bands, r.weights[index].mean(1)) for r in rs if r.weights is not None]
-        labels = _band_labels(weighted[0][0], len(weighted[0][1])) if weighted else []
-        maps = [m for bands, m in weighted if _band_labels(bands, len(m)) == labels]
-        maps = [F.interpolate(m[None], (height, width), mode='area')[0] for m in maps]
+        weighted = [(_band_labels(r.bands, r.weights.shape[1]), r.weights[index])
+                    for r in rs if r.weights is not None]
+        labels = weighted[0][0] if weighted else []
+        same = [w for bands, w in weighted if bands == labels]
+        maps = [F.interpolate(w.mean(1)[None], (height, width), mode='area')[0] for w in same]
         weights = dict(zip(labels, torch.stack(maps).mean(0).numpy())) if maps else {}
+        ranges = {label: (min(w[i].min().item() for w in same), max(w[i].max().item() for w in same))
+                  for i, label in enumerate(labels)}
         last, names = rs[-1], [r.name for r in rs]
-        out.append(StageSummary(stage, last.stride, last.shape, names, dilation, (low, high), weights))
+        out.append(StageSummary(stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges))
     return out
+
+
+def _is_constant(low: float, high: float) -> bool:
+    return high - low < _CONSTANT
+
+
+def all_constant(stages: Sequence[StageSummary]) -> bool:
+    """Whether no map of any stage varies over the image, as in a model that starts as its base."""
+    return all(_is_constant(float(m.min()), float(m.max())) for s in stages for m in (s.dilation, *s.weights.values()))
 
 
 def table(stages: Sequence[StageSummary]) -> str:
@@ -151,41 +167,70 @@ def table(stages: Sequence[StageSummary]) -> str:
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _spread(values: np.ndarray) -> Tuple[str, float, float]:
-    """A caption and a colour range. The range is made of percentiles, so that no lone pixel at the border sets it."""
+def _caption(values: np.ndarray, low: float, high: float) -> str:
+    """The mean of a stage's map, and the range over its layers: what the table says too."""
+    mean, text = f'{values.mean():.2f}', f'{low:.2f} to {high:.2f}'
+    if _is_constant(low, high):
+        return f'constant {mean}'
+    drawn = f'{values.min():.2f} to {values.max():.2f}'
+    return f'mean {mean}, {text}{"" if text == drawn else " before averaging"}'
+
+
+def _colour_range(values: np.ndarray) -> Tuple[float, float]:
+    """Ends of the colour bar: percentiles, so that no lone pixel at the border sets them."""
     low, high = float(values.min()), float(values.max())
-    if high - low < _CONSTANT:
-        return f'constant {values.mean():.2f}', low - 0.5, high + 0.5
+    if _is_constant(low, high):
+        return low - 0.5, high + 0.5
     p1, p99 = np.percentile(values, (1, 99))
     pad = max(0.0, 0.1 - (p99 - p1)) / 2
-    return f'mean {values.mean():.2f}, {low:.2f} to {high:.2f}', p1 - pad, p99 + pad
+    return p1 - pad, p99 + pad
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """(H, W) or (H, W, 3) floats in [0, 1] of what `figure` takes."""
+    values = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
+    if values.ndim != 2 and (values.ndim != 3 or values.shape[2] != 3):
+        raise ValueError(f'The image must be (H, W) or (H, W, 3), got {values.shape}.')
+    if values.dtype == np.uint8:
+        return values / 255.
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f'The image must be uint8 or float, got {values.dtype}.')
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f'The image must lie in [0, 1], got {values.min():g} to {values.max():g}.')
+    return values.astype(float)
 
 
 def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note: str = '') -> 'Figure':
     """Draw the image, and for each stage the dilation map and the band weights.
 
     Args:
-        image: What the model saw: a PIL image, or an (H, W) or (H, W, 3) array, uint8 or float in [0, 1].
+        image: What the model saw: a PIL image of any mode, or an (H, W) or (H, W, 3) array, uint8 or float in [0, 1].
         stages: From `summarize`; one column each.
-        title: Headline; note: the line below it, e.g. where the weights come from.
+        title: Headline; note: the text below it, e.g. where the weights come from.
 
     Returns:
-        A matplotlib Figure with the Agg canvas, 1600 pixels wide (more from six stages on).
+        A matplotlib Figure with the Agg canvas, 1600 pixels wide for three or four stages: narrower for fewer, wider
+        for more.
+
+    Raises:
+        ValueError: The image has another shape, dtype or range, or a mode without a known range.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    photo = np.asarray(image)
-    photo = photo / 255. if photo.dtype == np.uint8 else photo.astype(float)
-    grey = photo if photo.ndim == 2 else photo[..., :3] @ (0.299, 0.587, 0.114)
+    photo = _pixels(image)
+    grey = photo if photo.ndim == 2 else photo @ (0.299, 0.587, 0.114)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))
     # lengths in inches from the upper left corner, at 100 pixels per inch
-    margin, gap, head, caption, bar = 0.3, 0.25, 0.95, 0.5, 0.8
-    fig_w = max(16., 2 * margin + (len(stages) + 1) * (2.8 + gap))
-    w = (fig_w - 2 * margin - len(stages) * gap) / max(4, len(stages) + 1)
+    margin, gap, caption, bar = 0.3, 0.25, 0.5, 0.8
+    columns = len(stages) + 1
+    w = max(2.8, (16 - 2 * margin + gap) / max(4, columns) - gap)
+    fig_w = 2 * margin + columns * (w + gap) - gap
+    lines = wrapped(note, 11, fig_w - 2 * margin)
+    head = 0.75 + 0.2 * max(1, len(lines))
     h = w * min(max(photo.shape[0] / photo.shape[1], 0.3), 1.25)
     rows = [head, *(head + caption + h + bar + i * (caption + h + gap / 2) for i in range(len(labels)))]
     fig_h = rows[-1] + caption + h + bar + 0.2
@@ -200,8 +245,8 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     def panel(column: int, y: float, name: str, line: str) -> Any:
         x = margin + column * (w + gap)
-        write(x, y + 0.21, name, 11 * min(1., 10 * w / len(name)), INK, 'bold')  # 10 and 14 characters per inch
-        write(x, y + 0.41, line, 9.5 * min(1., 14 * w / len(line)))
+        write(x, y + 0.21, name, fitted(11, name, w, bold=True), INK, 'bold')
+        write(x, y + 0.41, line, fitted(9.5, line, w))
         ax = axes(x, y + caption, w, h)
         ax.set_axis_off()
         return ax
@@ -216,8 +261,9 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
         drawn.ax.tick_params(labelsize=9, colors=INK)
         drawn.outline.set_visible(False)
 
-    write(margin, 0.45, title, 16, INK, 'bold')
-    write(margin, 0.75, note, 11)
+    write(margin, 0.45, title, fitted(16, title, fig_w - 2 * margin, bold=True), INK, 'bold')
+    for i, line in enumerate(lines):
+        write(margin, 0.75 + 0.2 * i, line, 11)
     ax = panel(0, head, 'Input', f'{photo.shape[1]} × {photo.shape[0]} pixels')
     ax.imshow(photo, cmap='gray', vmin=0, vmax=1)
     for row, label in enumerate(labels, 1):
@@ -234,14 +280,15 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     weights = None
     for column, s in enumerate(stages, 1):
         count = '1 layer' if len(s.layers) == 1 else f'average of {len(s.layers)} layers'
-        text, low, high = _spread(s.dilation)
-        ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}', f'{count}; {text}')
-        mapped = over_photo(ax, s.dilation, 'viridis', low, high)
+        ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}',
+                   f'{count}; {_caption(s.dilation, *s.dilation_range)}')
+        mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
         ax = axes(margin + column * (w + gap), head + caption + h + 0.12, w, 0.12)
         colour_bar(mapped, ax, 'dilation, pixels of the layer\'s input map', ticks=MaxNLocator(5), extend='both')
         for row, label in enumerate(labels, 1):
             if label in s.weights:
-                ax = panel(column, rows[row], f'{s.name}: band {label}', f'weight: {_spread(s.weights[label])[0]}')
+                ax = panel(column, rows[row], f'{s.name}: band {label}',
+                           f'weight: {_caption(s.weights[label], *s.weight_ranges[label])}')
                 weights = over_photo(ax, s.weights[label], 'RdBu_r', 1 - reach, 1 + reach)
             else:
                 panel(column, rows[row], f'{s.name}: band {label}', 'has no weight')

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
 from ..ops.sampled_conv.arguments import sample_kernels
-from ._common import GREY, INK, run_watched, stage_name
+from ._common import GREY, INK, fitted, run_watched, stage_name, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['LayerSpectra', 'collect_spectra', 'high_share', 'first_of_stages', 'profile', 'spectrum_figure',
-           'spectrum_table']
+__all__ = ['LayerSpectra', 'all_unchanged', 'collect_spectra', 'high_share', 'first_of_stages', 'profile',
+           'spectrum_figure', 'spectrum_table']
 
 _KERNEL_POINTS = 65  # frequencies along an axis at which a kernel's response is drawn, -0.5 and 0.5 among them
 
@@ -56,16 +56,16 @@ def frequencies(n: int, kernel: bool = False) -> np.ndarray:
 
 def _feature_spectrum(x: Tensor) -> np.ndarray:
     """The power spectrum (H, W) of a map (B, C, H, W)."""
-    x = x.to(accumulation_dtype(x.dtype))
+    x = x.cpu().to(accumulation_dtype(x.dtype))  # not every device has complex numbers and float64
     power = torch.fft.fft2(x, norm='ortho').abs().square().mean(dim=(0, 1))
-    return torch.fft.fftshift(power).double().cpu().numpy()
+    return torch.fft.fftshift(power).double().numpy()
 
 
 def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
     """The mean power spectrum (65, 65) of kernels (..., k, k), from the second moments of their taps: no kernel is
     transformed by itself."""
     k = kernels.shape[-1]
-    taps = kernels.reshape(-1, k * k).double().cpu()
+    taps = kernels.reshape(-1, k * k).cpu().double()
     moments = (taps.T @ taps / len(taps)).numpy()
     f = frequencies(_KERNEL_POINTS, kernel=True)
     axis = np.exp(-2j * np.pi * f[:, None] * np.arange(k))
@@ -108,6 +108,13 @@ def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
 def first_of_stages(spectra: Sequence[LayerSpectra]) -> List[LayerSpectra]:
     """The first layer of each stage: in most networks it is strided, aliases most and has the largest input."""
     return list({stage_name(s.name): s for s in reversed(spectra)}.values())[::-1]
+
+
+def all_unchanged(spectra: Sequence[LayerSpectra]) -> bool:
+    """Whether every spectrum after is the one before, to a thousandth, as in a model that starts as its base."""
+    return all(
+        after is None or np.allclose(after, before, rtol=1e-3, atol=1e-6 * before.max())
+        for s in spectra for before, after in ((s.features, s.selected), (s.kernel, s.adapted)))
 
 
 def _rings(power: np.ndarray, kernel: bool) -> np.ndarray:
@@ -160,11 +167,11 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
     Maps show log10 of the power, with one scale for before and after. Below them are the profiles over max(|u|, |v|).
 
     Args:
-        spectra: From `collect_spectra`, one or more; three columns fill the width.
-        title: Headline; note: the line below it, e.g. where the weights come from.
+        spectra: From `collect_spectra`, one or more.
+        title: Headline; note: the text below it, e.g. where the weights come from.
 
     Returns:
-        A matplotlib Figure with the Agg canvas, 1600 pixels wide (more from four layers on).
+        A matplotlib Figure with the Agg canvas, as wide as its columns: 1600 pixels for three.
 
     Raises:
         ValueError: There are no spectra.
@@ -176,12 +183,15 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
     from matplotlib.ticker import MaxNLocator
 
     # lengths in inches from the upper left corner
-    margin, left, gap, head, caption, labels = 0.3, 0.7, 0.3, 1.0, 0.62, 0.52
-    column = max(3.78, (12.5 - 2 * margin + gap) / len(spectra)) if len(spectra) > 3 else (11.9 + gap) / 3
+    margin, left, gap, caption, labels = 0.3, 0.7, 0.3, 0.62, 0.52
+    column = 3.78 if len(spectra) > 3 else 12.2 / 3
     side = (column - gap - left - 0.14) / 2
     line_h, bar = 1.45, 0.62
     block = caption + side + labels + bar + line_h + labels + 0.25
-    fig_w, fig_h = max(12.5, 2 * margin + len(spectra) * column - gap), head + 2 * block
+    width = len(spectra) * column - gap
+    lines = wrapped(note, 10.5, width)
+    head = 0.8 + 0.2 * max(1, len(lines))
+    fig_w, fig_h = width + 2 * margin, head + 2 * block
     fig = Figure((fig_w, fig_h), dpi=128, facecolor='white')
     FigureCanvasAgg(fig)
 
@@ -244,18 +254,19 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
         values = [f'{100 * high_share(p, kernel):.0f} %' for p in (before, after) if p is not None]
         return f'power above ¼: {" to ".join(values)}'
 
-    write(margin, 0.42, title, 15, INK, 'bold')
-    write(margin, 0.72, note, 10.5)
+    write(margin, 0.42, title, fitted(15, title, width, bold=True), INK, 'bold')
+    for i, line in enumerate(lines):
+        write(margin, 0.72 + 0.2 * i, line, 10.5)
     for i, s in enumerate(spectra):
         x, y = margin + i * column, head
         name = f'{s.name}: features'
-        write(x, y + 0.12, name, 11.5 * min(1., 9.5 * (column - gap) / len(name)), INK, 'bold')
+        write(x, y + 0.12, name, fitted(11.5, name, column - gap, bold=True), INK, 'bold')
         write(x, y + 0.32, f'{s.shape[0]} channels, {s.shape[2]} × {s.shape[1]}; '
               + share(s.features, s.selected, False), 9.5)
         draw(x, y + caption, s, s.features, s.selected, ('input', 'after FreqSelect'), False)
         y += block
         name = f'{s.name}: kernels'
-        write(x, y + 0.12, name, 11.5 * min(1., 9.5 * (column - gap) / len(name)), INK, 'bold')
+        write(x, y + 0.12, name, fitted(11.5, name, column - gap, bold=True), INK, 'bold')
         write(x, y + 0.32, f'at dilation 1; {share(s.kernel, s.adapted, True)}', 9.5)
         draw(x, y + caption, s, s.kernel, s.adapted, ('weight', 'after AdaKern'), True)
     return fig

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fadc_timm.visualize.images import check_frames
+
 IGNORE = 255  # label of pixels that neither train nor count
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -74,6 +76,7 @@ class Pair(NamedTuple):
 def _open(path: Path, what: str, modes: Iterable[str], wanted: str) -> Image.Image:
     try:
         image = Image.open(path)
+        check_frames(image)
         image.load()
     except FileNotFoundError:
         raise DataError(f'{path}: the {what} is no longer there') from None

@@ -33,10 +33,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints import convert, read_checkpoint
+from fadc_timm.checkpoints.saved import architecture_of, load_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
-from fadc_timm.visualize import save
+from fadc_timm.visualize import read_image, save
 from scripts.bluemarble.globe import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
 from scripts.results import RESULTS, write_csv
 from scripts.studies.rank_correlation import bootstrap, over_draws, spearman
@@ -44,6 +44,7 @@ from scripts.studies.rank_correlation import bootstrap, over_draws, spearman
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DEFAULT_MODEL = 'test_resnet_fadc'
 OUTPUT = RESULTS / 'dilation_frequency.csv'
 FEATURES = ('selected', 'input')
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'}
@@ -210,8 +211,10 @@ def read_images(files: Sequence[Path], model: nn.Module, size: int | None) -> It
     config = resolve_data_config(model=model)
     long_side = size or max(config['input_size'][1:])
     for file in files:
-        with Image.open(file) as image:
-            pixels = image.convert('RGB')
+        try:
+            pixels = read_image(file)
+        except ValueError as e:
+            raise ValueError(f'{file}: {e}') from e
         width, height = (max(32, round(s * long_side / max(pixels.size) / 32) * 32) for s in pixels.size)
         crop_args = {'input_size': (3, height, width), 'crop_pct': 1.0, 'crop_mode': 'center'}
         transform = create_transform(**resolve_data_config(crop_args, model=model))
@@ -230,17 +233,36 @@ def tile_images(count: int, model: nn.Module, size: int | None, data: Path) -> I
         yield (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255 - mean) / std
 
 
-def trained_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """With the weights of a file, FADC or plain, or the pretrained ones of the name."""
-    if checkpoint is None:
-        return timm.create_model(name, pretrained=True).eval()
-    return convert(read_checkpoint(checkpoint), name).model.eval()
+def states_of(name: str | None, checkpoint: Path | None) -> tuple[str, dict[str, nn.Module]]:
+    """The architecture's name, and the model trained and as it starts, in eval mode.
+
+    Args:
+        name: Of an FADC model; None for the default, or for the one in the folder.
+        checkpoint: A file of weights, FADC or plain, or the folder of a model; None for those of the name.
+
+    Raises:
+        ValueError: The folder holds another architecture, or none.
+    """
+    if checkpoint is not None and checkpoint.is_dir():
+        trained = load_checkpoint(checkpoint, name)
+        initial = copy.deepcopy(trained)
+        torch.manual_seed(0)
+        for m in initial.modules():
+            reset = getattr(m, 'reset_parameters', None)
+            if callable(reset):
+                reset()
+        return architecture_of(trained), {'trained': trained, 'initial': initial}
+    name = name or DEFAULT_MODEL
+    trained = timm.create_model(name, pretrained=True) if checkpoint is None else load_checkpoint(checkpoint, name)
+    torch.manual_seed(0)
+    return name, {'trained': trained.eval(), 'initial': timm.create_model(name).eval()}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='test_resnet_fadc', metavar='NAME', help='FADC model (%(default)s)')
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='trained weights; default: the pretrained ones')
+    parser.add_argument('--model', metavar='NAME', help=f'FADC model ({DEFAULT_MODEL})')
+    parser.add_argument('--checkpoint', type=Path, metavar='PATH',
+                        help='trained weights, or the folder of a model; default: the pretrained weights')
     parser.add_argument('--images', type=Path, nargs='+', metavar='PATH',
                         help='images, or folders of images; default: held-out Blue Marble tiles')
     parser.add_argument('--tiles', type=int, default=120, metavar='N', help='number of tiles (%(default)s)')
@@ -254,9 +276,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f'--{name} must be at least {least}, got {getattr(args, name)}')
     try:
-        model = trained_model(args.model, args.checkpoint)
-        torch.manual_seed(0)
-        states = {'trained': model, 'initial': timm.create_model(args.model).eval()}
+        name, states = states_of(args.model, args.checkpoint)
+        model = states['trained']
         if args.images:
             files = image_files(args.images)
             images, what = read_images(files, model, args.size), f'{len(files)} images'
@@ -266,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as e:
         print(f'dilation_frequency: {e}', file=sys.stderr)
         return 2
-    source = f'{args.model} ({args.checkpoint.name})' if args.checkpoint else args.model
+    source = f'{name} ({args.checkpoint.name})' if args.checkpoint else name
     write_csv(args.output, FIELDS, ({'model': source, 'images': what, **row} for row in rows))
     fig = draw(maps, rows, f'{source}: dilation by high-frequency power, {what}')
     plot = save(fig, args.output.with_suffix('.png'))

@@ -18,6 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fadc_timm import FADConv2d
 from tests.support.backbones import PACKAGE
+from tests.support.integration_cases import models, opened, uses
+from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -151,3 +153,37 @@ def test_timm_training(tmp_path):
     loaded = timm.create_model('test_resnet_fadc', pretrained=True, pretrained_cfg_overlay=overlay).eval()
     x = crops(7)[0]
     assert torch.equal(loaded(x), average.eval()(x)) and not torch.equal(loaded(x), model.eval()(x))
+
+
+@uses('peft', 'LoRA on plain convolutions and linear layers: training step, merge')
+@models
+def test_lora(name):
+    """With the targets of docs/fine_tuning.md: adapters are plain, and merging them changes nothing."""
+    peft = pytest.importorskip('peft')
+    torch.manual_seed(0)
+    model = off_identity(opened(timm.create_model(name, num_classes=CLASSES))).eval()
+    inside = tuple(f'{layer}.' for layer in layers(model))
+    targets = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)
+               and getattr(m, 'groups', 1) == 1 and not n.startswith(inside)]
+    assert len(targets) > 5
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2)).train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    x, labels = crops(0)
+    for _ in range(2):  # one half of an adapter starts at zero
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(adapted(x), labels).backward()
+        assert all(p.grad.isfinite().all() for p in trained)
+        optimizer.step()
+    assert all(p.grad.norm() > 0 for p in trained)
+    adapters = [m for n, m in adapted.named_modules() if '.lora_' in n and isinstance(m, nn.Conv2d)]
+    assert adapters and all(type(m) is nn.Conv2d for m in adapters)
+    adapted.eval()
+    with torch.no_grad():
+        y = adapted(x)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(x), y, rtol=1e-4, atol=1e-4)
+    changed = {k for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.removesuffix('.weight') for k in changed if k.endswith('.weight')} <= set(targets)
+    assert f'{targets[0]}.weight' in changed

@@ -2,15 +2,17 @@
 import copy
 import inspect
 import itertools
+import random
 
 import pytest
 import torch
+from timm.layers.split_batchnorm import SplitBatchNorm2d, convert_splitbn_model
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
 from fadc_timm.layers.fad_conv import OPTIONS
 from tests.support.cases import error
-from tests.support.layer_cases import AT_START, EXACT, ids
+from tests.support.layer_cases import AT_START, EXACT, FAD_CONV, ids, make
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -241,6 +243,71 @@ def test_leaves_the_identity(depthwise):
         m(x).square().mean().backward()
         assert {n for n, p in m.named_parameters() if p.grad is None or p.grad.norm() == 0} == expected
         optimizer.step()
+
+
+@pytest.mark.parametrize('folded', [False, True])
+def test_batch_1_trains_scripted(folded):
+    """As unscripted, and the running statistics stay."""
+    m = off_identity(FADConv2d(4, 6, 3, padding=1)).train()
+    if folded:
+        m.ada_kern.reparameterize()
+    before = copy.deepcopy(m.state_dict())
+    scripted, x = torch.jit.script(m), torch.randn(1, 4, 8, 7)
+    assert error(scripted(x), m(x)) < 2e-6
+    assert all(torch.equal(v, before[k]) for k, v in scripted.state_dict().items())
+    batch = torch.randn(3, 4, 8, 7)
+    assert error(scripted(batch), copy.deepcopy(m)(batch)) < 2e-6  # of more samples the statistics are the batch's
+    assert folded or not torch.equal(scripted.state_dict()['ada_kern.norm.running_mean'], before[
+        'ada_kern.norm.running_mean'])
+
+
+def test_split_batch_norm():
+    """timm's, with one norm for each part of the batch; a part of one sample has no variance."""
+    m = convert_splitbn_model(off_identity(AdaKern(4, 6)), 2).train()
+    assert isinstance(m.norm, SplitBatchNorm2d)
+    m.norm.aux_bn[0].running_mean.add_(1)
+    x = torch.randn(4, 4, 8, 7)
+    state = copy.deepcopy(m.state_dict())
+    pair = m(x[:2])
+    assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    for i, norm in enumerate((m.norm, m.norm.aux_bn[0])):
+        alone = copy.deepcopy(m)
+        alone.norm = copy.deepcopy(norm) if i else nn.BatchNorm2d(m.norm.num_features)
+        alone.norm.load_state_dict({k: v for k, v in norm.state_dict().items() if 'aux' not in k})
+        for a, e in zip(pair, alone.eval()(x[i:i + 1])):
+            assert error(a[i:i + 1], e) < 1e-6
+    m(x)
+    assert not torch.equal(m.norm.running_mean, state['norm.running_mean'])
+    with pytest.raises(AssertionError, match='divisible'):
+        m(x[:3])
+
+
+@pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
+def test_loops_that_reset_every_module(cfg):
+    """In any order the layer starts over, as one that was just made."""
+    m = make(**cfg)
+    x = torch.randn(2, 4, 9, 12)
+    for order in (1, -1, 0):
+        modules = list(off_identity(m).modules())
+        for module in random.sample(modules, len(modules)) if not order else modules[::order]:
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        fresh = make(**cfg).eval()
+        fresh.load_state_dict({k: v for k, v in m.state_dict().items() if k in ('weight', 'bias')}, strict=False)
+        assert torch.equal(m.eval()(x), fresh(x))
+
+
+def test_a_loop_that_draws_every_convolution():
+    """Kaiming initialisation draws what predicts the dilation too; one call undoes it, and keeps the weight."""
+    m = FADConv2d(4, 6, 3, padding=1)
+    for module in m.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    weight = m.weight.clone()
+    x = torch.randn(2, 4, 9, 12)
+    assert (m.ada_dr(x)[0] - 1).abs().max() > 0.5
+    m.reset_fadc_parameters()
+    assert (m.ada_dr(x)[0] - 1).abs().max() < 1e-4 and torch.equal(m.weight, weight)
 
 
 def test_reset_fadc_parameters():

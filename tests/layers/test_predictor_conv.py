@@ -10,9 +10,9 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def pair(*args, **kwargs):
-    """The convolution in float64 and torch's with its parameters."""
+    """The convolution in float64, which starts at zero, and torch's, both with torch's parameters."""
     conv, plain = (cls(*args, **kwargs, dtype=torch.float64) for cls in (PredictorConv2d, nn.Conv2d))
-    plain.load_state_dict(conv.state_dict())
+    conv.load_state_dict(plain.state_dict())
     return conv, plain
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
+from fadc_timm.losses import high_frequency_power
+from fadc_timm.ops import list_backends
 from fadc_timm.ops.band_mix import functional
 from tests.support.cases import DTYPES, error
-from tests.support.layer_cases import EXACT, FAD_CONV, HALF, SIZES, assert_same, grads, ids, make
+from tests.support.layer_cases import AT_START, EXACT, FAD_CONV, HALF, SIZES, assert_same, grads, ids, make
 from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
@@ -250,3 +252,83 @@ def test_backend_reaches_freq_select(monkeypatch):
     for backend in (None, 'gather', 'triton'):
         FADConv2d(4, 4, 3, padding=1, ada_dr=False, backend=backend)(x)
     assert chosen == ['fused', 'fused', 'triton']
+
+
+# subclasses of tensors
+
+class Strict(torch.Tensor):
+    """Takes the arguments of torch's documentation and no others, as MONAI's MetaTensor does."""
+
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_empty(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def new_zeros(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_zeros(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def new_ones(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_ones(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def clone(self, *, memory_format=torch.preserve_format):
+        return super().clone(memory_format=memory_format)
+
+
+# Triton's interpreter calls `new_empty(0)` itself
+@pytest.mark.parametrize('backend', [*(b for b in list_backends() if b != 'triton'), None])
+@pytest.mark.parametrize('cfg', [dict(padding=1), dict(padding=1, groups=4, out_channels=4), dict(
+    padding=1, spatial_group=2, dilation_groups=2, kernel_decompose='low')], ids=ids)
+def test_tensor_subclass(cfg, backend):
+    m = off_identity(make(**cfg, backend=backend)).eval()
+    x = torch.randn(2, 4, 7, 8)
+    y, expected = m(x.as_subclass(Strict)), m(x)
+    assert type(y) is Strict and error(y.as_subclass(torch.Tensor), expected) < 1e-6
+    actual = grads(y, list(m.parameters()))
+    assert_same([g.as_subclass(torch.Tensor) for g in actual], grads(expected, list(m.parameters())), 1e-6)
+    power = high_frequency_power(x.as_subclass(Strict))
+    assert error(power.as_subclass(torch.Tensor), high_frequency_power(x)) < 1e-6
+
+
+# what people put behind a layer works in place
+
+@pytest.mark.parametrize('backend', [*list_backends(), None])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+@pytest.mark.parametrize('cfg', [
+    dict(padding=1), dict(padding=1, out_channels=1), dict(padding=1, groups=4, out_channels=4, spatial_group=2),
+    dict(padding=2, dilation=2, padding_mode='replicate', bias=False), dict(padding=1, ada_dr=False),
+    dict(padding=1, kernel_decompose='none', freq_select=False)], ids=ids)
+def test_in_place_behind_a_layer(cfg, memory_format, backend):
+    m = off_identity(make(**cfg, backend=backend)).train()
+    x = torch.randn(2, 4, 6, 7).contiguous(memory_format=memory_format)
+    results = []
+    for in_place in (False, True):
+        y = m(x)
+        y = y.sigmoid_() if in_place else y.sigmoid()
+        results.append([y, *grads(y, list(m.parameters()))])
+    assert_same(results[1], results[0], 0)
+
+
+@pytest.mark.parametrize('backend', [*list_backends(), None])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+@pytest.mark.parametrize('shape', [(2, 4, 6, 7), (1, 1, 6, 7), (2, 4, 1, 1), (1, 4, 1, 7)])
+def test_in_place_behind_freq_select(shape, memory_format, backend):
+    m = off_identity(FreqSelect(shape[1]))
+    x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    results = []
+    for in_place in (False, True):
+        y = m(x, backend)
+        y = y.relu_() if in_place else y.relu()
+        results.append([y, *grads(y, [x, *m.parameters()])])
+    assert_same(results[1], results[0], 0)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+def test_in_place_in_a_lifted_network(memory_format):
+    """The activations of VGG, AlexNet and SqueezeNet, and of decoders without norms, are in place."""
+    model = nn.Sequential(*(
+        m for act in (nn.ReLU, nn.SiLU, nn.Hardtanh) for m in (nn.Conv2d(4, 4, 3, padding=1), act(inplace=True))))
+    model = model.to(memory_format=memory_format)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=memory_format)
+    expected = grads(model(x), list(model.parameters()))
+    weights = list(model.parameters())
+    assert len(lift_model(model, ('0', '2', '4')).replaced) == 3
+    assert_same(grads(model(x), weights), expected, AT_START)
+    model(x).sum().backward()

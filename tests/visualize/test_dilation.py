@@ -1,5 +1,6 @@
 """What is collected from a model's layers, and the picture that is drawn of it."""
 import os
+import re
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_summarize_averages_a_stage(model):
     assert all(w.shape == (8, 12) for w in stages['layer2'].weights.values())
     mean = torch.stack([r.weights[1, 0].mean() for r in of_stage]).mean().item()
     assert stages['layer2'].weights['1/2-1'].mean() == pytest.approx(mean, rel=1e-5)
+    assert stages['layer2'].weight_ranges['1/2-1'] == (
+        min(r.weights[1, 0].min().item() for r in of_stage), max(r.weights[1, 0].max().item() for r in of_stage))
+
+
+def test_constant_maps():
+    start = visualize.summarize(visualize.collect(timm.create_model(MODEL), torch.randn(1, 3, 64, 64)))
+    # layers of different base dilations: the range of the stage is wide, and its map is constant
+    assert visualize.all_constant(start) and visualize.all_constant([replace(s, dilation_range=(1, 2)) for s in start])
+    varied = start[0].weights['1/2-1'].copy()
+    varied[0, 0] += 0.1
+    assert not visualize.all_constant([replace(start[0], weights={'1/2-1': varied}), *start[1:]])
 
 
 # --- the picture ---
@@ -127,11 +139,33 @@ def test_figure_shows_the_maps(model):
     assert sum(weights[0].get_clim()) == pytest.approx(2)  # centred at 1
 
 
+def test_figure_and_table_give_the_same_ranges(model):
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 96)))
+    texts = [t.get_text() for t in visualize.figure(np.zeros((64, 96, 3)), stages).texts]
+    for row, s in zip(visualize.table(stages).splitlines()[1:], stages, strict=True):
+        mean, low, high = re.search(r'([\d.]+) \((-?[\d.]+) to ([\d.]+)\)', row).groups()
+        averaged = ' before averaging' if len(s.layers) > 1 else ''
+        assert sum(t.endswith(f'; mean {mean}, {low} to {high}{averaged}') for t in texts) == 1
+        assert averaged == '' or (low, high) != (f'{s.dilation.min():.2f}', f'{s.dilation.max():.2f}')
+        for low, high in s.weight_ranges.values():
+            assert any('weight: mean' in t and f', {low:.2f} to {high:.2f}' in t for t in texts)
+    assert [len(s.layers) for s in stages] == [2, 1, 2]
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 4, 7])
+def test_figure_is_as_wide_as_its_columns(model, count):
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 64)))
+    fig = visualize.figure(np.zeros((64, 64, 3)), (stages * 3)[:count], 'title', 'note ' * 60)
+    right = max(ax.get_position().x1 for ax in fig.axes) * fig.get_figwidth()
+    assert fig.get_figwidth() - right == pytest.approx(0.3)
+    assert (fig.get_figwidth() == pytest.approx(16)) == (count in (3, 4))
+
+
 @pytest.mark.parametrize('size', [(64, 160), (160, 64)])
 def test_figure_text_stays_in_its_column(model, size):
     stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, *size)))
     stages = [replace(s, name='features.denseblock4', dilation=s.dilation * 10) for s in (stages * 3)[:7]]
-    fig = visualize.figure(np.zeros((*size, 3)), stages, 'title')
+    fig = visualize.figure(np.zeros((*size, 3)), stages, 'title', 'a long note, of several lines; ' * 20)
     renderer = fig.canvas.get_renderer()
     boxes = [t.get_window_extent(renderer) for t in fig.texts if t.get_text()]
     for i, a in enumerate(boxes):

@@ -2,6 +2,7 @@
 import math
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_at_the_start_nothing_changes():
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
+def test_unchanged_spectra():
+    x = torch.randn(1, 4, 12, 15)
+    start = visualize.collect_spectra(FADConv2d(4, 4, 3, padding=1), x)
+    moved = visualize.collect_spectra(layer_with_choices(4, 4, 3), x)
+    off = visualize.collect_spectra(FADConv2d(4, 4, 3, padding=1, freq_select=False, kernel_decompose='none'), x)
+    assert visualize.all_unchanged(start) and visualize.all_unchanged(off)
+    assert not visualize.all_unchanged(start + moved)
+    assert not visualize.all_unchanged([replace(start[0], adapted=moved[0].adapted)])
+
+
 def figure_of(layer, size=(12, 15)):
     model = torch.nn.Sequential(layer)
     return visualize.spectrum_figure(visualize.collect_spectra(model, torch.randn(1, 4, *size)), 'title', 'note')
@@ -129,10 +140,14 @@ def test_figure_of_none():
         visualize.spectrum_figure([])
 
 
-def test_text_stays_inside_and_apart(count=4):
+@pytest.mark.parametrize('count, width', [(1, 559), (2, 1079), (3, 1600), (4, 1974)])
+def test_text_stays_inside_and_apart(count, width):
+    """And the figure is as wide as its columns."""
     s, = visualize.collect_spectra(layer_with_choices(4, 4, 3), torch.randn(1, 4, 8, 8))
     s.name = 'encoder.stages.2.blocks.26.conv_dw'
-    fig = visualize.spectrum_figure([s] * count, 'title', 'note')
+    fig = visualize.spectrum_figure([s] * count, 'resnet18_fadc.a2_in1k: power spectra', 'a note of some lines; ' * 12)
+    assert round(fig.bbox.width) == width
+    assert fig.bbox.width - max(ax.bbox.x1 for ax in fig.axes) == pytest.approx(0.3 * 128)
     renderer = fig.canvas.get_renderer()
     texts = [t for t in fig.texts if t.get_text()]
     for ax in fig.axes:
@@ -149,6 +164,7 @@ def test_command(tmp_path, capsys):
     assert main(['visualize', '--spectrum', '--size', '96', '--out', str(out)]) == 0
     text = capsys.readouterr().out
     assert "pretrained weights 'bluemarble_climate', in the package" in text and str(out) in text
+    assert 'No spectrum' not in text
     rows = [re.split(r'\s{2,}', line) for line in text.splitlines() if line.startswith('layer')][1:]
     assert [row[0] for row in rows] == [
         'layer2.0.conv1', 'layer2.0.conv2', 'layer3.0.conv2', 'layer4.0.conv1', 'layer4.0.conv2']
@@ -165,6 +181,8 @@ def test_command_chooses_layers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(visualize, 'save', lambda *args: None)
     args = ['visualize', '--no-pretrained', '--size', '64', '--out', str(tmp_path / 'a.png')]
     assert main([*args, '--spectrum']) == 0
+    line = 'No spectrum changes, as before any training of FADC; --pretrained takes weights'
+    assert line in capsys.readouterr().out
     assert main([*args, '--spectrum', '--layer', 'layer4.0.conv2', '--layer', 'layer2.0.conv1']) == 0
     assert drawn == [['layer2.0.conv1', 'layer3.0.conv2', 'layer4.0.conv1'], ['layer4.0.conv2', 'layer2.0.conv1']]
     capsys.readouterr()

@@ -4,13 +4,14 @@ from typing import List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..runtime import table_device
 from .low_pass import edges
 
 __all__ = ['Frequencies', 'frequencies']
 
 
 class Frequencies(NamedTuple):
-    """The filters along one axis of n points.
+    """The filters along one axis of n points, on the device of their tables: see :func:`table_device`.
 
     basis: (n, J) of the widest filter, float64. The filter's matrix is basis @ diag(kept / n) @ basis.T.
     kept: (J_f,) per filter, for the first J_f columns of the basis: how many of +k and -k the filter keeps, 0, 1 or 2.
@@ -22,7 +23,8 @@ class Frequencies(NamedTuple):
 
 
 def frequencies(n: int, factors: Sequence[int], device: torch.device) -> Frequencies:
-    """Of the filters at 1/f of Nyquist on an axis of n points."""
+    """Of the filters at 1/f of Nyquist on an axis of n points, for maps on a device."""
+    device = table_device(device)
     ends = [edges(n, f) for f in factors]
     # one at least, with nothing in it where the filter is empty
     counts = [2 * max(-low, high - 1, 0) + 1 for low, high in ends]

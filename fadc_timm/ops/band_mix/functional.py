@@ -4,7 +4,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_exporting, match_layout, without_autocast
+from ..derivatives import once
+from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_layout, without_autocast
 from ..settings import named_backend
 from ..triton_support import is_default_on
 from . import fused, triton
@@ -28,6 +29,9 @@ BACKENDS = ['fused', 'written_out', 'triton']
 def choose_backend(x: Tensor, backend: Optional[str] = None) -> str:
     """The backend that `backend=None` takes: Triton's if it is set, and on CUDA if it can run.
 
+    'written_out' while exporting, in transforms of torch.func, and where the convolution's backend is one of those that
+    have all of torch's derivatives.
+
     Args:
         x: Map (B, C, H, W).
         backend: Name of the convolution's backend, which comes before the one that is set.
@@ -35,7 +39,7 @@ def choose_backend(x: Tensor, backend: Optional[str] = None) -> str:
     name = named_backend() if backend is None else backend
     if name == 'triton':
         return 'triton'
-    if is_exporting():
+    if is_exporting() or is_transformed() or name in ('reference', 'grid_sample'):
         return 'written_out'
     return 'triton' if name is None and is_default_on(x.device.type) and triton.why_not(x) is None else 'fused'
 
@@ -57,8 +61,12 @@ def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str
         backend = choose_backend(x)
     if backend not in BACKENDS:
         raise ValueError(f'There is no backend {backend!r} of the band mix, the backends are {", ".join(BACKENDS)}.')
+    if backend != 'written_out' and is_transformed():
+        raise NotImplementedError(
+            f'The backend {backend!r} cannot mix these bands: it has no forward-mode derivatives and no rules for the '
+            "transforms of torch.func; 'written_out' has.")
     if backend == 'triton':
-        return triton.forward(x, weights, factors)
+        return once(triton.forward(x, weights, factors), 'triton')
     exact, steps = _exact(x, weights, factors)
     with without_autocast(x):
         return fused.forward(exact, steps, factors) if backend == 'fused' else _written_out(exact, steps, factors)
@@ -109,7 +117,7 @@ def mix_predicted_bands(
         None.
     """
     chosen = choose_backend(x, backend)
-    if chosen == 'triton' and triton.why_not(x) is None:
+    if chosen == 'triton' and triton.why_not(x) is None and not is_transformed():
         y, means = triton.call(x, maps, factors, True)
-        return match_layout(y, x), means.sum(1)
+        return once(match_layout(y, x), 'triton'), once(means.sum(1), 'triton')
     return mix_bands(x, 2 * torch.sigmoid(maps), factors, chosen), None

@@ -11,9 +11,10 @@ from typing import Iterator, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import exact_products
+from ..derivatives import formula_gradients, wants_formula
+from ..runtime import empty_map, exact_products, nhwc
 from .frequencies import frequencies
-from .low_pass import edges
+from .low_pass import edges, low_pass
 
 __all__ = ['forward', 'mix_low_passes', 'mix_low_passes_backward', 'multiply_adds']
 
@@ -37,8 +38,8 @@ class _Axis(NamedTuple):
 @torch.inference_mode(False)
 def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
     basis, kept, one_sided = frequencies(n, factors, device)
-    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype) for k in kept]
-    return _Axis(basis.t().contiguous().to(dtype), synthesis, one_sided)
+    synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype).to(device) for k in kept]
+    return _Axis(basis.t().contiguous().to(dtype).to(device), synthesis, one_sided)
 
 
 @lru_cache(maxsize=64)
@@ -81,7 +82,7 @@ class _Plan:
     def analyse(self, x: Tensor) -> Tensor:
         """x (b, H, W, C) to coefficients (b, J, J', C)."""
         b, across, down = x.shape[0], self.cols.analysis, self.rows.analysis
-        out = x.new_zeros(b, down.shape[0], across.shape[0] * self.c)
+        out = x.new_zeros((b, down.shape[0], across.shape[0] * self.c))
         for rows in self.blocks():
             part = x[:, rows]
             n = part.shape[1]
@@ -116,7 +117,7 @@ class _Plan:
 
     def weighted_synthesis(self, steps: Tensor) -> Tensor:
         """Weights (b, n, W, 1 + M) on the synthesis along rows, all filters side by side: (b*n, W, sum of J'_i)."""
-        out = steps.new_empty(*steps.shape[:3], self.columns[-1].stop if self.columns else 0)
+        out = steps.new_empty((*steps.shape[:3], self.columns[-1].stop if self.columns else 0))
         for i, synthesis in enumerate(self.cols.synthesis):
             of = [j + 1 for j, place in enumerate(self.place) if place == i]
             step = steps[..., of[0]:of[0] + 1] if len(of) == 1 else steps[..., of].sum(-1, keepdim=True)
@@ -153,8 +154,8 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
         (B, C, H, W), channels_last.
     """
     plan = _Plan(x, factors)
-    x, steps = x.permute(0, 2, 3, 1).contiguous(), steps.permute(0, 2, 3, 1).contiguous()
-    out = torch.empty_like(x)
+    result = empty_map(x)
+    x, steps, out = nhwc(x), nhwc(steps), result.permute(0, 2, 3, 1)
     for samples in plan.samples() if x.numel() else ():
         coefficients = plan.analyse(x[samples])
         kept = [plan.couple(coefficients, i) for i in plan.filters]
@@ -162,12 +163,12 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
             part, step = out[samples, rows], steps[samples, rows]
             torch.mul(x[samples, rows], step[..., :1], out=part)
             part.flatten(0, 1).baddbmm_(plan.weighted_synthesis(step), plan.synthesise_columns(kept, rows))
-    return out.permute(0, 3, 1, 2)
+    return result
 
 
 @mix_low_passes.register_fake
 def _(x, steps, factors):
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    return empty_map(x)
 
 
 @torch.library.custom_op('fadc_timm::mix_low_passes_backward', mutates_args=())
@@ -175,7 +176,7 @@ def _(x, steps, factors):
 def mix_low_passes_backward(grad: Tensor, x: Tensor, steps: Tensor, factors: List[int]) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_low_passes` for x and steps. The low-passes are self-adjoint."""
     plan = _Plan(x, factors)
-    grad, x, steps = (t.permute(0, 2, 3, 1).contiguous() for t in (grad, x, steps))
+    grad, x, steps = (nhwc(t) for t in (grad, x, steps))
     grad_x, grad_steps = torch.empty_like(x), torch.zeros_like(steps)
     for samples in plan.samples() if x.numel() else ():
         coefficients = plan.analyse(x[samples])
@@ -216,7 +217,17 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, steps)
 
 
+def _formula(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
+    """:func:`mix_low_passes` in torch's own operators."""
+    y = x * steps[:, :1]
+    for i, low in enumerate(low_pass(x, factors)):
+        y = y + low * steps[:, i + 1, None]
+    return y
+
+
 def _backward(ctx, grad: Tensor):
+    if wants_formula():
+        return *formula_gradients(lambda x, steps: _formula(x, steps, ctx.factors), ctx.saved_tensors, grad), None
     return *mix_low_passes_backward(grad, *ctx.saved_tensors, ctx.factors), None
 
 

@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_exporting, without_autocast
+from ..runtime import accumulation_dtype, is_exporting, table_device, without_autocast
 
 __all__ = ['low_pass']
 
@@ -50,7 +50,8 @@ def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
 
 def _projections(n: int, factors: List[int], dtype: torch.dtype, device: torch.device) -> List[List[Tensor]]:
     """For each factor real and imaginary part (n, n) of the projection of an axis on the frequencies that pass."""
-    i = torch.arange(n, device=device)
+    home = table_device(device)
+    i = torch.arange(n, device=home)
     # modulo n, exact; not by the operator for that, which ONNX does not have for a symbolic n
     phase = (i[:, None] * i).to(torch.float64)
     phase = phase - torch.floor(phase / n) * n
@@ -58,10 +59,10 @@ def _projections(n: int, factors: List[int], dtype: torch.dtype, device: torch.d
     cos, sin = torch.cos(angle), torch.sin(angle)
     out: List[List[Tensor]] = []
     for f in factors:
-        keep = _keep(n, f, n, 1, device).to(torch.float64) / n
+        keep = _keep(n, f, n, 1, home).to(torch.float64) / n
         real = (cos * keep) @ cos + (sin * keep) @ sin
         imag = (sin * keep) @ cos - (cos * keep) @ sin
-        out.append([real.to(dtype), imag.to(dtype)])
+        out.append([part.to(dtype).to(device) for part in (real, imag)])
     return out
 
 
@@ -79,7 +80,8 @@ _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
     if form is None:
-        form = 'matmul' if is_exporting() else 'fft'  # on a CPU the FFT is faster at every size (scripts/bench/op.py)
+        # on a CPU the FFT is faster at every size (scripts/bench/op.py); not every other device has complex numbers
+        form = 'matmul' if is_exporting() or x.device.type not in ('cpu', 'cuda', 'meta') else 'fft'
     if form not in _FORMS:
         raise ValueError(f'There is no form {form!r} of the low-pass filter, the forms are {", ".join(_FORMS)}.')
     with without_autocast(x):
@@ -92,7 +94,8 @@ def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[
     Args:
         x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
         factors: One f >= 1 for each filter.
-        form: 'fft', 'matmul' (in operators that every runtime has), or None: matmul while exporting, else FFT.
+        form: 'fft', 'matmul' (in operators that every runtime has), or None: matmul while exporting, and on devices
+            other than a CPU and CUDA, else FFT.
 
     Returns:
         A map (B, C, H, W) for each factor, float32 or float64.

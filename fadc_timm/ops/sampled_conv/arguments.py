@@ -4,11 +4,19 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype
+from ..runtime import accumulation_dtype, is_transformed
 
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 NO_GAINS: Gains = (None, None, None, None)
+
+
+def why_not_transformed() -> Optional[str]:
+    """Why kernels that have only gradients cannot run now, or None."""
+    if is_transformed():
+        return ("it has no forward-mode derivatives and no rules for the transforms of torch.func; the backends "
+                "'grid_sample' and 'reference' have")
+    return None
 
 
 def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:

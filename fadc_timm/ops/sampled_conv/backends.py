@@ -4,7 +4,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 from torch import Tensor
 
 from .. import settings
-from ..runtime import is_exporting
+from ..runtime import is_exporting, is_transformed
 from ..triton_support import is_default_on
 from . import gather, grid_sample, reference, torchvision, triton
 from .arguments import ConvArgs
@@ -37,8 +37,8 @@ def choose_backend(args: ConvArgs) -> str:
     """The backend that `backend=None` takes where none is set: by device, dtype and shape only, so that tracing can
     follow it."""
     device = args.x.device.type
-    if is_exporting():
-        return 'grid_sample'  # in operators that every runtime has
+    if is_exporting() or is_transformed():
+        return 'grid_sample'  # in operators that every runtime has, and torch's every derivative of
     if device in ('cpu', 'meta'):
         return 'gather'
     if device == 'cuda':

@@ -7,7 +7,8 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from ..runtime import is_exporting, match_layout
+from ..derivatives import once
+from ..runtime import is_exporting, is_transformed, match_layout
 from ..settings import check_name, named_backend
 from ..triton_support import is_default_on
 from . import triton
@@ -287,6 +288,8 @@ def _sampled_conv2d(
 def takes_predictions(x: Tensor, backend: Optional[str]) -> bool:
     """Whether :func:`predicted_conv2d` computes a call on x: whether its backend is `triton`, which can run it."""
     name = named_backend() if backend is None else backend
+    if is_transformed():
+        return False
     if name is None:
         return is_default_on(x.device.type) and not is_exporting() and triton.why_not_map(x) is None
     return name == 'triton' and triton.why_not_map(x) is None
@@ -330,4 +333,4 @@ def predicted_conv2d(
     y = triton.call(
         x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,
         [stride, stride], [padding, padding], [], groups)
-    return match_layout(y, x)
+    return once(match_layout(y, x), 'triton')

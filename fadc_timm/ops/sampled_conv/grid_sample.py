@@ -2,14 +2,16 @@
 
 For devices without another backend, and for exporters. Half dtypes are sampled in float32, as coordinates need it.
 """
-from typing import List, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, match_layout
+from ..derivatives import formula_gradients, wants_formula
+from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_layout
 from .arguments import ConvArgs, combine_parts, scale_channels
+from .reference import bilinear
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -43,7 +45,47 @@ def _merge(t: Tensor) -> Tensor:
     return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
 
 
-def forward(args: ConvArgs) -> Tensor:
+def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+
+
+def _written_out(x: Tensor, grid: Tensor) -> Tensor:
+    """:func:`_grid_sample` in operators that have every derivative."""
+    cols, rows = (((grid[..., i] + 1) * n - 1) / 2 for i, n in enumerate((x.shape[3], x.shape[2])))
+    return bilinear(x, rows, cols)
+
+
+class _GridSample(torch.autograd.Function):
+    """:func:`_grid_sample` with second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(x, grid)
+        return _grid_sample(x, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if wants_formula():
+            return tuple(formula_gradients(_written_out, ctx.saved_tensors, grad))
+        return torch.ops.aten.grid_sampler_2d_backward(
+            grad, *ctx.saved_tensors, 0, 0, False, list(ctx.needs_input_grad))
+
+
+def _sample(x: Tensor, grid: Tensor) -> Tensor:
+    """x (N, C, H, W) at the coordinates (N, H', W', 2) of `_coordinates`: (N, C, H', W')."""
+    if is_transformed():
+        return _written_out(x, grid)
+    if is_exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+        return _grid_sample(x, grid)
+    return _GridSample.apply(x, grid)
+
+
+def differentiable(args: ConvArgs) -> Tensor:
+    """:func:`forward` in operators that have every derivative."""
+    return forward(args, _written_out)
+
+
+def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     b, c, h, w = args.x.shape
     k, groups, out_h = args.kernel_size, args.step_groups, args.out_size[0]
     dtype = accumulation_dtype(args.x.dtype)
@@ -60,8 +102,7 @@ def forward(args: ConvArgs) -> Tensor:
     if groups > 1:
         x = x.unflatten(1, (n, groups, -1)).transpose(1, 2).flatten(2, 3)
         x = x.flatten(0, 1)
-    samples = F.grid_sample(x, _merge(grid), mode='bilinear', padding_mode='zeros', align_corners=False)
-    samples = samples.unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
+    samples = sample(x, _merge(grid)).unflatten(2, (k * k, out_h))  # (B*G, n*C/G, k*k, H', W')
     if args.mask is not None:
         samples = samples * _merge(args.mask.to(dtype).unflatten(1, (groups, 1, k * k)))
     if groups > 1:

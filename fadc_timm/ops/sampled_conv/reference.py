@@ -15,7 +15,7 @@ def why_not(args: ConvArgs) -> Optional[str]:
 def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Sample x (B, C, H, W) at real positions rows, cols (B, H', W'), zero outside: (B, C, H', W')."""
     b, c, h, w = x.shape
-    y = x.new_zeros(b, c, *rows.shape[1:])
+    y = x.new_zeros((b, c, *rows.shape[1:]))
     batch = torch.arange(b, device=x.device)[:, None, None]
     top, left = rows.floor(), cols.floor()
     down, across = rows - top, cols - left  # on a pixel 0, so that the slopes there are those below and to the right
@@ -52,7 +52,7 @@ def forward(args: ConvArgs) -> Tensor:
     groups = args.step_groups
 
     # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
-    full = torch.zeros(o, c, k, k, dtype=torch.float64, device=x.device)
+    full = weight.new_zeros((o, c, k, k))
     for g in range(args.groups):
         rows = slice(g * o // args.groups, (g + 1) * o // args.groups)
         full[rows, g * per_group:(g + 1) * per_group] = weight[rows]
@@ -68,7 +68,7 @@ def forward(args: ConvArgs) -> Tensor:
         high = high * high_out[:, :, None, None, None]
     kernel = low + high
 
-    y = x.new_zeros(b, o, *args.out_size)
+    y = x.new_zeros((b, o, *args.out_size))
     for g in range(groups):
         channels = slice(g * c // groups, (g + 1) * c // groups)
         for i in range(k):

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
+from ..derivatives import once
 from ..runtime import accumulation_dtype, match_layout
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
+from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels, why_not_transformed
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
     if args.x.device.type not in ('cpu', 'cuda'):
         return f'torchvision.ops.deform_conv2d does not run on {args.x.device.type}'
-    return None
+    return why_not_transformed()
 
 
 def deform_conv2d(
@@ -140,4 +141,4 @@ def forward(args: ConvArgs) -> Tensor:
         y = conv(full.x, sample_kernels(full.weight, full.gains, full.groups)[0] if full.has_gains else full.weight)
         if full.bias is not None:
             y = y + full.bias[:, None, None]
-    return match_layout(y.to(args.x.dtype), args.x)
+    return once(match_layout(y.to(args.x.dtype), args.x), 'torchvision')

@@ -88,6 +88,15 @@ class TestLayouts:
         image.save(root / 'train' / 'images' / 'a.png')
         assert np.array_equal(open_data('folder', root).train[0][0], np.array(image.convert('RGB')))
 
+    @pytest.mark.parametrize('what', ('image', 'mask'))
+    def test_several_frames(self, tmp_path, what):
+        root = make_folder(tmp_path)
+        pixels = picture_of(0) if what == 'image' else mask_of([0, 1])
+        path = root / 'train' / f'{what}s' / 'a.png'
+        Image.fromarray(pixels).save(path, save_all=True, append_images=[Image.fromarray(255 - pixels)])
+        with pytest.raises(DataError, match=f'a.png: the {what} cannot be read .it has 2 frames'):
+            open_data('folder', root).train[0]
+
     def test_ade20k(self, tmp_path):
         data = open_data('ade20k', make_ade20k(tmp_path))
         assert data.classes[0] == '1' and len(data.classes) == len(data.palette) == 150

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fadc_timm.checkpoints import write_folder
 from fadc_timm.layers import FADConv2d
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
 from scripts.studies import dilation_frequency
 from scripts.studies.rank_correlation import bootstrap, spearman
+from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MODEL = 'test_resnet_fadc'
@@ -110,6 +112,32 @@ def test_command(tmp_path, capsys):
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert {r['rho'] for r in rows} == {'undefined'} and {r['model'] for r in rows} == {f'{MODEL} (start.safetensors)'}
+
+    # the folder of a model, with its options
+    options = dict(fadc_stages=(False, False, False, True))
+    folder = write_folder(off_identity(timm.create_model(MODEL, **options)), tmp_path / 'own', model_args=options)
+    assert dilation_frequency.main([*args, '--draws', '0', '--checkpoint', str(folder)]) == 0
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r['model'] for r in rows} == {f'{MODEL} (own)'} and {r['layer'][:6] for r in rows} == {'layer4'}
+    for r in rows:
+        assert (r['rho'] == 'undefined') == (r['state'] == 'initial')
+    assert dilation_frequency.main([*args, '--checkpoint', str(folder), '--model', 'resnet18_fadc']) == 2
+    assert f'holds the model {MODEL}, not resnet18_fadc' in capsys.readouterr().err
+
+
+def test_images_of_16_bits(tmp_path):
+    """As those of 8 bits; others are refused by name."""
+    model = timm.create_model(MODEL)
+    grey = np.random.default_rng(0).integers(0, 255, (64, 96), np.uint8)
+    files = [tmp_path / 'a.png', tmp_path / 'b.png']
+    for path, values in zip(files, (grey, grey.astype(np.uint16) * 257)):
+        Image.fromarray(values).save(path)
+    a, b = dilation_frequency.read_images(files, model, 96)
+    assert torch.equal(a, b) and a.std() > 0.1
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / 'c.tif')
+    with pytest.raises(ValueError, match='c.tif: its floats go from'):
+        next(iter(dilation_frequency.read_images([tmp_path / 'c.tif'], model, 96)))
 
 
 def test_command_refuses(tmp_path, capsys):

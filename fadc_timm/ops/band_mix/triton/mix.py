@@ -107,7 +107,7 @@ def _launches_of(spec: Spec, t: Tables, grad_means: Optional[Tensor] = None) -> 
 def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: Tensor) -> Tensor:
     """Coefficients (B, J, J', C) to rows (B, H, columns, C)."""
     b, c, h, _ = spec.x
-    rows = coefficients.new_empty(b, h, t.columns_basis.shape[1], c)
+    rows = coefficients.new_empty((b, h, t.columns_basis.shape[1], c))
     triton_support.launch(launches.rows, coefficients, t.rows_basis, t.frequency, t.matrix, rows)
     return rows
 

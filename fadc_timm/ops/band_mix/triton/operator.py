@@ -20,7 +20,7 @@ def _empty_means(x: Tensor) -> Tensor:
 def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
     y, means = empty_map(x), _empty_means(x)
     if not x.numel():
-        return y, means, x.new_empty(0)
+        return y, means, x.new_empty((0,))
     with without_autocast(x):
         coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
     return y, means, coefficients
@@ -52,7 +52,7 @@ def _count(n: int, factors: List[int]) -> int:
 @mix_bands_triton.register_fake
 def _(x, maps, factors, act):
     b, c, h, w = x.shape
-    return empty_map(x), _empty_means(x), x.new_empty(b, _count(h, factors), _count(w, factors), c)
+    return empty_map(x), _empty_means(x), x.new_empty((b, _count(h, factors), _count(w, factors), c))
 
 
 def _gradient(

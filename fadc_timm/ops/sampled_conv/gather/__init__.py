@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...runtime import match_layout
-from ..arguments import NO_GAINS, ConvArgs, sample_kernels
+from ..arguments import NO_GAINS, ConvArgs, sample_kernels, why_not_transformed
 from .operator import sampled_conv2d
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
-    return None
+    return why_not_transformed()
 
 
 def forward(args: ConvArgs) -> Tensor:

@@ -12,8 +12,10 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...runtime import exact_products, nhwc
-from ..arguments import split_kernel
+from ...derivatives import formula_gradients, wants_formula
+from ...runtime import empty_map, exact_products, nhwc
+from .. import grid_sample
+from ..arguments import NO_GAINS, ConvArgs, split_kernel
 from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
 __all__ = ['sampled_conv2d']
@@ -92,9 +94,9 @@ def sampled_conv2d(
         (B, H', W', O), kept for that gain's gradient, or nothing.
     """
     tiling = Tiling(x, steps, mask, weight.shape[-1], stride, padding, spacing, groups, weight.dim() == 5)
-    x = nhwc(x)
-    y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
-    high = torch.empty_like(y) if save else x.new_empty(0)
+    result = empty_map(x, (tiling.b, weight.shape[-4], tiling.out_h, tiling.out_w))
+    x, y = nhwc(x), result.permute(0, 2, 3, 1)
+    high = torch.empty_like(y) if save else x.new_empty((0,))
     kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
@@ -121,15 +123,15 @@ def sampled_conv2d(
             if bias is not None:
                 out += bias
             del taps, part, total  # so that the next tile finds their memory, still in cache
-    return _nchw(y), high
+    return result, high
 
 
 @sampled_conv2d.register_fake
 def _(x, steps, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, spacing,
       groups):
     b, _, h, w = steps.shape
-    y = x.new_empty(b, h, w, weight.shape[-4])
-    return _nchw(y), torch.empty_like(y) if save else x.new_empty(0)
+    y = empty_map(x, (b, weight.shape[-4], h, w))
+    return y, torch.empty_like(y.permute(0, 2, 3, 1)) if save else x.new_empty((0,))
 
 
 @torch.library.custom_op('fadc_timm::sampled_conv2d_backward', mutates_args=())
@@ -162,7 +164,7 @@ def sampled_conv2d_backward(
     grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)
     grad_sampling, grad_x = torch.empty_like(tiling.sampling), torch.zeros_like(x)
     grad_low_in, grad_low_out, grad_high_in = (
-        x.new_zeros(0 if t is None else t.shape) for t in (low_in, low_out, high_in))
+        x.new_zeros((0,) if t is None else t.shape) for t in (low_in, low_out, high_in))
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
         kernel, into_kernel = (t[samples.start] if t.dim() == 5 else t for t in (rest, grad_weight))
@@ -199,7 +201,7 @@ def sampled_conv2d_backward(
             grad_high_in[samples] = (grad_high * x[samples]).sum((1, 2))
         grad_x[samples] += _scaled(grad_high, own.high_in) if split else grad_high
     grad_steps, grad_mask = tiling.backward(grad_sampling)
-    empty = x.new_empty(0)
+    empty = x.new_empty((0,))
     if grad_mean is not None:
         if not centres_samples:
             grad_mean -= grad_weight.sum((2, 3), keepdim=True)
@@ -215,7 +217,7 @@ def sampled_conv2d_backward(
 def _(grad, high, x, steps, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, spacing,
       groups):
     def like(t):
-        return x.new_empty(0) if t is None else t.new_empty(t.shape)
+        return x.new_empty((0,)) if t is None else t.new_empty(t.shape)
 
     return [torch.empty_like(x, memory_format=torch.channels_last), like(steps), like(mask),
             torch.empty_like(weight), *map(like, (low_in, low_out, high_in, None if high.dim() == 1 else high_out))]
@@ -233,10 +235,28 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], *(call[name] for name in _DIFFERENTIABLE))
 
 
+def _formula(
+        x, steps, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, spacing, groups) -> Tensor:
+    """:func:`sampled_conv2d` without bias in torch's own operators."""
+    b, (h, w) = x.shape[0], steps.shape[2:]
+    own_kernels = weight.dim() == 5
+    if own_kernels:  # the samples are groups of one
+        x, steps, mask = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (x, steps, mask))
+        weight, groups = weight.flatten(0, 1), b * groups
+    y = grid_sample.differentiable(ConvArgs(
+        x, weight, steps, mask, None, (low_in, low_out, high_in, high_out) if split else NO_GAINS, tuple(stride),
+        tuple(padding), groups, tuple(spacing) or None))
+    return y.reshape(b, -1, h, w) if own_kernels else y
+
+
 def _backward(ctx, grad: Optional[Tensor], _):
     grads, needed = {}, dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is not None:
-        grads = dict(zip(_DIFFERENTIABLE, sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options), strict=True))
+        if wants_formula():
+            found = formula_gradients(lambda *tensors: _formula(*tensors, *ctx.options), ctx.saved_tensors[1:], grad)
+        else:
+            found = sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
+        grads = dict(zip(_DIFFERENTIABLE, found, strict=True))
         if needed['bias']:
             grads['bias'] = grad.sum((0, 2, 3))
     return tuple(grads.get(name) if needed[name] else None for name in _ARGUMENTS)

@@ -66,7 +66,7 @@ def _axes(
     floor = step.floor()
     fraction = step - floor  # of a step that is not finite NaN
     step_pixels = floor.clamp_(-_FAR, _FAR).to(dtype)
-    first = step_pixels.new_empty(2, *step.shape[1:])
+    first = step_pixels.new_empty((2, *step.shape[1:]))
     for axis, shape in enumerate(((-1, 1), (-1,))):
         out = steps.shape[2 + axis]
         if spacing:

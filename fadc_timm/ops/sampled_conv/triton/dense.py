@@ -96,8 +96,8 @@ def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Opti
 
     Without gains there is no mean, and the rest is the whole kernel.
     """
-    rest = weight.new_empty(call.bundles, call.out_width, call.taps * call.width, dtype=call.spec.dtype)
-    mean = weight.new_empty(call.bundles, call.out_width, call.width, dtype=call.spec.dtype) if call.split else None
+    rest = weight.new_empty((call.bundles, call.out_width, call.taps * call.width), dtype=call.spec.dtype)
+    mean = weight.new_empty((call.bundles, call.out_width, call.width), dtype=call.spec.dtype) if call.split else None
     triton_support.launch(launches.pack, weight, rest, mean)
     return rest, mean
 
@@ -105,7 +105,7 @@ def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Opti
 def _workspace(call: Call, launches: _Launches, like: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
     """Columns (positions, K*K*C) and totals (positions, C) of the largest tile."""
     most = max(tile.positions for tile in launches.tiles)
-    return like.new_empty(most, call.taps * call.c), like.new_empty(most, call.c) if call.split else None
+    return like.new_empty((most, call.taps * call.c)), like.new_empty((most, call.c)) if call.split else None
 
 
 def _by_bundle(call: Call, t: Tensor) -> Tensor:

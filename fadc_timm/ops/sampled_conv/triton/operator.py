@@ -52,7 +52,7 @@ def _forward(
         groups: int,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     y = _empty_output(x, weight, steps)
-    nothing = x.new_empty(0), x.new_empty(0)
+    nothing = x.new_empty((0,)), x.new_empty((0,))
     if not y.numel():
         return y, *nothing
     bias, low, high = _in_a_row(bias, low, high)
@@ -118,8 +118,8 @@ def two_step_conv2d(
 def _(x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups):
     y = _empty_output(x, weight, steps)
     if not save or (low is None and high is None) or _is_depthwise(x, weight, groups) or x.shape[0] == 0:
-        return y, x.new_empty(0), x.new_empty(0)
-    part = x.new_empty(x.shape[0] * steps.shape[2] * steps.shape[3], weight.shape[0])
+        return y, x.new_empty((0,)), x.new_empty((0,))
+    part = x.new_empty((x.shape[0] * steps.shape[2] * steps.shape[3], weight.shape[0]))
     return y, part, torch.empty_like(part)
 
 
@@ -144,7 +144,7 @@ def _gradient(
 ) -> List[Tensor]:
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
-        return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
+        return [x.new_empty((0,)) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
     bias, low, high = _in_a_row(bias, low, high)
     spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
     call = call_of(spec)
@@ -163,7 +163,7 @@ def _gradient(
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
-    return [x.new_empty(0) if g is None else g for g in (grad_x, *grads)]
+    return [x.new_empty((0,)) if g is None else g for g in (grad_x, *grads)]
 
 @torch.library.custom_op('fadc_timm::two_step_conv2d_backward', mutates_args=())
 def two_step_conv2d_backward(
@@ -221,9 +221,9 @@ def _gradients(x, weight, bias, steps, mask, low, high) -> List[Tensor]:
     """Tensors for the gradients, not filled."""
     return [
         empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
-        x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(steps),
-        x.new_empty(0) if mask is None else empty_map(mask),
-        *(x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        x.new_empty((0,)) if bias is None else torch.empty_like(bias), empty_map(steps),
+        x.new_empty((0,)) if mask is None else empty_map(mask),
+        *(x.new_empty((0,)) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
           for t in (low, high))]
 
 
