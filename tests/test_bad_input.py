@@ -231,7 +231,7 @@ CASES = {
     'lift_stages_none': (lambda *_: lift_model(timm.create_model('test_resnet'), None), ValueError, 'stages.*None'),
     'lift_stages_number': (lambda *_: lift_model(timm.create_model('test_resnet'), 3), ValueError, 'stages.*got 3'),
     'lift_name': (lambda *_: lift_model('resnet50'), TypeError, 'wants a module, got str'),
-    'lift_module': (lambda *_: lift_model(nn.Linear(3, 3)), ValueError, 'Linear has no feature_info'),
+    'lift_module': (lambda *_: lift_model(nn.Linear(3, 3)), ValueError, 'Linear has no k x k'),
     # command line
     'visualize_absent': (visualize('--checkpoint', '{}/absent.pth'), RuntimeError, "no checkpoint at '.*absent.pth'"),
     'visualize_cut_off': (visualize('--checkpoint', '{}/cut_off.pth'), RuntimeError, "cannot read .*: it is cut off"),
