@@ -69,10 +69,11 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
     return architecture, dict(args, fadc_stages=list(stages), **lifted[0]['options'])
 
 
-def _modules(model: nn.Module) -> Dict[str, Tuple[str, str]]:
+def _modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     """Class and arguments of the modules that compute something in inference."""
-    return {name: (type(m).__name__, str(layer_options(m)) if isinstance(m, FADConv2d) else '') + (m.extra_repr(),)
-            for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
+    return {
+        name: (type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADConv2d) else ()))
+        for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
 
 
 def _check_same(model: nn.Module, folder: Path) -> None:

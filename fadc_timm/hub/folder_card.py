@@ -78,7 +78,7 @@ def folder_card(
     x = torch.zeros(1, *size)
     num_classes = int(getattr(model, 'num_classes', 0))
     cost = module_cost(model, size, 'cpu')
-    embedding = load(folder, num_classes=0).eval()
+    embedding: Any = load(folder, num_classes=0).eval()
     task = 'image-classification' if num_classes else 'image-feature-extraction'
     data = ModelCardData(
         license=licence, library_name='timm', pipeline_tag=task, base_model=base_model, datasets=list(datasets) or None,

@@ -1,4 +1,5 @@
 """Checkpoints of bases and of FADC models, as an FADC model loads them."""
+import logging
 import re
 from contextlib import suppress
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
@@ -10,6 +11,8 @@ from ._checkpoint import check_keys, check_values
 from ._family import StateDict, fadc_keys, family_of
 
 __all__ = ['LoadsBase', 'adapt_checkpoint']
+
+_logger = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
@@ -120,7 +123,7 @@ class LoadsBase:
     """For the classes of FADC models: `load_state_dict`, and with it `checkpoint_path=`, takes a base's checkpoint."""
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As that of `nn.Module`, except for a strict load from the base: FADC becomes the identity."""
+        """As that of `nn.Module`, except for a strict load from the base: FADC is the identity then, and a line says so."""
         added = fadc_keys(self)
         if strict and added and not any(key in state_dict for key in added):
             state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)
@@ -128,5 +131,7 @@ class LoadsBase:
                 if isinstance(m, FADConv2d):
                     m.reset_fadc_parameters()
             # what the filter added are the values before that
-            state_dict = {**state_dict, **{k: v for k, v in self.state_dict().items() if k in set(added)}}
+            own = self.state_dict()
+            state_dict = {**state_dict, **{k: own[k] for k in added}}
+            _logger.warning('The checkpoint is of the base, without FADC: FADC is the identity now.')
         return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]

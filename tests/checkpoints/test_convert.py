@@ -178,7 +178,7 @@ def test_what_is_said(tmp_path, capsys):
     assert out[4].startswith(f'Wrote {tmp_path / "out"}: timm.create_model(')
     assert out[5] == f'Wrote {tmp_path / "out.keys.txt"}: every key'
     keys = (tmp_path / 'out.keys.txt').read_text().splitlines()
-    assert len(keys) == len(state) - 3 + added + 9 and 'left   neck.1' in keys
+    assert len(keys) == len(state) - 3 + added + 10 and 'left   neck.1' in keys
     assert main([*args, '--keys', str(tmp_path / 'lists' / 'keys.txt')]) == 0
     assert (tmp_path / 'lists' / 'keys.txt').read_text().splitlines() == keys
     assert main(['convert', str(tmp_path / 'out'), *args[2:]]) == 2
@@ -194,8 +194,8 @@ def test_own_preprocessing_and_labels(convert, tmp_path):
     assert convert(*args, *own)[0] == 0
     model, config = folder_of(tmp_path / 'out')
     data = timm.data.resolve_model_data_config(model)
-    assert (data['mean'], data['std'], data['input_size'], data['crop_pct']) == (
-        (.1, .2, .3), (1., 2., 3.), (3, 96, 128), .8)
+    assert (*data['mean'], *data['std'], *data['input_size'], data['crop_pct']) == (
+        .1, .2, .3, 1., 2., 3., 3, 96, 128, .8)
     assert config['label_names'] == ['caf\u00e9', 'sea', 'sky'] and model.pretrained_cfg['license'] == 'mit'
     assert list(model.pretrained_cfg['label_names']) == config['label_names']
     before = (tmp_path / 'out' / 'config.json').read_bytes()

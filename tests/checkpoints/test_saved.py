@@ -101,7 +101,7 @@ def test_what_else_travels(tmp_path):
     assert torch.equal(loaded(x), model(x)) and loaded.forward_features(x).shape[-2:] == (6, 4)
     assert list(loaded.pretrained_cfg['label_names']) == ['a', 'b', 'c']
     data = timm.data.resolve_model_data_config(loaded)
-    assert (data['mean'], data['std'], data['input_size']) == (cfg['mean'], cfg['std'], cfg['input_size'])
+    assert all(tuple(data[k]) == cfg[k] for k in ('mean', 'std', 'input_size'))
     assert loaded.pretrained_cfg['license'] == model.pretrained_cfg['license'] and 'tag' not in loaded.pretrained_cfg
     fadc_timm.save(model, folder, pretrained_cfg=dict(license='mit'), model_args=None if recorded else dict(
         in_chans=4, output_stride=16))

@@ -62,26 +62,27 @@ def networks(name):
 def test_push(hub, client, push, name, tmp_path):
     """Saved, shown, pushed in one commit, and loaded from there; the card's code runs as it stands."""
     model = networks(name)
+    ours = f'me/{name.replace(", ", "_").replace(" ", "_")}'  # the client's cache goes by names
     labels = ['sea', 'sky', 'city'] if model.num_classes else None
     folder = fadc_timm.save(model, tmp_path / 'own', pretrained_cfg=dict(
         label_names=labels, license='mit', input_size=(3, 96, 64)))
     (tmp_path / 'about.md').write_text('## About\nTrained on the roof: top-1 is 12.3 %.\n')
     args = ('--about', tmp_path / 'about.md', '--dataset', 'me/roofs', '--base-model', 'timm/plain')
-    status, out = push(folder, 'me/own', *args, '--dry-run')
-    assert status == 0 and 'nothing was sent to me/own' in out and not posts(hub), out
+    status, out = push(folder, ours, *args, '--dry-run')
+    assert status == 0 and f'nothing was sent to {ours}' in out and not posts(hub), out
     assert sorted(p.name for p in folder.iterdir()) == FILES
     card = folder / 'README.md'
     card.write_text(card.read_text() + '\nEdited by hand.\n')
-    status, out = push(folder, 'me/own')
-    assert status == 0 and "fadc_timm.load('hf-hub:me/own')" in out, out
-    assert f'pushed README.md, config.json, model.safetensors: {hub.endpoint}/me/own/commit/' in out
-    repo = hub.repos['me/own']
+    status, out = push(folder, ours)
+    assert status == 0 and f"fadc_timm.load('hf-hub:{ours}')" in out, out
+    assert f'pushed README.md, config.json, model.safetensors: {hub.endpoint}/{ours}/commit/' in out
+    repo = hub.repos[ours]
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         k: v for k, v in repo.files.items() if k != '.gitattributes'} and len(repo.commits) == 2
 
     with torch.no_grad():
         expected = model(photos(96)).numpy()
-    published = client.call(load, 'hf-hub:me/own', photos(96).numpy(), str(tmp_path / 'cache'))
+    published = client.call(load, f'hf-hub:{ours}', photos(96).numpy(), str(tmp_path / 'cache'))
     assert published['error'] is None and (published['y'] == expected).all()
 
     text = repo.files['README.md'].decode()
@@ -92,7 +93,7 @@ def test_push(hub, client, push, name, tmp_path):
                  'Edited by hand.', '`import fadc_timm`', *([', '.join(labels)] if labels else [])):
         assert line in text, line
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    assert len(blocks) == (3 if labels else 2) and all("'hf-hub:me/own'" in block for block in blocks)
+    assert len(blocks) == (3 if labels else 2) and all(f"'hf-hub:{ours}'" in block for block in blocks)
     maps = next(block for block in blocks if 'features_only' in block)
     printed = client.call(execute, '\n'.join((*blocks, 'print(tuple(embedding.shape), tuple(unpooled.shape))')))
     *shapes, last = printed.splitlines()
@@ -100,11 +101,11 @@ def test_push(hub, client, push, name, tmp_path):
     assert f'# {last.partition(") ")[0]})' in blocks[-1 if labels else 0] and last.partition(') ')[2] in text
 
     # again: nothing changed; a card that somebody edited there stays
-    assert push(folder, 'me/own')[0] == 0 and len(repo.commits) == 2
+    assert push(folder, ours)[0] == 0 and len(repo.commits) == 2
     repo.commit({**repo.files, 'README.md': b'theirs'})
-    status, out = push(folder, 'me/own')
+    status, out = push(folder, ours)
     assert status == 0 and 'the card that was there stays' in out and repo.files['README.md'] == b'theirs'
-    assert push(folder, 'me/own', '--update-card')[0] == 0 and repo.files['README.md'] == card.read_bytes()
+    assert push(folder, ours, '--update-card')[0] == 0 and repo.files['README.md'] == card.read_bytes()
 
 
 def test_refusals(hub, push, tmp_path):

@@ -110,7 +110,7 @@ def test_head_of_a_file(base, caplog):
 
 @pytest.mark.parametrize('base', TINY)
 @torch.no_grad()
-def test_checkpoint_path(base, tmp_path):
+def test_checkpoint_path(base, tmp_path, caplog):
     """`checkpoint_path=`, the `--initial-checkpoint` of timm's train.py: a base's checkpoint too, and nothing else."""
     path, x = str(tmp_path / 'a.pth'), photos()
     save(trained(base), tmp_path / 'a.pth')
@@ -120,8 +120,11 @@ def test_checkpoint_path(base, tmp_path):
     fadc = create_fadc(f'{base}_fadc', num_classes=1000)
     kept = fadc.state_dict()
     assert fadc.load_state_dict(trained(base), strict=False).missing_keys  # as it always was
+    caplog.clear()
     fadc.load_state_dict(trained(base))  # FADC goes back to the identity
     assert error(fadc(x), plain(x)) < LOSSLESS
+    assert [r.getMessage() for r in caplog.records] == [
+        'The checkpoint is of the base, without FADC: FADC is the identity now.']
     save(kept, tmp_path / 'a.pth')
     loaded = timm.create_model(f'{base}_fadc', num_classes=1000, checkpoint_path=path)
     assert all(torch.equal(v, kept[k]) for k, v in loaded.state_dict().items())
