@@ -123,7 +123,7 @@ class LoadsBase:
     """For the classes of FADC models: `load_state_dict`, and with it `checkpoint_path=`, takes a base's checkpoint."""
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As that of `nn.Module`, except for a strict load from the base: FADC is the identity then, and a line says so."""
+        """As that of `nn.Module`, except that FADC is the identity after a strict load of the base, with a warning."""
         added = fadc_keys(self)
         if strict and added and not any(key in state_dict for key in added):
             state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)
