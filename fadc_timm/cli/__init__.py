@@ -1,22 +1,23 @@
-"""The command line: `fadc-timm visualize | list | convert | info | run`, also as `python -m fadc_timm`."""
+"""The command line: `fadc-timm visualize | list | convert | push | info | run`, also as `python -m fadc_timm`."""
 import argparse
 import os
 import sys
 from typing import List, Optional
 
-from . import convert, info, listing, run, visualize
+from . import convert, info, listing, push, run, visualize
 from ._common import CommandError
 
 __all__ = ['main']
 
 # Each adds its parser, which knows the function that does the work.
-_COMMANDS = (visualize, listing, convert, info, run)
+_COMMANDS = (visualize, listing, convert, push, info, run)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='fadc-timm', description='timm backbones with Frequency-Adaptive Dilated Convolution')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='visualize | list | convert | info | run')
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='visualize | list | convert | push | info | run')
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser

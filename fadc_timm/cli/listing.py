@@ -7,7 +7,7 @@ from typing import Any, List
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from ..models.cost import model_cost
+from ..models.cost import listed_cost
 from ._common import CommandError
 
 __all__ = ['add_parser']
@@ -25,20 +25,26 @@ def _list(args: argparse.Namespace) -> int:
         close = difflib.get_close_matches(args.filter, archs, n=3, cutoff=0.5)
         hint = f"close matches: {', '.join(close)}" if close else f'there are {len(archs)} models'
         raise CommandError(f"no FADC model matches '{args.filter}'; {hint}")
-    n, b = max(map(len, names)), max(4, *(len(name.partition('.')[0]) - len('_fadc') for name in names))
-    print(f"{'name':{n}}  {'base':{b}}  {'params (M)':>10}  {'GMACs':>8}  {'input':>7}  weights", flush=True)
+    rows = [('name', 'base', 'params (M)', 'GMACs', 'input', 'licence', 'weights')]
     for name in names:
         arch, cfg = name.partition('.')[0], get_pretrained_cfg(name) or PretrainedCfg()
-        params, gmacs, _ = model_cost(arch, cfg.num_classes, tuple(cfg.input_size))
+        params, gmacs, _ = listed_cost(arch, cfg.num_classes, tuple(cfg.input_size))
         weights = 'in the package' if cfg.file else cfg.hf_hub_id or '-'
-        base, size = arch[:-len('_fadc')], 'x'.join(map(str, cfg.input_size[1:]))
-        print(f'{name:{n}}  {base:{b}}  {params:10.2f}  {gmacs:8.2f}  {size:>7}  {weights}', flush=True)
+        rows.append((name, arch.removesuffix('_fadc'), f'{params:.2f}', f'{gmacs:.2f}',
+                     'x'.join(map(str, cfg.input_size[1:])), cfg.license or '-', weights))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [text.rjust(w) if 2 <= i <= 4 else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))]
+        print('  '.join(cells).rstrip())
     return 0
 
 
 def add_parser(commands: Any) -> None:
-    p = commands.add_parser('list', help='the models, their size and cost, and where their weights are',
-                            description='List the FADC models, with the input size that the costs are for.')
+    p = commands.add_parser('list', help='the models, their size and cost, their licence, and where their weights are',
+                            description='List the FADC models, with the input size that the costs are for, the licence '
+                                        "of the weights and the Hub repository that they come from. The costs are in a "
+                                        'table of the package. A model or tag that a newer timm adds is counted, which '
+                                        'takes a second.')
     p.add_argument('filter', nargs='?', default='*', metavar='FILTER',
                    help='wildcards as in timm.list_models, or a part of the name')
     p.add_argument('--tags', action='store_true', help='a row for each pretrained tag')

@@ -276,10 +276,10 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f'--{name} must be at least {least}, got {getattr(args, name)}')
     try:
+        files = image_files(args.images) if args.images else []  # before a download
         name, states = states_of(args.model, args.checkpoint)
         model = states['trained']
         if args.images:
-            files = image_files(args.images)
             images, what = read_images(files, model, args.size), f'{len(files)} images'
         else:
             images, what = tile_images(args.tiles, model, args.size, args.data), f'{args.tiles} Blue Marble tiles'
