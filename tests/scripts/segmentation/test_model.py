@@ -20,7 +20,7 @@ def test_load_backbone(name, variant):
     source = awake(timm.create_model(name, num_classes=4))
     net = backbone(name)
     apply_variant(net, variant)
-    text = load_backbone(net, Initial(source.state_dict(), 'x.pth'))
+    text = load_backbone(net, Initial('x.pth', source.state_dict))
     assert text.startswith('x.pth: ') and ', without ' in text
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -30,10 +30,10 @@ def test_load_backbone(name, variant):
     first, last = list(state)[0], [k for k in state if k.startswith(('layer4', 'stages.3'))][-1]
     state[f'{last}_extra'] = state[last]
     with pytest.raises(RuntimeError, match=f'unexpected keys: {last}_extra'):
-        load_backbone(net, Initial(state, 'x.pth'))
+        load_backbone(net, Initial('x.pth', lambda: state))
     del state[f'{last}_extra'], state[first]
     with pytest.raises(RuntimeError, match=f'missing keys: {first.replace("stem.0", "stem_0")}'):
-        load_backbone(net, Initial(state, 'x.pth'))
+        load_backbone(net, Initial('x.pth', lambda: state))
 
 
 # with segmentation_models_pytorch
@@ -94,6 +94,56 @@ def test_init(tmp_path):
         build('test_resnet', 5, init='none.pth')
     with pytest.raises(RuntimeError, match='does not fit the backbone: missing keys'):
         build('test_convnext', 5, init=str(tmp_path / 'base.pth'))
+
+
+@pytest.mark.parametrize('variant, name', [
+    ('fadc', 'test_resnet_fadc'), ('plain', 'test_resnet'), ('adadr', 'test_resnet'), ('dcnv2', 'test_resnet')])
+def test_default(variant, name):
+    """`default` is the tag that `pretrained=True` takes."""
+    from scripts.segmentation.weights import find_init
+    cfg = timm.get_pretrained_cfg(name)
+    assert find_init('test_resnet', 'default', variant, {}).source == f'{name}.{cfg.tag}'
+
+
+def test_default_weights():
+    built = build('test_resnet_fadc', 5, init='default')
+    expected = timm.create_model('test_resnet_fadc', pretrained=True).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in built.model.encoder.model.state_dict().items())
+
+
+def test_default_of_every_architecture():
+    from scripts.segmentation.weights import find_init
+    for name in timm.list_models('*_fadc'):
+        cfg, base = timm.get_pretrained_cfg(name), name.removesuffix('_fadc')
+        if cfg.has_weights:
+            assert find_init(base, 'default', 'fadc', {}).source.partition('.')[2] == cfg.tag
+
+
+def test_normalisation_of_a_tag(monkeypatch):
+    """Images are normalised as for the tag's weights, not as for the architecture's default ones."""
+    from scripts.segmentation import weights
+    source = timm.create_model('resnet50', features_only=True)
+    monkeypatch.setattr(weights, '_download', lambda name: source.state_dict())
+    tagged, default = (timm.get_pretrained_cfg(f'resnet50{tag}') for tag in ('.fb_swsl_ig1b_ft_in1k', ''))
+    own = weights.find_init('resnet50', 'fb_swsl_ig1b_ft_in1k', 'plain', {}).normalisation
+    assert own == (tagged.mean, tagged.std)
+    other = tagged.__class__(**{**vars(tagged), 'mean': (0.1, 0.2, 0.3)})
+    monkeypatch.setattr(weights.timm, 'get_pretrained_cfg', lambda name: other)
+    assert build('resnet50', 5, init='fb_swsl_ig1b_ft_in1k').mean == (0.1, 0.2, 0.3) != default.mean
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(decoder='other'), 'Wrong architecture type'), (dict(fadc={'bandz': 3}), 'bandz'),
+    (dict(freq_select_stages=[1]), 'freq_select_stages must be'), (dict(backbone_args={'other': 1}), 'other')])
+def test_downloads_come_last(kwargs, message, monkeypatch):
+    """What is wrong with the network is said before its weights are downloaded."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation import weights
+    monkeypatch.setattr(weights, '_download', lambda name: pytest.fail('downloaded'))
+    with pytest.raises((TypeError, ValueError), match=message):
+        build('test_resnet_fadc', 5, init='default', **kwargs)
+    with pytest.raises(ValueError, match='has weights of FADC, for the variant fadc'):
+        build('test_resnet', 5, init='bluemarble_climate')
 
 
 def test_init_official(tmp_path):
