@@ -5,7 +5,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from scripts.segmentation.variants import apply_variant
@@ -31,13 +30,10 @@ class Built:
     model: Maps (B, 3, H, W) to logits (B, classes, H, W), sides multiples of 32.
     replaced: Convolutions of the backbone that its variant replaced, as named in the backbone.
     loaded: What was loaded into the backbone, and from where, in words.
-    mean, std: Normalisation that the weights expect, or else the backbone, of images in [0, 1].
     """
     model: nn.Module
     replaced: list[str]
     loaded: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def import_smp() -> Any:
@@ -121,12 +117,7 @@ def build(
     replaced = apply_variant(net, variant, options, freq_select_stages)
     # last, as it may download
     loaded = load_backbone(net, initial) if initial else ''
-    if initial and initial.normalisation:
-        mean, std = initial.normalisation
-    else:
-        data = resolve_data_config({}, model=net)
-        mean, std = data['mean'], data['std']
-    return Built(model, replaced, loaded, mean, std)
+    return Built(model, replaced, loaded)
 
 
 class Auxiliary(nn.Sequential):

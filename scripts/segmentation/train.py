@@ -41,6 +41,7 @@ from scripts.segmentation.model import Auxiliary, Built, build, import_smp, spli
 from scripts.segmentation.run_folder import Interrupted, owned
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
 from scripts.segmentation.variants import VARIANTS, added_keys
+from scripts.segmentation.weights import normalisation_of
 
 # Options that decide how a network is built, and what it sees: kept in the checkpoint.
 NETWORK = ('backbone', 'variant', 'decoder', 'decoder_channels', 'output_stride', 'init', 'fadc', 'freq_select_stages',
@@ -179,24 +180,26 @@ def config_of(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and with the options of the network and of the samples all that decides a run's losses."""
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     args.backbone, args.variant = split_name(args.backbone, args.variant)
+    mean, std = normalisation_of(args.backbone, args.init, args.variant)
     config = {name: getattr(args, name) for name in NETWORK + SIGHT}
+    config.update(mean=args.mean or mean, std=args.std or std)
     return recipe, json.loads(json.dumps({**config, **asdict(recipe)}))
 
 
-def network_of(config: dict[str, Any], classes: int) -> tuple[Built, list[float], list[float]]:
-    """The network of a configuration, and its normalisation."""
+def network_of(config: dict[str, Any], classes: int) -> Built:
+    """The network of a configuration."""
     names = [name for name in NETWORK if name not in ('mean', 'std', 'backbone')]
-    built = build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
-    return built, list(config['mean'] or built.mean), list(config['std'] or built.std)
+    return build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
 
 
 def test(
-        model: nn.Module, data: Any, split: str, mean: list[float], std: list[float], config: dict[str, Any],
-        args: argparse.Namespace, world: World, folder: Path | None,
+        model: nn.Module, data: Any, split: str, config: dict[str, Any], args: argparse.Namespace, world: World,
+        folder: Path | None,
 ) -> dict[str, Any]:
     """Evaluate on a split; pictures into the folder."""
+    transform = EvalTransform(config['mean'], config['std'], data.fit)
     return evaluate(
-        model, data, split, EvalTransform(mean, std, data.fit), world, folder, args.overlays if folder else 0,
+        model, data, split, transform, world, folder, args.overlays if folder else 0,
         crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
         autocast=partial(autocast, world.device, config['amp']))
 
@@ -228,6 +231,8 @@ def open_for(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationDa
 
 def check_classes(path: Path, config: dict[str, Any], data: SegmentationData) -> None:
     """Raises ValueError where a checkpoint has other classes than the data."""
+    if 'classes' not in config:
+        raise ValueError(f'{path} does not name its classes: an older version of this script wrote it')
     own, there = config['classes'], list(data.classes)
     if len(own) != len(there):
         names = [', '.join(classes[:8]) + ', ...' * (len(classes) > 8) for classes in (own, there)]
@@ -249,11 +254,11 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     import_smp()
     data = open_for(args, config)
     check_classes(args.eval, config, data)
-    world.first(lambda: check_data(data, [args.split], args.anyway))
-    built, mean, std = network_of({**config, 'init': ''}, len(data.classes))
+    world.first(lambda: world.say(check_data(data, [args.split], args.anyway)))
+    built = network_of({**config, 'init': ''}, len(data.classes))
     built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
     folder = (args.output or args.eval.parent) / f'overlays_{args.split}'
-    result = test(built.model.to(world.device), data, args.split, mean, std, config, args, world, folder)
+    result = test(built.model.to(world.device), data, args.split, config, args, world, folder)
     return {'checkpoint': str(args.eval), 'step': state['step'], 'split': args.split, **result}
 
 
@@ -272,10 +277,9 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     import_smp()
     data = open_data(args.data, args.root, args.mask_values, args.ignore_values)
     config['classes'] = list(data.classes)
-    transform = partial(
-        TrainTransform, args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip,
-        args.photometric, fit=data.fit)
-    transform()
+    transform = TrainTransform(
+        args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric,
+        config['mean'], config['std'], data.fit)
     with owned(args.output) if world.main else nullcontext():
         path = args.output / 'last.pt'
 
@@ -295,10 +299,10 @@ def train_and_test(
         recipe: Recipe,
         config: dict[str, Any],
         data: SegmentationData,
-        transform: partial[TrainTransform],
+        transform: TrainTransform,
 ) -> dict[str, Any] | None:
     """Train and test on data that were checked; None where --stop-at ended it before."""
-    built, mean, std = network_of(config, len(data.classes))
+    built = network_of(config, len(data.classes))
     model = built.model
     params = sum(p.numel() for p in model.parameters())
     keys = set(added_keys(model))
@@ -317,18 +321,18 @@ def train_and_test(
     objective = synchronized(objective, world)
 
     def validate(network: nn.Module, step: int) -> None:
-        result = test(network, data, 'val', mean, std, config, args, world, None)
+        result = test(network, data, 'val', config, args, world, None)
         world.say(f'step {step} validation mIoU {result["miou"]:.2f}')
         if world.main:
             log = Log(args.output / 'val.csv', ('step', 'miou', 'accuracy'), step - 1)
             log.add({'step': step, 'miou': result['miou'], 'accuracy': result['accuracy']})
 
     trained = train(
-        objective, Samples(data.train, transform(mean=mean, std=std), recipe.seed), recipe, args.output, config, world,
-        args.workers, args.log_every, args.save_every, args.eval_every, validate, args.stop_at, args.channels_last)
+        objective, Samples(data.train, transform, recipe.seed), recipe, args.output, config, world, args.workers,
+        args.log_every, args.save_every, args.eval_every, validate, args.stop_at, args.channels_last)
     if 0 < args.stop_at < recipe.steps:
         return None
-    result = test(trained, data, args.split, mean, std, config, args, world, args.output / f'overlays_{args.split}')
+    result = test(trained, data, args.split, config, args, world, args.output / f'overlays_{args.split}')
     peak = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == 'cuda' else None
     return {'step': recipe.steps, 'split': args.split, **result, 'params': params, 'added': added, 'peak_mb': peak,
             'config': config}

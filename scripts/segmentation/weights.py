@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
@@ -24,13 +25,11 @@ class Initial:
     read: Gives them under timm's names; downloads what is not on this machine.
     lifted: They have parameters of FADC, so they are for a lifted backbone.
     options: Options of FADConv2d that they want.
-    normalisation: Mean and standard deviation of the images that they were trained on, where that is known.
     """
     source: str
     read: Callable[[], dict[str, Tensor]]
     lifted: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def _is_lifted(state_dict: dict[str, Tensor]) -> bool:
@@ -42,7 +41,13 @@ def _download(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True).state_dict()
 
 
-def _from_tag(base: str, tag: str, variant: str) -> Initial:
+def _is_file(init: str) -> bool:
+    path = Path(init).expanduser()
+    return path.suffix in _SUFFIXES or path.exists()
+
+
+def _named(base: str, tag: str, variant: str) -> str:
+    """timm's name of the model that has a tag's weights: the base or its FADC model, a dot, the tag."""
     fadc = f'{base}_fadc' if timm.is_model(f'{base}_fadc') else None
     own = {name.partition('.')[2]: name for name, cfg in get_arch_pretrained_cfgs(base).items() if cfg.has_weights}
     for name, cfg in get_arch_pretrained_cfgs(fadc).items() if fadc else ():
@@ -50,13 +55,27 @@ def _from_tag(base: str, tag: str, variant: str) -> Initial:
             own.setdefault(name.partition('.')[2], name)
     if tag == 'default':
         # what timm.create_model(..., pretrained=True) takes
-        cfg = timm.get_pretrained_cfg(fadc if fadc and variant == 'fadc' else base)
-        tag = cfg.tag if cfg is not None and cfg.has_weights else tag
+        default = timm.get_pretrained_cfg(fadc if fadc and variant == 'fadc' else base)
+        tag = default.tag if default is not None and default.has_weights else tag
     if tag not in own:
         raise ValueError(f'{tag!r} is neither a file nor a tag of {base}, whose tags are {", ".join(own) or "none"}')
-    name = own[tag]
-    known = timm.get_pretrained_cfg(name)
-    return Initial(name, partial(_download, name), name.partition('.')[0] != base, {}, (known.mean, known.std))
+    return own[tag]
+
+
+def normalisation_of(base: str, init: str, variant: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, of images in [0, 1], that initial weights expect.
+
+    Args:
+        base: Plain backbone.
+        init: What `--init` names. A tag has its own; a file, or nothing, has those of the backbone.
+        variant: Variant of the backbone.
+
+    Raises:
+        ValueError: There is no such tag.
+    """
+    name = base if not init or _is_file(init) else _named(base, init, variant)
+    data = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    return list(data['mean']), list(data['std'])
 
 
 def _from_file(base: str, path: Path, options: dict[str, Any]) -> Initial:
@@ -85,9 +104,11 @@ def find_init(base: str, init: str, variant: str, options: dict[str, Any]) -> In
         FileNotFoundError, RuntimeError: No such file, or it holds no weights.
         ValueError: There is no such tag, or the weights are of FADC and the variant is another.
     """
-    path = Path(init).expanduser()
-    initial = _from_file(base, path, options) if path.suffix in _SUFFIXES or path.exists() else (
-        _from_tag(base, init, variant))
+    if _is_file(init):
+        initial = _from_file(base, Path(init).expanduser(), options)
+    else:
+        name = _named(base, init, variant)
+        initial = Initial(name, partial(_download, name), name.partition('.')[0] != base)
     if initial.lifted and variant != 'fadc':
         raise ValueError(f'{initial.source} has weights of FADC, for the variant fadc, not for {variant}')
     return initial

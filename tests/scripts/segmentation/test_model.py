@@ -85,7 +85,7 @@ def test_init(tmp_path):
     fadc = timm.create_model('test_resnet_fadc.bluemarble_climate', pretrained=True).state_dict()
     built = build('test_resnet', 5, 'fadc', init='bluemarble_climate')
     own = built.model.encoder.model.state_dict()
-    assert all(torch.equal(value, fadc[key]) for key, value in own.items()) and built.mean == (0.5, 0.5, 0.5)
+    assert all(torch.equal(value, fadc[key]) for key, value in own.items())
     with pytest.raises(ValueError, match='has weights of FADC, for the variant fadc, not for plain'):
         build('test_resnet', 5, 'plain', init='bluemarble_climate')
     with pytest.raises(ValueError, match="'other' is neither a file nor a tag of test_resnet, whose tags are"):
@@ -119,17 +119,29 @@ def test_default_of_every_architecture():
             assert find_init(base, 'default', 'fadc', {}).source.partition('.')[2] == cfg.tag
 
 
-def test_normalisation_of_a_tag(monkeypatch):
-    """Images are normalised as for the tag's weights, not as for the architecture's default ones."""
-    from scripts.segmentation import weights
-    source = timm.create_model('resnet50', features_only=True)
-    monkeypatch.setattr(weights, '_download', lambda name: source.state_dict())
-    tagged, default = (timm.get_pretrained_cfg(f'resnet50{tag}') for tag in ('.fb_swsl_ig1b_ft_in1k', ''))
-    own = weights.find_init('resnet50', 'fb_swsl_ig1b_ft_in1k', 'plain', {}).normalisation
-    assert own == (tagged.mean, tagged.std)
-    other = tagged.__class__(**{**vars(tagged), 'mean': (0.1, 0.2, 0.3)})
-    monkeypatch.setattr(weights.timm, 'get_pretrained_cfg', lambda name: other)
-    assert build('resnet50', 5, init='fb_swsl_ig1b_ft_in1k').mean == (0.1, 0.2, 0.3) != default.mean
+def test_normalisation(tmp_path):
+    """Images are normalised as for the tag's weights, which may differ from those of the architecture's default."""
+    from scripts.segmentation.weights import normalisation_of
+    names = [f'convnext_base{tag}' for tag in ('', '.clip_laion2b_augreg_ft_in1k')]
+    default, clip = ((list(cfg.mean), list(cfg.std)) for cfg in map(timm.get_pretrained_cfg, names))
+    assert default != clip
+    assert normalisation_of('convnext_base', '', 'plain') == default
+    assert normalisation_of('convnext_base', 'default', 'fadc') == default
+    assert normalisation_of('convnext_base', 'clip_laion2b_augreg_ft_in1k', 'fadc') == clip
+    assert normalisation_of('convnext_base', str(tmp_path / 'base.pth'), 'plain') == default
+    assert normalisation_of('test_resnet', 'bluemarble_climate', 'fadc') == ([0.5] * 3, [0.5] * 3)
+
+
+def test_normalisation_is_kept():
+    """--eval, which loads no initial weights, normalises as the training did."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation.train import config_of, parse_args
+    args = ['--output', 'x', '--backbone', 'convnext_base_fadc', '--init', 'clip_laion2b_augreg_ft_in1k']
+    cfg = timm.get_pretrained_cfg('convnext_base.clip_laion2b_augreg_ft_in1k')
+    config = config_of(parse_args(args))[1]
+    assert (config['mean'], config['std']) == (list(cfg.mean), list(cfg.std))
+    config = config_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
+    assert (config['mean'], config['std']) == ([0, 0.5, 1], list(cfg.std))
 
 
 @pytest.mark.parametrize('kwargs, message', [
