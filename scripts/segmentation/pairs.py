@@ -86,6 +86,7 @@ class Stored(NamedTuple):
 
     def labels(self, numbers: np.ndarray) -> np.ndarray:
         """Labels of stored numbers of any integer dtype, -1 for those that are not allowed."""
+        numbers = np.asarray(numbers, np.int32)
         in_table = (numbers >= 0) & (numbers < len(self.table))
         return np.where(in_table, self.table[numbers.clip(0, len(self.table) - 1)], -1)
 
@@ -129,7 +130,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(Base.Orientation, 1) != 1
+    try:
+        return image.getexif().get(Base.Orientation, 1) != 1
+    except Exception:  # EXIF data that Pillow cannot read, of whatever kind, turn nothing
+        return False
 
 
 def _open_mask(path: Path) -> tuple[Image.Image, np.ndarray]:

@@ -3,14 +3,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 
 from fadc_timm.visualize import save
 from scripts.segmentation.pairs import IGNORE
 
-PANEL = 3.6, 9.0  # inches: least and greatest long side of an image in a picture
 DPI = 100
+# Inches: least and greatest long side of an image in a picture, room between images and for their titles, least width.
+PANEL = 3.6, 9.0
+GAP, TITLE, LEAST_WIDTH = 0.15, 0.3, 7.2
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -69,15 +73,29 @@ def prediction_figure(
         handles.append(Patch(facecolor='#808080', edgecolor='black', linewidth=0.5, label='(ignored)'))
     height, width = image.shape[:2]
     scale = min(max(1 / DPI, PANEL[0] / max(height, width)), PANEL[1] / max(height, width))
-    across = 3 * scale * width
-    columns = max(1, int(across / (0.6 + 0.085 * max(len(handle.get_label()) for handle in handles))))
-    rows = -(-len(handles) // columns)
-    fig = Figure(figsize=(across + 0.4, scale * height + 0.6 + 0.22 * rows), dpi=DPI, layout='constrained')
-    for ax, (title, pixels) in zip(fig.subplots(1, 3), panels.items()):
+    fig = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(fig).get_renderer()
+
+    def legend(columns: int) -> tuple[Legend, float, float]:
+        """The legend, its width and its height in inches."""
+        made = fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=9, frameon=False,
+                          columnspacing=0, borderaxespad=0)
+        box = made.get_window_extent(renderer)
+        return made, box.width / DPI, box.height / DPI
+
+    column, column_width, _ = legend(1)
+    column.remove()
+    across = max(3 * (scale * width + GAP), LEAST_WIDTH, column_width)
+    columns = min(int(across / column_width), len(handles))
+    _, _, below = legend(columns)
+    tall = below + scale * height + TITLE
+    fig.set_size_inches(across, tall)
+    for i, (title, pixels) in enumerate(panels.items()):
+        left = across / 2 + (i - 1.5) * (scale * width + GAP) + GAP / 2
+        ax = fig.add_axes((left / across, below / tall, scale * width / across, scale * height / tall))
         ax.imshow(pixels, interpolation='antialiased')
         ax.set_title(title, fontsize=9)
         ax.set_axis_off()
-    fig.legend(handles=handles, loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
     return fig
 
 

@@ -44,6 +44,7 @@ def owned(folder: Path) -> Iterator[None]:
             lock.release()
     else:
         import fcntl
+        # lockf, not flock: a fork does not inherit it. This process must not open the file twice.
         with path.open('a+') as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

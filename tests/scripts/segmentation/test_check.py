@@ -69,6 +69,8 @@ class TestValues:
         root = make_folder(tmp_path)
         for path in root.rglob('masks/*.png'):
             put(path, mask_of((0, 1)).astype(np.uint16) * 1000)
+        put(root / 'val/masks/0.png', mask_of((0,)))  # of 8 bits
+        assert not open_data('folder', root, [0, 1000]).val[0][1].any()
         assert np.array_equal(open_data('folder', root, [0, 1000]).train[0][1], mask_of((0, 1)))
         assert 'give --mask-values 0,1000' in refusal(root)
 

@@ -55,7 +55,8 @@ def test_written(size, tmp_path):
     fig.canvas.draw()
     box = fig.legends[0].get_window_extent()
     width, height = fig.canvas.get_width_height()
-    assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 < fig.axes[0].get_window_extent().y0
-    if max(size) <= 900:
-        assert fig.axes[0].get_window_extent().width >= 0.95 * size[1]
+    panels = [ax.get_window_extent() for ax in fig.axes]
+    assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 < panels[0].y0 + 2
+    assert panels[0].x1 < panels[1].x0 and panels[1].x1 < panels[2].x0 and panels[2].x1 <= width
+    assert panels[0].width >= min(1, 900 / max(size)) * size[1] - 1
     assert Image.open(path).size == (width, height)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from scripts.segmentation.batches import Samples, step_batches
-from scripts.segmentation.run_folder import LOCK, Interruption, owned
+from scripts.segmentation.run_folder import Interruption, owned
 from tests.support.processes import ROOT
 from tests.support.segmentation_cases import Pictures, transform
 
@@ -46,7 +46,6 @@ def test_owned(tmp_path):
         owner.wait()
         os.kill(int(child), 0)  # lives
         with owned(folder):
-            assert (folder / LOCK).read_text().startswith(f'process {os.getpid()} ')
             other = subprocess.run([sys.executable, '-c', OWNER, folder, ''], capture_output=True, text=True, cwd=ROOT)
             assert f'in use by another run (process {os.getpid()} on ' in other.stderr
         with owned(folder):
