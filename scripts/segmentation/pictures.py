@@ -12,6 +12,7 @@ from fadc_timm.visualize import save
 from scripts.segmentation.pairs import IGNORE
 
 DPI = 100
+GREY = 128
 # Inches: least and greatest long side of an image in a picture, room between images and for their titles, least width.
 PANEL = 3.6, 9.0
 GAP, TITLE, LEAST_WIDTH = 0.15, 0.3, 7.2
@@ -64,13 +65,14 @@ def prediction_figure(
     labelled = truth != IGNORE
     right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right' if labelled.any() else ''
     shown_truth = overlay(image, truth, palette)
-    shown_truth[~labelled] = 128
+    shown_truth[~labelled] = GREY
     panels = {name: image, 'truth': shown_truth, f'prediction{right}': overlay(image, prediction, palette)}
 
     labels = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
-    handles = [Patch(facecolor=palette[i] / 255, edgecolor='black', linewidth=0.5, label=classes[i]) for i in labels]
+    entries = [(classes[i], palette[i] / 255) for i in labels]
     if not labelled.all():
-        handles.append(Patch(facecolor='#808080', edgecolor='black', linewidth=0.5, label='(ignored)'))
+        entries.append(('(ignored)', np.full(3, GREY / 255)))
+    handles = [Patch(facecolor=colour, edgecolor='black', linewidth=0.5, label=text) for text, colour in entries]
     height, width = image.shape[:2]
     scale = min(max(1 / DPI, PANEL[0] / max(height, width)), PANEL[1] / max(height, width))
     fig = Figure(dpi=DPI)

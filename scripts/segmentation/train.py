@@ -140,9 +140,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval is not None:
         if args.check_data:
             parser.error('--check-data and --eval are two things: give one of them')
-        parser.set_defaults(**dict.fromkeys(vars(args), argparse.SUPPRESS))
-        given = [name for name, value in vars(parser.parse_args(argv)).items() if value != argparse.SUPPRESS]
-        others = [f'--{name.replace("_", "-")}' for name in given if name not in EVAL]
+        unset = object()
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        others = [f'--{name.replace("_", "-")}' for name, value in vars(given).items()
+                  if value is not unset and name not in EVAL]
         if others:
             parser.error(f'--eval takes its network and recipe from the checkpoint: leave out {", ".join(others)}')
         return args

@@ -56,7 +56,7 @@ def _named(base: str, tag: str, variant: str) -> str:
     if tag == 'default':
         # what timm.create_model(..., pretrained=True) takes
         default = timm.get_pretrained_cfg(fadc if fadc and variant == 'fadc' else base)
-        tag = default.tag if default is not None and default.has_weights else tag
+        tag = default.tag or tag if default is not None and default.has_weights else tag
     if tag not in own:
         raise ValueError(f'{tag!r} is neither a file nor a tag of {base}, whose tags are {", ".join(own) or "none"}')
     return own[tag]
@@ -74,7 +74,8 @@ def normalisation_of(base: str, init: str, variant: str) -> tuple[list[float], l
         ValueError: There is no such tag.
     """
     name = base if not init or _is_file(init) else _named(base, init, variant)
-    data = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    cfg = timm.get_pretrained_cfg(name)
+    data = resolve_data_config({}, pretrained_cfg=cfg.to_dict() if cfg is not None else {})
     return list(data['mean']), list(data['std'])
 
 

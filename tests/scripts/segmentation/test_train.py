@@ -311,7 +311,7 @@ def test_data_are_checked_first(folder, tmp_path, capsys, monkeypatch):
     assert 'train: 4 pairs, 48 x 40 pixels' in out and out.count('left ') == 1
     # 0 and 255 instead of 0 and 1
     for path in folder.rglob('masks/*.png'):
-        Image.fromarray(np.asarray(Image.open(path)) * np.uint8(255)).save(path)
+        Image.fromarray(np.uint8(255) * (np.asarray(Image.open(path)) == 1)).save(path)
     assert main(*check) == 1 and 'give --mask-values 0,255' in capsys.readouterr().err
     assert main(*check, '--mask-values', '0,255') == 0
     assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'mapped', '--mask-values', '0,255') == 0
@@ -345,7 +345,7 @@ def test_eval_of_other_classes(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['--root', 'x', '--output', 'y'], '--root is given without --data: give one of bluemarble, ade20k, cityscapes'),
-    (['--eval', 'x', '--lr', '1', '--crop', '64'], 'recipe from the checkpoint: leave out --crop, --lr'),
+    (['--eval', 'x', '--lr', '1', '--crop', '64'], 'recipe from the checkpoint: leave out --lr, --crop'),
     (['--eval', 'x', '--check-data'], '--check-data and --eval are two things'),
     (['--output', 'x', '--log-every', '0'], '--log-every: must be at least 1, got 0'),
     (['--output', 'x', '--mask-values', '0-255'], 'wanted are numbers with commas between them, as 0,255'),
