@@ -56,11 +56,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope='session')
-def few_programs():
-    """One program for all positions of a sample of most cases: the interpreter's time goes with their number."""
+def fast_interpreter():
+    """Its time goes with the number of programs: one for all positions of a sample of most cases."""
+    from fadc_timm.ops import triton_support
     from fadc_timm.ops.sampled_conv.triton import dense, depthwise
+    from tests.support.interpreter import interpret_fast
     dense._INTERPRETED = 64
     if not torch.cuda.is_available():
+        if triton_support.unavailable() is None:
+            interpret_fast()
         for name in ('_FORWARD', '_BACKWARD', '_PRODUCTS'):
             setattr(depthwise, name, (64, *getattr(depthwise, name)[1:]))
 

@@ -183,8 +183,8 @@ CASES = {
     'shape': (load('shape.safetensors'), RuntimeError, rf'size mismatch for {WEIGHT}.*\[3, 3\].*\[48, 48, 3, 3\]'),
     'other_network': (load('other.safetensors'), RuntimeError, 'fits neither test_resnet_fadc nor its base: missing'),
     'plain_into_fadc': (
-        lambda *_: model().load_state_dict(timm.create_model('test_resnet', num_classes=10).state_dict()),
-        RuntimeError, r'Missing key.*freq_select'),
+        lambda *_: model().load_state_dict(timm.create_model('test_convnext', num_classes=10).state_dict()),
+        RuntimeError, r'fits neither test_resnet_fadc nor its base'),
     # folders
     **{f'{name}={value!r}': (local(f'{name}={i}'), ValueError, rf'{name}\b.*(must|does not divide)')
        for name, values in OPTIONS.items() for i, value in enumerate(values)},
@@ -231,7 +231,7 @@ CASES = {
     'lift_stages_none': (lambda *_: lift_model(timm.create_model('test_resnet'), None), ValueError, 'stages.*None'),
     'lift_stages_number': (lambda *_: lift_model(timm.create_model('test_resnet'), 3), ValueError, 'stages.*got 3'),
     'lift_name': (lambda *_: lift_model('resnet50'), TypeError, 'wants a module, got str'),
-    'lift_module': (lambda *_: lift_model(nn.Linear(3, 3)), ValueError, 'Linear has no feature_info'),
+    'lift_module': (lambda *_: lift_model(nn.Linear(3, 3)), ValueError, 'Linear has no k x k'),
     # command line
     'visualize_absent': (visualize('--checkpoint', '{}/absent.pth'), RuntimeError, "no checkpoint at '.*absent.pth'"),
     'visualize_cut_off': (visualize('--checkpoint', '{}/cut_off.pth'), RuntimeError, "cannot read .*: it is cut off"),

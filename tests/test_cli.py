@@ -15,7 +15,9 @@ import fadc_timm
 from fadc_timm import visualize
 from fadc_timm.cli import main
 from fadc_timm.layers import FADConv2d
+from fadc_timm.models.cost import Cost, listed_cost, model_cost
 from fadc_timm.ops import triton_support
+from scripts.checks import cost_table
 from tests.support.small_model import MODEL, make_model
 
 ROOT = Path(fadc_timm.__file__).parents[1]
@@ -159,13 +161,15 @@ def test_checkpoint_that_does_not_fit(state, message, tmp_path, capsys):
 def list_rows(capsys, *args):
     assert main(['list', *args]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    return [line.split(maxsplit=5) for line in lines]
+    assert header.split() == ['name', 'base', 'params', '(M)', 'GMACs', 'input', 'licence', 'weights']
+    return [line.split(maxsplit=6) for line in lines]
 
 
 def test_list(capsys):
-    name, base, params, gmacs, size, weights = next(r for r in list_rows(capsys, 'test_resnet*') if r[0] == MODEL)
+    rows = list_rows(capsys, 'test_resnet*')
+    name, base, params, gmacs, size, licence, weights = next(row for row in rows if row[0] == MODEL)
     model = timm.create_model(MODEL, num_classes=timm.get_pretrained_cfg(MODEL).num_classes)
-    assert base == 'test_resnet' and size == '160x160'
+    assert base == 'test_resnet' and size == '160x160' and (licence, weights) == ('apache-2.0', 'in the package')
     assert float(params) == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.005)
     # the weights move FADC's cost above that of the base: no operator is left out of the count
     from torch.utils.flop_counter import FlopCounterMode
@@ -181,11 +185,35 @@ def test_list_filters(capsys):
     assert [row[0] for row in list_rows(capsys, MODEL)] == [MODEL]
     rows = list_rows(capsys, 'resnet18_fadc', '--tags')
     assert [row[0] for row in rows] == timm.list_models('resnet18_fadc', include_tags=True) and len(rows) > 3
-    ids = {row[0]: row[5] for row in rows}
-    assert ids['resnet18_fadc.a1_in1k'] == 'timm/resnet18.a1_in1k'
+    ids = {row[0]: row[5:] for row in rows}
+    assert ids['resnet18_fadc.a1_in1k'] == ['apache-2.0', 'timm/resnet18.a1_in1k']
+    assert ids['resnet18_fadc.fb_ssl_yfcc100m_ft_in1k'][0] == 'cc-by-nc-4.0'
     assert [row[0] for row in list_rows(capsys, 'resnet18_fadc.a1*', '--tags')] == ['resnet18_fadc.a1_in1k']
     assert main(['list', 'resnt18_fadc']) == 2
     assert re.search("'resnt18_fadc'; close matches: .*resnet18_fadc", capsys.readouterr().err)
+
+
+FAMILIES = ['test_resnet_fadc', 'test_convnext_fadc', 'resnet18_fadc', 'convnextv2_atto_fadc']
+in_families = pytest.mark.parametrize('pattern', [*FAMILIES, pytest.param('*_fadc', marks=pytest.mark.sweep)])
+
+
+@in_families
+def test_list_counts_nothing(pattern, capsys, monkeypatch):
+    """Models and tags are in the table; what another version of timm adds is counted."""
+    monkeypatch.setattr('fadc_timm.models.cost.model_cost', lambda *args: pytest.fail(f'counted {args}'))
+    assert len(list_rows(capsys, pattern, '--tags')) == len(timm.list_models(pattern, include_tags=True))
+    monkeypatch.setattr('fadc_timm.models.cost._table', dict)
+    monkeypatch.setattr('fadc_timm.models.cost.model_cost', lambda *args: Cost(1.5, 2.5, 3.5))
+    assert list_rows(capsys, pattern)[0][2:4] == ['1.50', '2.50']
+
+
+@in_families
+def test_table_of_costs(pattern):
+    """What `python -m scripts.checks.cost_table` counted is what is counted now."""
+    found = list(cost_table.keys(pattern))
+    assert found and any(not arch.endswith('_fadc') for arch, _, _ in found)
+    for key in found:
+        assert cost_table.row(*key, listed_cost(*key)) == cost_table.row(*key, model_cost(*key)), key
 
 
 # --- info ---

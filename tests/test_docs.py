@@ -31,8 +31,8 @@ def offline(monkeypatch):
     create_model = timm.create_model
 
     def create(name, pretrained=False, **kwargs):
-        cfg = timm.models.get_pretrained_cfg(name)
-        local = 'pretrained_cfg_overlay' in kwargs or bool(cfg and cfg.file)
+        cfg = None if ':' in name else timm.models.get_pretrained_cfg(name)
+        local = name.startswith('local-dir:') or 'pretrained_cfg_overlay' in kwargs or bool(cfg and cfg.file)
         return create_model(name, pretrained=pretrained and local, **kwargs)
 
     monkeypatch.setattr(timm, 'create_model', create)

@@ -2,7 +2,8 @@
 from . import official
 from .convert import RELEASES, Checkpoint, Converted, convert, read_checkpoint
 from .folder import fixed_input, fixed_logits, is_model_folder, reload, write_folder
+from .saved import load, load_checkpoint, save
 
 __all__ = [
-    'RELEASES', 'Checkpoint', 'Converted', 'convert', 'fixed_input', 'fixed_logits', 'is_model_folder', 'official',
-    'read_checkpoint', 'reload', 'write_folder']
+    'RELEASES', 'Checkpoint', 'Converted', 'convert', 'fixed_input', 'fixed_logits', 'is_model_folder', 'load',
+    'load_checkpoint', 'official', 'read_checkpoint', 'reload', 'save', 'write_folder']

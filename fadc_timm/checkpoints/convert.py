@@ -16,7 +16,8 @@ from ..models._checkpoint import why_unreadable
 from ..models._family import fadc_keys, family_of
 from .official import convert_checkpoint
 
-__all__ = ['Checkpoint', 'Converted', 'RELEASES', 'convert', 'pretrained_cfg', 'read_checkpoint', 'report']
+__all__ = [
+    'Checkpoint', 'Converted', 'RELEASES', 'convert', 'pretrained_cfg', 'read_checkpoint', 'report', 'summary']
 
 StateDict = Dict[str, Tensor]
 
@@ -74,6 +75,9 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
         OSError: The file cannot be read.
         RuntimeError: The file is cut off or damaged, would run code, or holds no tensors.
     """
+    if path.is_dir():
+        raise IsADirectoryError(
+            f'{path} is a folder, wanted a file. The folder of a model is loaded with fadc_timm.load.')
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
     reason = why_unreadable(str(path))
@@ -211,16 +215,35 @@ def pretrained_cfg(name: str, official: bool) -> Dict[str, Any]:
 
 
 def report(checkpoint: Checkpoint, converted: Converted) -> List[str]:
-    """A line per key (taken, added or left), then their numbers."""
+    """A line per key: taken, added or left."""
     lines = []
     for key, sources in converted.taken.items():
         source = ' + '.join(sources)
         lines.append(f'taken  {source}' + (f' -> {key}' if source != key else ''))
     lines += [f'added  {key}' for key in converted.added]
-    left = [*converted.left, *checkpoint.left]
-    lines += [f'left   {key}' for key in left]
+    return lines + [f'left   {key}' for key in (*converted.left, *checkpoint.left)]
+
+
+def _grouped(keys: List[str], most: int = 8) -> str:
+    """The keys by their first names, each with the number of keys."""
+    groups: Dict[str, List[str]] = {}
+    for key in keys:
+        groups.setdefault(key.partition('.')[0], []).append(key)
+    texts = [f'{name}.* ({len(found)})' if len(found) > 1 else found[0] for name, found in groups.items()]
+    return ', '.join(texts[:most]) + (f' and {len(texts) - most} more' if len(texts) > most else '')
+
+
+def summary(checkpoint: Checkpoint, converted: Converted) -> List[str]:
+    """How many keys were taken, added and left, and of what the left ones were."""
     kind = "the authors' code" if checkpoint.official else 'timm'
-    under = f' under {checkpoint.entry!r}' if checkpoint.entry else ''
-    lines.append(f'A checkpoint of {kind}{under}: {len(converted.taken)} tensors of the model from {kind}, '
-                 f'{len(converted.added)} added at their initial values; {len(left)} entries of the file left.')
-    return lines
+    under = f', its tensors under {checkpoint.entry!r}' if checkpoint.entry else ''
+    fadc = set(fadc_keys(converted.model))
+    other = [key for key in converted.added if key not in fadc]
+    left = [*converted.left, *checkpoint.left]
+    lines = [
+        f'A checkpoint of {kind}{under}.',
+        f'taken  {len(converted.taken)} tensors of the model',
+        f'added  {len(converted.added) - len(other)} tensors of FADC, which start as the identity']
+    if other:
+        lines.append(f'added  {len(other)} other tensors at their initial values: {_grouped(other)}')
+    return [*lines, f'left   {len(left)} entries of the file{f": {_grouped(left)}" if left else ""}']

@@ -6,13 +6,14 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models import PretrainedCfg, save_for_hf
 from torch import Tensor, nn
 
 __all__ = ['fixed_input', 'fixed_logits', 'is_model_folder', 'reload', 'write_folder']
@@ -23,6 +24,10 @@ CARD = 'README.md'
 
 # Entries of timm's configurations that say where the weights are: here they are beside the configuration.
 _SOURCES = ('file', 'hf_hub_filename', 'hf_hub_id', 'source', 'state_dict', 'url')
+
+# Recommendations for other weights, which an entry of one's own replaces.
+_REPLACED = {
+    'input_size': ('test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'), 'crop_pct': ('test_crop_pct',)}
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -89,6 +94,29 @@ def _put(new: Path, out: Path, aside: Path) -> None:
             raise
 
 
+def _check_cfg(given: Dict[str, Any], num_classes: int, in_chans: int) -> None:
+    """Raise for entries of a configuration that timm does not know, or that do not fit the model."""
+    unknown = sorted(set(given) - {field.name for field in fields(PretrainedCfg)})
+    if unknown:
+        raise ValueError(f'timm has no entry {", ".join(unknown)} in its configurations.')
+    labels = given.get('label_names')
+    if labels is not None and len(labels) != num_classes:
+        raise ValueError(f'label_names has {len(labels)} names, and the model {num_classes} classes.')
+    if labels is not None and len(set(labels)) != len(labels):
+        twice = sorted({name for name in labels if list(labels).count(name) > 1})
+        raise ValueError(f'label_names has the same name for several classes: {", ".join(twice)}.')
+    for name in ('mean', 'std'):
+        value = given.get(name)
+        if value is not None and not (len(value) == in_chans and all(
+                isinstance(v, (int, float)) and math.isfinite(v) and (name == 'mean' or v > 0) for v in value)):
+            positive = '' if name == 'mean' else ' above 0'
+            raise ValueError(f'{name} must be {in_chans} numbers{positive}, one per input channel, got {value!r}.')
+    size = given.get('input_size')
+    if size is not None and not (len(size) == 3 and size[0] == in_chans and all(
+            isinstance(n, int) and n > 0 for n in size)):
+        raise ValueError(f'input_size must be ({in_chans}, height, width) in pixels, got {size!r}.')
+
+
 def is_model_folder(path: Path) -> bool:
     """Whether :func:`write_folder` may replace a folder: it holds a model, or is empty."""
     return path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))
@@ -98,6 +126,7 @@ def write_folder(
         model: nn.Module,
         out: Union[str, Path],
         *,
+        architecture: Optional[str] = None,
         pretrained_cfg: Optional[Dict[str, Any]] = None,
         model_args: Optional[Dict[str, Any]] = None,
         card: Optional[str] = None,
@@ -111,6 +140,7 @@ def write_folder(
     Args:
         model: A model of timm.
         out: The folder. A folder of a model that is already there is replaced.
+        architecture: Name of the entry point that builds the model; by default the one that built it.
         pretrained_cfg: Entries that differ from the model's own; an entry of None is left out.
         model_args: Arguments of `timm.create_model` that the model was built with, except `num_classes`.
         card: Text of README.md.
@@ -121,8 +151,10 @@ def write_folder(
 
     Raises:
         FileExistsError: `out` is there and is no folder of a model.
+        ValueError: `pretrained_cfg` has an entry that timm does not know, or one that does not fit the model.
     """
     out = Path(out)
+    given = {k: v for k, v in (pretrained_cfg or {}).items() if v is not None}
     if out.exists() and not is_model_folder(out):
         raise FileExistsError(f'{out} exists and is no folder of a model.')
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +163,8 @@ def write_folder(
     try:
         own_cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
         cfg = {**own_cfg, **(pretrained_cfg or {})}
-        in_chans = (model_args or {}).get('in_chans', cfg['input_size'][0])
+        in_chans = (model_args or {}).get('in_chans', getattr(model, 'in_chans', own_cfg['input_size'][0]))
+        _check_cfg(given, int(model.num_classes), in_chans)  # type: ignore[arg-type]
         cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # newer timm does it itself
         labels = cfg.pop('label_names', None)
         cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}
@@ -145,8 +178,14 @@ def write_folder(
         # timm repeats these beside the entries that count; transformers' wrapper then passes num_classes twice
         content.get('model_args', {}).pop('num_classes', None)
         absent = {k for k, v in (pretrained_cfg or {}).items() if v is None}
+        # timm takes the preprocessing from the model, and keeps what was recommended for other weights
+        content['pretrained_cfg'].update(given)
+        for name, old in _REPLACED.items():
+            if name in given:
+                absent |= {k for k in old if k not in given}
         for name in ('label_names', 'num_classes', *absent):
             content['pretrained_cfg'].pop(name, None)
+        content['architecture'] = architecture or content['architecture']
         (new / CONFIG).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         if card is not None:
             (new / CARD).write_text(card, encoding='utf-8')

@@ -9,7 +9,7 @@ from .._writing import markdown_table
 from ..models._family import family_of
 from ..models.cost import Cost, model_cost
 
-__all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card']
+__all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card', 'citation_chapter', 'usage']
 
 
 class Base(NamedTuple):
@@ -98,13 +98,7 @@ _TIMM = '''@misc{rw2019timm,
   howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
 }'''
 
-_USAGE = '''## Model Usage
-
-The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.
-
-### Image Classification
-```python
-from pathlib import Path
+_OPEN = '''from pathlib import Path
 
 import timm
 import torch
@@ -113,36 +107,62 @@ from PIL import Image
 import fadc_timm
 
 image = Image.open(Path(fadc_timm.__file__).parent / 'data' / 'coffee.jpg').convert('RGB')  # or any other
-
-model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
+'''
+_TRANSFORM = '''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+'''
+_CLASSES = '''model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()
+{transform}
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)  # (1, {num_classes})
-top_probabilities, top_classes = probabilities.topk(5)
-```
-
-### Feature Map Extraction
-```python
-backbone = timm.create_model('hf-hub:{repository}', pretrained=True, features_only=True).eval()
+top_probabilities, top_classes = probabilities.topk({top})
+'''
+_MAPS = '''backbone = timm.create_model('hf-hub:{repository}', pretrained=True, features_only=True).eval()
 
 with torch.inference_mode():
     features = backbone(transform(image).unsqueeze(0))
 for feature in features:
     print(tuple(feature.shape))
 {shapes}
-```
-
-### Image Embeddings
-```python
-model = timm.create_model('hf-hub:{repository}', pretrained=True, num_classes=0).eval()
-
-with torch.inference_mode():
-    embedding = model(transform(image).unsqueeze(0))  # (1, {num_features})
-    # or, before pooling
-    unpooled = model.forward_features(transform(image).unsqueeze(0))  # (1, {num_features}, H, W)
-```
 '''
+_EMBEDDINGS = '''model = timm.create_model('hf-hub:{repository}', pretrained=True, num_classes=0).eval()
+{transform}
+with torch.inference_mode():
+    embedding = model(transform(image).unsqueeze(0))  # {embedding}
+    # or, before pooling
+    unpooled = model.forward_features(transform(image).unsqueeze(0))  # {unpooled}
+'''
+
+
+def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shapes: Optional[str]) -> str:
+    """The chapter on the usage, whose code runs as it stands.
+
+    Args:
+        repository: `owner/name`.
+        num_classes: Number of classes; without any there is no section on classification.
+        embedding: Shape of the pooled features, as a text.
+        unpooled: Shape of the features before pooling.
+        shapes: A comment with the shape of each feature map; None for a network without feature maps.
+    """
+    sections = [('Image Embeddings', _EMBEDDINGS)]
+    if shapes is not None:
+        sections.insert(0 if num_classes else 1, ('Feature Map Extraction', _MAPS))
+    if num_classes:
+        sections.insert(0, ('Image Classification', _CLASSES))
+    values = dict(repository=repository, num_classes=num_classes, top=min(5, num_classes), embedding=embedding,
+                  unpooled=unpooled, shapes=shapes)
+    text = ('## Model Usage\n\n'
+            'The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.\n')
+    for i, (title, code) in enumerate(sections):
+        code = code.replace('{transform}\n', '\n' if i else f'{_TRANSFORM}\n')
+        for name, value in values.items():
+            code = code.replace('{' + name + '}', str(value))
+        text += f'\n### {title}\n```python\n{"" if i else _OPEN + chr(10)}{code}```\n'
+    return text.rstrip()
+
+
+def citation_chapter(*of_base: str) -> str:
+    """The chapter with the BibTeX entries of FADC, of the base's paper if it is known, and of timm."""
+    return '## Citation\n' + '\n'.join(f'```bibtex\n{c}\n```' for c in (_FADC, *of_base, _TIMM))
 
 
 def _front_matter(config: HubConfig) -> str:
@@ -233,19 +253,14 @@ def build_card(config: HubConfig, built: Built) -> str:
     infos = info if isinstance(info, list) else info.get_dicts()
     shapes = '\n'.join(
         f'# (1, {f["num_chs"]}, {-(-size[1] // f["reduction"])}, {-(-size[2] // f["reduction"])})' for f in infos)
-    usage = _USAGE
-    for name, value in dict(
-            repository=config.repository, num_classes=cfg['num_classes'], shapes=shapes,
-            num_features=built.model.num_features).items():
-        usage = usage.replace('{' + name + '}', str(value))
-    citations = [_FADC, family.citation, _TIMM]
+    features = built.model.num_features
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
         f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {family.kernel} convolutions of '
         'its stages 2 to 4: layers that predict their dilation at every position. How it was made: '
         f'{config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
-        usage.rstrip(),
+        usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
-        '## Citation\n' + '\n'.join(f'```bibtex\n{c}\n```' for c in citations),
+        citation_chapter(family.citation),
     ]) + '\n'

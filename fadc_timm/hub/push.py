@@ -1,6 +1,6 @@
 """Publishing a folder on the Hub, in one commit."""
 from pathlib import Path
-from typing import List, NamedTuple, Union
+from typing import List, NamedTuple, Optional, Union
 
 from huggingface_hub import HfApi
 
@@ -41,7 +41,13 @@ def uploads(folder: Union[str, Path]) -> List[Path]:
     return [Path(folder, name) for name in sorted(wanted)]
 
 
-def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool = False) -> Pushed:
+def push_folder(
+        folder: Union[str, Path],
+        repository: str,
+        *,
+        update_card: bool = False,
+        private: Optional[bool] = None,
+) -> Pushed:
     """Publish a folder: create the repository if it is not there, and add all files in one commit.
 
     The files are uploaded first, and the commit makes them visible: an interrupted push publishes nothing. The commit
@@ -52,6 +58,7 @@ def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool 
         folder: A folder with config.json, model.safetensors and README.md.
         repository: `owner/name`.
         update_card: Replace a README.md that is already there.
+        private: Whether a new repository is private; by default as the owner's settings say.
 
     Raises:
         Refused: The folder is not complete, or the repository does not hold what was sent.
@@ -59,7 +66,7 @@ def push_folder(folder: Union[str, Path], repository: str, *, update_card: bool 
     """
     files = uploads(folder)
     api = HfApi(library_name='fadc_timm')
-    api.create_repo(repository, exist_ok=True)
+    api.create_repo(repository, private=private, exist_ok=True)
     if api.file_exists(repository, CARD) and not update_card:
         files = [path for path in files if path.name != CARD]
     names = [path.name for path in files]

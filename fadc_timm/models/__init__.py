@@ -1,7 +1,10 @@
 """The zoo: importing this package registers its models with timm."""
-from . import fadc_convnext, fadc_resnet
+from . import fadc_convnext, fadc_resnet, lifted
 from .fadc_convnext import FADCConvNeXt
 from .fadc_resnet import FADCResNet
 from .lift import LiftReport, lift_model
+from .optim import param_groups
 
-__all__ = ['FADCConvNeXt', 'FADCResNet', 'LiftReport', 'fadc_convnext', 'fadc_resnet', 'lift_model']
+__all__ = [
+    'FADCConvNeXt', 'FADCResNet', 'LiftReport', 'fadc_convnext', 'fadc_resnet', 'lift_model', 'lifted',
+    'param_groups']

@@ -1,14 +1,17 @@
 """Checks of a checkpoint that timm does not make: that its file can be read, and that its values are a network's."""
+import logging
 import os
 import zipfile
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ['check_source', 'check_values', 'why_unreadable']
+__all__ = ['check_keys', 'check_source', 'check_values', 'settle_head', 'why_unreadable']
+
+_logger = logging.getLogger(__name__)
 
 
 # What timm takes first from a folder.
@@ -58,6 +61,39 @@ def check_source(cfg: PretrainedCfg) -> None:
             return
 
 
+def check_keys(
+        state_dict: Mapping[str, Any],
+        own: Mapping[str, Tensor],
+        misfit: str,
+        loose: Union[str, Sequence[str], None] = (),
+        explain: Callable[[List[str], List[str]], str] = lambda missing, unexpected: '',
+) -> None:
+    """Raise where a checkpoint has other keys than a model. timm loads without strictness where the classes differ.
+
+    Args:
+        state_dict: The checkpoint.
+        own: State dict of the model that it is for.
+        misfit: What the checkpoint does then, for the message.
+        loose: Modules that may be missing or left over. timm drops or demands the classifier, by the number of classes.
+        explain: Given the missing and the unexpected keys, a sentence on where they come from, or nothing.
+
+    Raises:
+        RuntimeError: With the names.
+    """
+    modules = (loose,) if isinstance(loose, str) else tuple(loose or ())
+
+    def lacking(a: Mapping[str, Any], b: Mapping[str, Any]) -> List[str]:
+        return [k for k in a if k not in b and not k.endswith('num_batches_tracked')
+                and k.rpartition('.')[0] not in modules]
+
+    missing, unexpected = lacking(own, state_dict), lacking(state_dict, own)
+    if missing or unexpected:
+        reason = explain(missing, unexpected)
+        raise RuntimeError(
+            f'The checkpoint {misfit}: missing keys: {", ".join(missing) or "none"}; '
+            f'unexpected keys: {", ".join(unexpected) or "none"}.{" " if reason else ""}{reason}')
+
+
 def _differing(values: Tensor, name: str) -> str:
     return f'{name} ({int((~values.isfinite()).sum())} of {values.numel()})'
 
@@ -85,3 +121,41 @@ def check_values(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> No
     if wrong:
         kinds = {kind: [name for k, name in wrong if k == kind] for kind, _ in wrong}
         raise RuntimeError('The checkpoint holds ' + '; '.join(f'{k}: {", ".join(v)}' for k, v in kinds.items()) + '.')
+
+
+def settle_head(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Keep a checkpoint's head where it has the model's number of classes; else say that it goes.
+
+    timm keeps or drops the head by `num_classes` of the configuration. A tag's configuration does not know how many
+    classes a file of the user's has.
+
+    Args:
+        state_dict: The checkpoint, with the model's names.
+        model: The model, with the configuration from which timm loads it; corrected in place.
+
+    Raises:
+        RuntimeError: The head has another number of classes than the model, which took its number from the
+            configuration.
+    """
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
+    names = cfg.get('classifier') or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    weight = next((state_dict[f'{n}.weight'] for n in names if isinstance(state_dict.get(f'{n}.weight'), Tensor)), None)
+    wanted, stated = getattr(model, 'num_classes', 0), cfg.get('num_classes')
+    if weight is None or not wanted or stated is None or cfg.get('label_offset'):
+        return
+    found = len(weight)
+    if found == stated:
+        return
+    if stated == wanted:
+        raise RuntimeError(
+            f"The checkpoint's head has {found} classes, and the model {wanted}, the number of its configuration: "
+            f'create the model with num_classes={found}, or with another number and a new head.')
+    if found == wanted and stated >= 0:
+        cfg['num_classes'] = found
+        for name in ('label_names', 'label_descriptions'):  # those of other classes
+            cfg.pop(name, None)
+        return
+    reason = (f'num_classes={stated} in the configuration asks for a new one' if found == wanted
+              else f'the model has {wanted} classes')
+    _logger.warning(f"The checkpoint's head of {found} classes is left out, and the model's is drawn anew: {reason}.")

@@ -2,13 +2,15 @@
 
 `<base>_fadc` is built by the base's own entry point and lifted; a checkpoint of the base loads into it.
 """
+import difflib
+import re
 from collections import deque
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
+import torch
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
@@ -21,12 +23,11 @@ from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
-from ._checkpoint import check_source, check_values
+from ._checkpoint import check_source, settle_head
 from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
-__all__ = [
-    'Family', 'adapt_checkpoint', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of']
+__all__ = ['Family', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of']
 
 StateDict = Dict[str, Tensor]
 
@@ -106,6 +107,13 @@ def _check_stages(family: Family, fadc_stages: Sequence[bool]) -> Tuple[str, ...
     return tuple(name for name, on in zip(family.stages, fadc_stages, strict=True) if on)
 
 
+def _unknown_argument(base: str, name: str) -> str:
+    ours = ('fadc_stages', *OPTIONS)
+    close = difflib.get_close_matches(name, ours, n=1)
+    return (f'{base}_fadc has no argument {name!r}{f"; the closest is {close[0]!r}" if close else ""}. '
+            f'Beside the arguments of {base} it has {", ".join(ours)}.')
+
+
 def _build_lifted(
         family: Family,
         base: str,
@@ -115,7 +123,13 @@ def _build_lifted(
     """Build the base by its own entry point, lift it, and make it one of our class."""
     stages = _check_stages(family, fadc_stages)
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-    model = model_entrypoint(base)(pretrained=False, **kwargs)
+    try:
+        model = model_entrypoint(base)(pretrained=False, **kwargs)
+    except TypeError as e:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+        if found is None or found[1] not in kwargs:
+            raise
+        raise TypeError(_unknown_argument(base, found[1])) from e
     if type(model) is not family.base_cls:
         raise TypeError(f'timm builds {base} as {type(model).__name__}, not as {family.base_cls.__name__}.')
     model.__class__ = family.fadc_cls
@@ -136,27 +150,36 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
     Raises:
         DownloadError: The weights are on the Hub, and could not be downloaded or are damaged.
         FileNotFoundError: There is no such checkpoint.
-        RuntimeError: The checkpoint is cut off, or holds other keys or values than the model's.
+        RuntimeError: The checkpoint is cut off, or holds other keys or values than the model's, or a head of another
+            number of classes than the model, which was not told one.
+        TypeError: There is no argument of a name; the message names FADC's options.
         ValueError: An option has a value that is not one of its own.
     """
     if kwargs.get('pretrained_cfg') in family.headless_tags:
         # as timm does for its ConvNeXt V2
         kwargs.setdefault('pretrained_strict', False)
-    name = f'{base}_fadc'
-    build = partial(
-        build_model_with_cfg,
-        partial(_build_lifted, family, base),
-        name,
-        pretrained,
-        pretrained_filter_fn=family.checkpoint_filter_fn,
-        feature_cfg=dict(family.feature_cfg),
-        **kwargs)
+    name, features_only = f'{base}_fadc', bool(kwargs.get('features_only'))
+
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+        state_dict = family.checkpoint_filter_fn(state_dict, model)
+        if not features_only:
+            settle_head(state_dict, model)
+        return state_dict
+
+    def build(pretrained: bool) -> nn.Module:
+        return build_model_with_cfg(
+            partial(_build_lifted, family, base), name, pretrained, pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(family.feature_cfg), **kwargs)
+
     if not pretrained:
-        return build()
+        return build(False)
     cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     check_source(cfg)
+    if features_only:  # timm looks at out_indices and the like only after it loaded the weights
+        with torch.device('meta'):
+            build(False)
     with checked_download(cfg, kwargs.get('cache_dir')):
-        return build()
+        return build(True)
 
 
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
@@ -177,50 +200,3 @@ def fadc_keys(model: nn.Module) -> List[str]:
     modules = [name for name, m in model.named_modules() if isinstance(m, FADConv2d)]
     return [f'{name}.{key}' for name in modules for key in model.get_submodule(name).state_dict()
             if key not in ('weight', 'bias')]
-
-
-def adapt_checkpoint(
-        state_dict: StateDict,
-        model: nn.Module,
-        base_filter: Optional[Callable[[StateDict, nn.Module], StateDict]] = None,
-) -> StateDict:
-    """A checkpoint of the base, or of the FADC model, as the FADC model loads it.
-
-    To a base's checkpoint the FADC parameters are added as the model has them: the identity. timm loads without
-    strictness where the classes differ, so keys are compared here.
-
-    Args:
-        state_dict: The checkpoint.
-        model: The FADC model, as it was built.
-        base_filter: timm's filter for checkpoints of the base.
-
-    Raises:
-        RuntimeError: Keys are missing or left over, or values are none of a network's; the message names them.
-    """
-    own = model.state_dict()
-    added = fadc_keys(model)
-    if not any(key in state_dict for key in added):
-        if base_filter is not None:
-            with suppress(KeyError):  # it looks up a key that the model has not: named below
-                state_dict = base_filter(state_dict, model)
-        state_dict = {**state_dict, **{key: own[key] for key in added}}
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    # timm drops the classifier, or demands it, by the number of classes
-    loose = cfg.get('classifier') or ()
-    loose = (loose,) if isinstance(loose, str) else tuple(loose)
-    family = family_of(model)
-    if cfg.get('tag') in family.headless_tags and family.head_norm is not None:
-        loose += (family.head_norm,)
-
-    def differing(a: Any, b: Any) -> List[str]:
-        return [k for k in a if k not in b and not k.endswith('num_batches_tracked')
-                and k.rpartition('.')[0] not in loose]
-
-    missing, unexpected = differing(own, state_dict), differing(state_dict, own)
-    if missing or unexpected:
-        name = cfg.get('architecture') or type(model).__name__
-        raise RuntimeError(
-            f'The checkpoint fits neither {name} nor its base: '
-            f'missing keys: {", ".join(missing) or "none"}; unexpected keys: {", ".join(unexpected) or "none"}.')
-    check_values(state_dict, own)
-    return state_dict

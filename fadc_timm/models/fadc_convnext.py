@@ -10,12 +10,13 @@ from timm.models.convnext import ConvNeXt
 from timm.models.convnext import checkpoint_filter_fn as base_filter_fn
 from torch import nn
 
-from ._family import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
+from ._adapt import LoadsBase, adapt_checkpoint
+from ._family import Family, StateDict, derive_default_cfgs, derive_entrypoints
 
 __all__ = ['FADCConvNeXt']
 
 
-class FADCConvNeXt(ConvNeXt):
+class FADCConvNeXt(LoadsBase, ConvNeXt):
     """A ConvNeXt with depthwise FADConv2d in its stages."""
 
 

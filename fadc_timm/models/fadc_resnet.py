@@ -13,12 +13,13 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ..layers import FADConv2d
-from ._family import Family, StateDict, adapt_checkpoint, derive_default_cfgs, derive_entrypoints
+from ._adapt import LoadsBase, adapt_checkpoint
+from ._family import Family, StateDict, derive_default_cfgs, derive_entrypoints
 
 __all__ = ['FADCResNet']
 
 
-class FADCResNet(ResNet):
+class FADCResNet(LoadsBase, ResNet):
     """A ResNet with FADConv2d in its stages."""
 
     @torch.jit.ignore

@@ -1,14 +1,15 @@
 """Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution."""
 import logging
+from collections import Counter
 from collections.abc import Sequence as SequenceABC
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
 
 from ..layers import AdaDR, AdaKern, FADConv2d, FreqSelect
 from ..layers.fad_conv import OPTIONS
 
-__all__ = ['DEFAULT_STAGES', 'LiftReport', 'lift_model']
+__all__ = ['DEFAULT_STAGES', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
 
 _logger = logging.getLogger(__name__)
 
@@ -38,19 +39,44 @@ class LiftReport(NamedTuple):
         return '\n'.join(lines)
 
 
+class NothingToLift(ValueError):
+    """The network, or the part of it that was selected, has no convolution that FADC can take over."""
+
+
 def _names(model: nn.Module) -> List[str]:
     """Names of all modules; a module that stands in two places has both names."""
     return [name for name, _ in model.named_modules(remove_duplicate=False)]
 
 
-def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
-    """Names of the modules of each stage: all after the previous feature of timm's feature_info, up to the stage's own.
+def _parts(model: nn.Module) -> Set[nn.Module]:
+    """What FADC is made of: its convolutions are none of the network's."""
+    return {part for m in model.modules() if isinstance(m, _FADC) for part in m.modules() if part is not m}
+
+
+def liftable_names(model: nn.Module) -> List[str]:
+    """Names of the plain convolutions that FADC could take over."""
+    parts = _parts(model)
+    return [name for name, m in model.named_modules(remove_duplicate=False)
+            if isinstance(m, nn.Conv2d) and _why_left(m, parts) is None and _why_misfit(m) is None]
+
+
+def _tops(names: Iterable[str]) -> str:
+    """The top modules of some modules, as a text."""
+    return ', '.join(dict.fromkeys(name.partition('.')[0] for name in names))
+
+
+def _name_the_stages(model: nn.Module) -> str:
+    return f'give stages as names of modules, of which these have convolutions to lift: {_tops(liftable_names(model))}'
+
+
+def _stages_of(model: nn.Module) -> List[Tuple[str, Tuple[str, ...]]]:
+    """Each stage: its feature, and all modules after the feature before it in timm's feature_info.
 
     Each feature at stride 4 or more is a stage. The modules at stride 2 before the first stage are the stem.
     """
     info = getattr(model, 'feature_info', None)
     if info is None:
-        raise ValueError(f'{type(model).__name__} has no feature_info: give stages as names of modules.')
+        raise ValueError(f'{type(model).__name__} has no feature_info: {_name_the_stages(model)}.')
     features = info if isinstance(info, (list, tuple)) else info.get_dicts()
     names = _names(model)
     order = {name: i for i, name in enumerate(names)}
@@ -59,12 +85,11 @@ def _stages_of(model: nn.Module) -> List[Tuple[str, ...]]:
         # feature networks flatten 'stages.0' to 'stages_0'
         name = next((n for n in (feature['module'], feature['module'].replace('.', '_')) if n in order), None)
         if name is None:
-            raise ValueError(
-                f'The feature {feature["module"]!r} of {type(model).__name__} is no module of it: '
-                'give stages as names of modules.')
+            raise ValueError(f'The feature {feature["module"]!r} of {type(model).__name__} is no module of it: '
+                             f'{_name_the_stages(model)}.')
         end = max(i for n, i in order.items() if n == name or n.startswith(name + '.')) + 1
         if feature['reduction'] >= 4:
-            stages.append(tuple(names[start:end]))
+            stages.append((name, tuple(names[start:end])))
         start = max(start, end)
     return stages
 
@@ -86,8 +111,10 @@ def _selected(model: nn.Module, stages: Stages) -> Set[str]:
         raise ValueError(f'stages must be booleans, one for each stage, or names of modules, got {stages!r}.')
     found = _stages_of(model)
     if len(stages) != len(found):
-        raise ValueError(f'{type(model).__name__} has {len(found)} stages, got {len(stages)} booleans: {stages!r}.')
-    return {name for stage, on in zip(found, stages, strict=True) if on for name in stage}
+        raise ValueError(
+            f'{type(model).__name__} has {len(found)} stages, got {len(stages)} booleans: {stages!r}. The stages end '
+            f'with {", ".join(name for name, _ in found)}; names of modules are taken too.')
+    return {name for (_, stage), on in zip(found, stages, strict=True) if on for name in stage}
 
 
 def _why_left(conv: nn.Conv2d, parts: Set[nn.Module]) -> Optional[str]:
@@ -110,6 +137,22 @@ def _why_misfit(conv: nn.Conv2d, **cfg: Any) -> Optional[str]:
     return None
 
 
+def _check_has_convolutions(model: nn.Module) -> None:
+    """Raise if a network has nothing to lift in any stage: then it does not matter how its stages are selected."""
+    parts = _parts(model)
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m not in parts}
+    for m in convs.values():
+        # without building one, which would draw random numbers
+        if isinstance(m, FADConv2d) or (_why_left(m, parts) is None and all(k % 2 for k in m.kernel_size)):
+            return
+    reasons = [f'{n}: {_why_left(m, parts) or _why_misfit(m)}' for n, m in convs.items() if max(m.kernel_size) > 1]
+    left = '; '.join(reasons[:3]) + ('; ...' if len(reasons) > 3 else '')
+    raise NothingToLift(
+        f'{type(model).__name__} has no k x k convolution that FADC can take over{left and f" ({left})"}. '
+        'FreqSelect works without one: fadc_timm.FreqSelect(C) takes a map (B, C, H, W) and returns one of the same '
+        'shape, for instance before an attention, and starts as the identity.')
+
+
 def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) -> LiftReport:
     """Let FADConv2d take over the k x k convolutions of a network, in place. The network computes the same as before.
 
@@ -124,19 +167,22 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
 
     Raises:
         TypeError: model is no module, or an option is none of FADConv2d's.
-        ValueError: The stages do not fit the model, or an option has a value that FADConv2d refuses; the model is left
-            as it was.
+        NothingToLift: The network, or what was selected of it, has no convolution that FADConv2d can take over. It is
+            a ValueError.
+        ValueError: The stages do not fit the model, or an option has a value that FADConv2d refuses. The model is left
+            as it was, as by all errors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'lift_model wants a module, got {type(model).__name__}.')
     unknown = sorted(set(cfg) - set(OPTIONS))
     if unknown:
         raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')
+    _check_has_convolutions(model)
     selected = _selected(model, stages)
     replaced: Dict[str, FADConv2d] = {}
     left: Dict[str, str] = {}
     lifted: Dict[nn.Module, FADConv2d] = {}  # a convolution that stands in two places stays one module
-    parts = {part for m in model.modules() if isinstance(m, _FADC) for part in m.modules() if part is not m}
+    parts = _parts(model)
     for name, conv in model.named_modules(remove_duplicate=False):
         if not isinstance(conv, nn.Conv2d):
             continue
@@ -153,9 +199,17 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
             left[name] = reason
         else:
             replaced[name] = lifted[conv]
+    report = LiftReport(tuple(replaced), left)
+    if selected and not replaced:
+        reasons = Counter(reason for name, reason in left.items() if name in selected)
+        what = '; '.join(f'{number} convolutions are left ({reason})' for reason, number in reasons.items())
+        elsewhere = _tops(n for n in liftable_names(model) if n not in selected)
+        raise NothingToLift(
+            f'Nothing was lifted in {type(model).__name__} with stages={stages!r}: '
+            f'{what or "there are no convolutions in them"}. '
+            f'{f"There are convolutions to lift in {elsewhere}." if elsewhere else ""}'.rstrip())
     for name, new in replaced.items():
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new)
-    report = LiftReport(tuple(replaced), left)
     _logger.debug('Lifted %s: %s', type(model).__name__, report)
     return report

@@ -3,7 +3,8 @@
 
     python -m scripts.checks.doc_tables [--check] [PAGE ...]     # all pages, or for instance docs/gpu.md
 
---check writes nothing, and fails where a page differs. docs/zoo.md takes minutes, the other pages seconds.
+--check writes nothing, and fails where a page differs. docs/zoo.md has the costs that `scripts.checks.cost_table`
+counted.
 """
 import argparse
 import csv
@@ -18,7 +19,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import fadc_timm  # noqa: F401  registers the models
 from fadc_timm._writing import markdown_table, write_atomically
-from fadc_timm.models.cost import model_cost
+from fadc_timm.models.cost import listed_cost
 from scripts.bench import tables as speed_tables
 from scripts.results import RESULTS
 from scripts.segmentation import tables as segmentation_tables
@@ -34,8 +35,8 @@ def zoo() -> str:
         cfg = get_pretrained_cfg(name, allow_unregistered=False)
         assert cfg is not None
         size = tuple(cfg.input_size)
-        params, gmacs, _ = model_cost(name, cfg.num_classes, size)
-        base_params, base_gmacs, _ = model_cost(base, cfg.num_classes, size)
+        params, gmacs, _ = listed_cost(name, cfg.num_classes, size)
+        base_params, base_gmacs, _ = listed_cost(base, cfg.num_classes, size)
         tags = sum(bool(c.has_weights) for c in get_arch_pretrained_cfgs(name).values())
         rows.append([
             f'`{name}`', f'`{base}`', f'{params:.2f}', f'{base_params:.2f}', f'{gmacs:.2f}', f'{base_gmacs:.2f}',

@@ -9,6 +9,7 @@ in .suite/ beside the project. They run offline, with random weights; see timm_s
     python -m scripts.checks.timm_suite resnet18_fadc -n 2 -- -k forward  # two processes; pytest's own options after --
 """
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+import timm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,9 +59,12 @@ def main() -> int:
     parser.add_argument('--dir', type=Path, default=ROOT / '.suite', help="where timm's tests are kept")
     options = parser.parse_args(args)
 
-    suite = fetch_tests(options.dir.resolve())
     env = dict(os.environ)
-    env.setdefault('TIMM_SUITE_PKG', 'fadc_timm')
+    importlib.import_module(env.setdefault('TIMM_SUITE_PKG', 'fadc_timm'))
+    unknown = [pattern for pattern in options.models if not timm.list_models(pattern)]
+    if unknown:  # before a download
+        parser.error(f'no model matches {", ".join(unknown)}')
+    suite = fetch_tests(options.dir.resolve())
     env['TIMM_SUITE_MODELS'] = ' '.join(options.models)
     env['GITHUB_ACTIONS'] = '1'  # timm's tests then leave out those that download weights, and the largest models
     env.setdefault('HF_HUB_OFFLINE', '1')  # nothing that is left may need the network

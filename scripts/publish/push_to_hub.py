@@ -16,18 +16,22 @@ import tempfile
 from pathlib import Path
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints import write_folder
+from fadc_timm.checkpoints import is_model_folder, write_folder
 from fadc_timm.hub import HubConfig, Refused, build_card, push_folder, uploads
 from fadc_timm.models._download import file_sha256
 from scripts.publish.build import build, format_logits, sample_logits, verify, why_not
 from scripts.publish.config import ConfigError, read_config
 
 
-def prepare(config: HubConfig, folder: Path) -> None:
-    """Build and verify a folder, and print what is in it."""
+def prepare(config: HubConfig, folder: Path, push: bool) -> None:
+    """Build and verify a folder, and print what is in it. What can be refused before a download is."""
     reason = why_not(config)
     if reason and not reason.startswith('expected_logits'):
-        raise Refused(reason)  # before anything is downloaded
+        raise Refused(reason)
+    if reason and push:
+        raise Refused(f'{reason}. Without --push they are printed')
+    if folder.exists() and not is_model_folder(folder):
+        raise Refused(f'{folder} exists and is no folder of a model')
     built = build(config)
     if built.base:
         print(f'  base: {built.base.repository} at {built.base.revision}, sha256 {built.base.sha256}')
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = (args.out or Path(temporary)) / config.model
             print(f'{config.model} -> {config.repository}', flush=True)
             try:
-                prepare(config, folder)
+                prepare(config, folder, args.push)
                 if args.push:
                     publish(config, folder, args.update_card)
                 else:

@@ -2,15 +2,15 @@
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from timm.scheduler import PolyLRScheduler
 from torch import nn
 
+from fadc_timm import param_groups
 from scripts.segmentation.variants import added_keys
 
 
 def rate_groups(model: nn.Module, multiplier: float, weight_decay: float) -> list[dict[str, Any]]:
-    """timm's groups by weight decay (none on 1-D parameters), each split in what a variant adds and the others.
+    """The groups of :func:`fadc_timm.param_groups`, with what a variant adds in the place of what FADC adds.
 
     Args:
         model: The network.
@@ -21,13 +21,10 @@ def rate_groups(model: nn.Module, multiplier: float, weight_decay: float) -> lis
         Groups with `params`, `weight_decay` and `lr_scale`; none is empty.
     """
     keys = set(added_keys(model))
-    added = {id(p) for name, p in model.named_parameters() if name in keys}
-    groups = []
-    for group in param_groups_weight_decay(model, weight_decay):
-        for is_added in (False, True):
-            params = [p for p in group['params'] if (id(p) in added) is is_added]
-            if params:
-                groups.append({**group, 'params': params, 'lr_scale': multiplier if is_added else 1.0})
+    groups = param_groups(
+        model, 1.0, multiplier, weight_decay, also=[name for name, _ in model.named_parameters() if name in keys])
+    for group in groups:
+        group['lr_scale'] = group.pop('lr')  # of a rate of 1
     return groups
 
 

@@ -4,13 +4,14 @@ All of them are made in place from the plain backbone, and replace or change the
 """
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from fadc_timm import lift_model
 from fadc_timm.models._family import fadc_keys
-from fadc_timm.models.lift import DEFAULT_STAGES
+from fadc_timm.models.lift import DEFAULT_STAGES, NothingToLift
 from scripts.segmentation.deform import DeformConv2d
 
 # options of FADConv2d by variant
@@ -65,15 +66,18 @@ def apply_variant(
     if variant == 'plain':
         return []
     stages = stage_names(net)
+    names: list[str] = []
     if variant in FADC_VARIANTS:
         options = {**FADC_VARIANTS[variant], **(fadc or {})}
-        names: list[str] = []
         for number, stage in enumerate(stages, start=2):
             without = {} if number in freq_select_stages else {'freq_select': False}
-            names += lift_model(net, stage, **options, **without).replaced
+            with suppress(NothingToLift):  # some networks have convolutions in some of their stages only
+                names += lift_model(net, stage, **options, **without).replaced
     else:
         trial = copy.deepcopy(net)
-        names = [name for stage in stages for name in lift_model(trial, stage, **_BARE).replaced]
+        for stage in stages:
+            with suppress(NothingToLift):
+                names += lift_model(trial, stage, **_BARE).replaced
         for name in names:
             conv: Any = net.get_submodule(name)
             parent, _, child = name.rpartition('.')

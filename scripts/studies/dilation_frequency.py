@@ -33,7 +33,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints import convert, read_checkpoint
+from fadc_timm.checkpoints import load_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
 from fadc_timm.visualize import save
@@ -231,16 +231,17 @@ def tile_images(count: int, model: nn.Module, size: int | None, data: Path) -> I
 
 
 def trained_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """With the weights of a file, FADC or plain, or the pretrained ones of the name."""
+    """With the weights of a file, FADC or plain, or of the folder of a model, or the pretrained ones of the name."""
     if checkpoint is None:
         return timm.create_model(name, pretrained=True).eval()
-    return convert(read_checkpoint(checkpoint), name).model.eval()
+    return load_checkpoint(checkpoint, name)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='test_resnet_fadc', metavar='NAME', help='FADC model (%(default)s)')
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='trained weights; default: the pretrained ones')
+    parser.add_argument('--checkpoint', type=Path, metavar='PATH',
+                        help='trained weights, a file or the folder of a model; default: the pretrained ones')
     parser.add_argument('--images', type=Path, nargs='+', metavar='PATH',
                         help='images, or folders of images; default: held-out Blue Marble tiles')
     parser.add_argument('--tiles', type=int, default=120, metavar='N', help='number of tiles (%(default)s)')
@@ -254,11 +255,11 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f'--{name} must be at least {least}, got {getattr(args, name)}')
     try:
+        files = image_files(args.images) if args.images else []  # before a download
         model = trained_model(args.model, args.checkpoint)
         torch.manual_seed(0)
         states = {'trained': model, 'initial': timm.create_model(args.model).eval()}
         if args.images:
-            files = image_files(args.images)
             images, what = read_images(files, model, args.size), f'{len(files)} images'
         else:
             images, what = tile_images(args.tiles, model, args.size, args.data), f'{args.tiles} Blue Marble tiles'

@@ -203,7 +203,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--log-every', type=int, default=100)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not timm.is_model(args.model):  # before a download
+        parser.error(f'timm and fadc_timm have no model {args.model}')
+    return args
 
 
 def main() -> None:

@@ -25,9 +25,13 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture
 def convert(capsys):
     def call(*args):
+        """The exit status, and the list of keys, or what was said where there is none."""
         status = main(['convert', *map(str, args)])
         out, err = capsys.readouterr()
-        return status, out if status == 0 else out + err
+        if status:
+            return status, out + err
+        assert len(out.splitlines()) <= 6 and not err
+        return status, Path(re.search('Wrote (.*): every key', out)[1]).read_text()
     return call
 
 
@@ -155,6 +159,61 @@ def test_tags_and_classes(convert, tmp_path):
     model, config = folder_of(tmp_path / 'out')
     assert config['num_classes'] == 0 and model(torch.zeros(1, 5, 64, 64)).shape == (1, 96)
     assert config['model_args']['padding_mode'] == 'replicate'
+
+
+def test_what_is_said(tmp_path, capsys):
+    """A summary that fits a screen; the list of all keys in a file, beside the folder or where it is wanted."""
+    state = {**trained('test_resnet'), **{f'neck.{i}': torch.zeros(1) for i in range(3)}}
+    del state['fc.weight'], state['fc.bias']
+    state = {f'encoder.model.{k}' if not k.startswith('neck') else k: v for k, v in state.items()}
+    torch.save(train_checkpoint({}, state), tmp_path / 'x.pth')
+    args = ['convert', str(tmp_path / 'x.pth'), '--model', 'test_resnet_fadc', '--out', str(tmp_path / 'out')]
+    assert main(args) == 0
+    out = capsys.readouterr().out.splitlines()
+    added = len(fadc_keys(timm.create_model('test_resnet_fadc')))
+    assert out[:3] == ["A checkpoint of timm, its tensors under 'state_dict_ema'.",
+                       f'taken  {len(state) - 3} tensors of the model',
+                       f'added  {added} tensors of FADC, which start as the identity']
+    assert out[3].startswith('left   ') and 'state_dict.*' in out[3] and 'neck.* (3)' in out[3]
+    assert out[4].startswith(f'Wrote {tmp_path / "out"}: timm.create_model(')
+    assert out[5] == f'Wrote {tmp_path / "out.keys.txt"}: every key'
+    keys = (tmp_path / 'out.keys.txt').read_text().splitlines()
+    assert len(keys) == len(state) - 3 + added + 10 and 'left   neck.1' in keys
+    assert main([*args, '--keys', str(tmp_path / 'lists' / 'keys.txt')]) == 0
+    assert (tmp_path / 'lists' / 'keys.txt').read_text().splitlines() == keys
+    assert main(['convert', str(tmp_path / 'out'), *args[2:]]) == 2
+    assert 'is a folder, wanted a file. The folder of a model is loaded with fadc_timm.load' in capsys.readouterr().err
+
+
+def test_own_preprocessing_and_labels(convert, tmp_path):
+    torch.save(create_fadc('test_resnet_fadc', num_classes=3).state_dict(), tmp_path / 'x.pth')
+    (tmp_path / 'names.txt').write_text('caf\u00e9\nsea \nsky\n', encoding='utf-8-sig')
+    args = (tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
+    own = ('--mean', .1, .2, .3, '--std', 1, 2, 3, '--img-size', 96, 128, '--crop-pct', .8, '--labels',
+           tmp_path / 'names.txt', '--license', 'mit')
+    assert convert(*args, *own)[0] == 0
+    model, config = folder_of(tmp_path / 'out')
+    data = timm.data.resolve_model_data_config(model)
+    assert (*data['mean'], *data['std'], *data['input_size'], data['crop_pct']) == (
+        .1, .2, .3, 1., 2., 3., 3, 96, 128, .8)
+    assert config['label_names'] == ['caf\u00e9', 'sea', 'sky'] and model.pretrained_cfg['license'] == 'mit'
+    assert list(model.pretrained_cfg['label_names']) == config['label_names']
+    before = (tmp_path / 'out' / 'config.json').read_bytes()
+    (tmp_path / 'two.txt').write_text('a\nb\n')
+    (tmp_path / 'twice.txt').write_text('a\nb\na\n')
+    (tmp_path / 'gap.txt').write_text('a\n\nb\n')
+    for wrong, message in (
+            (('--mean', .1), r'mean must be 3 numbers, one per input channel, got \[0.1\]'),
+            (('--std', 0, 1, 1), 'std must be 3 numbers above 0'),
+            (('--img-size', 3, 96, 96), '--img-size wants one or two numbers, got 3'),
+            (('--img-size', -1), r'input_size must be \(3, height, width\) in pixels'),
+            (('--labels', tmp_path / 'two.txt'), 'label_names has 2 names, and the model 3 classes'),
+            (('--labels', tmp_path / 'twice.txt'), 'same name for several classes: a'),
+            (('--labels', tmp_path / 'gap.txt'), 'gap.txt: empty names of classes in the lines 2'),
+            (('--labels', tmp_path / 'none.txt'), 'none.txt')):
+        status, out = convert(*args, *wrong)
+        assert status == 2 and re.search(message, out) and len(out.splitlines()) == 1, out
+    assert (tmp_path / 'out' / 'config.json').read_bytes() == before
 
 
 def official(path, **more):

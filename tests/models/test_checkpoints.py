@@ -1,5 +1,6 @@
 """Checkpoints of bases and of FADC models: what loads, what is refused, and options that travel with the weights."""
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -72,6 +73,89 @@ def test_checkpoint_that_fits_neither(base, lost, kwargs):
             assert key in missing and all(k in unexpected for k in more)
         with pytest.raises(RuntimeError, match=r'missing keys: none; unexpected keys: neck\.fc\.weight\.'):
             load(name, {**state, 'neck.fc.weight': torch.zeros(4, 4)}, **kwargs)
+
+
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_head_of_a_file(base, caplog):
+    """It is kept where it has the wanted size, whatever the tag's has; where it goes, one line says so."""
+    state = dict(trained(base, num_classes=10))
+    x, expected = photos(), load(with_tag(base), state, num_classes=10).eval()
+    expected.load_state_dict(state)
+    for suffix in ('_fadc', '_fadc.bluemarble_climate' if base == 'test_resnet' else '_fadc'):
+        model = load(f'{base}{suffix}', state, num_classes=10)
+        assert error(model(x), expected(x)) < LOSSLESS
+        assert model.pretrained_cfg['num_classes'] == 10 and 'label_names' not in model.pretrained_cfg
+    fadc = create_fadc(f'{base}_fadc', num_classes=10)
+    assert torch.equal(load(f'{base}_fadc', fadc.state_dict(), num_classes=10)(x), fadc(x))
+    assert not caplog.records
+    head = base.replace('test_resnet', 'fc').replace('test_convnext', 'head.fc') + '.weight'
+    for overlay, classes, reason in (({}, 5, 'the model has 5 classes'),
+                                     (dict(num_classes=-1), 10, 'num_classes=-1 in the configuration asks for a new')):
+        model = timm.create_model(f'{base}_fadc', pretrained=True, num_classes=classes,
+                                  pretrained_cfg_overlay=dict(state_dict=dict(state), **overlay))
+        record, = caplog.records
+        assert f'head of 10 classes is left out, and the model\'s is drawn anew: {reason}' in record.getMessage()
+        assert not torch.equal(model.state_dict()[head][:5], state[head][:5])
+        caplog.clear()
+    # said by the user, or not wanted
+    for kwargs in (dict(num_classes=0), dict(features_only=True)):
+        load(f'{base}_fadc', state, **kwargs)
+    timm.create_model(f'{base}_fadc', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+        state_dict=dict(state), num_classes=10))
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match='head has 10 classes, and the model .*: create .* with num_classes=10'):
+        load(f'{base}_fadc', state)
+
+
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_checkpoint_path(base, tmp_path, caplog):
+    """`checkpoint_path=`, the `--initial-checkpoint` of timm's train.py: a base's checkpoint too, and nothing else."""
+    path, x = str(tmp_path / 'a.pth'), photos()
+    save(trained(base), tmp_path / 'a.pth')
+    plain = timm.create_model(base, checkpoint_path=path).eval()
+    model = timm.create_model(f'{base}_fadc', num_classes=1000, checkpoint_path=path).eval()
+    assert error(model(x), plain(x)) < LOSSLESS
+    fadc = create_fadc(f'{base}_fadc', num_classes=1000)
+    kept = fadc.state_dict()
+    assert fadc.load_state_dict(trained(base), strict=False).missing_keys  # as it always was
+    caplog.clear()
+    fadc.load_state_dict(trained(base))  # FADC goes back to the identity
+    assert error(fadc(x), plain(x)) < LOSSLESS
+    assert [r.getMessage() for r in caplog.records] == [
+        'The checkpoint is of the base, without FADC: FADC is the identity now.']
+    save(kept, tmp_path / 'a.pth')
+    loaded = timm.create_model(f'{base}_fadc', num_classes=1000, checkpoint_path=path)
+    assert all(torch.equal(v, kept[k]) for k, v in loaded.state_dict().items())
+    lost = next(k for k in kept if 'ada_dr' in k)
+    for state, match in (({k: v for k, v in kept.items() if k != lost}, f'Missing key.*{lost}'),
+                         ({**trained(base), 'neck': torch.zeros(1)}, 'fits neither .* unexpected keys: neck')):
+        with pytest.raises(RuntimeError, match=f'(?s){match}'):
+            loaded.load_state_dict(state)
+
+
+@pytest.mark.parametrize('saved, made, messages', [
+    ({}, dict(freq_select=False), ['weights have FreqSelect, and .* created without it: see .* freq_select']),
+    ({}, dict(freq_select=False, ada_dr=False, kernel_decompose='none'), [
+        'weights have FreqSelect', 'weights have AdaKern, .*kernel_decompose', 'weights have AdaDR, .* ada_dr']),
+    (dict(freq_select=False), {}, ['model has FreqSelect, which the weights lack.*: see the option freq_select']),
+    (dict(kernel_decompose='low'), dict(kernel_decompose='high'), ['different parts of AdaKern: .* kernel_decompose']),
+    (dict(fadc_stages=(False, False, True, True)), {}, ['model has FADC in {1}, where .*: see fadc_stages']),
+    (dict(fadc_stages=(True,) * 4), {}, ['weights have FADC in {0}, where the model has none: see fadc_stages']),
+    (dict(bands=(2, 4)), {}, ['size mismatch: FreqSelect follows the options bands, lowfreq_att and spatial_group']),
+    (dict(dilation_groups=2), {}, ['size mismatch: AdaDR follows the options dilation_groups']),
+])
+@pytest.mark.parametrize('base', TINY)
+def test_options_that_differ_are_named(base, saved, made, messages):
+    state = timm.create_model(f'{base}_fadc', num_classes=4, **saved).state_dict()
+    stages = [s.rstrip('.') for s in STAGES[module_of(base)]]
+    for kwargs in (dict(num_classes=4), dict(features_only=True)):
+        with pytest.raises(RuntimeError) as e:
+            load(f'{base}_fadc', dict(state), **kwargs, **made)
+        for message in messages:
+            assert re.search(message.format(*stages), str(e.value)), str(e.value)[-600:]
+        assert len(re.findall('see |follows', str(e.value))) == len(messages)
 
 
 @pytest.mark.parametrize('base', TINY)

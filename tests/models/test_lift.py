@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fadc_timm import FADConv2d, LiftReport, lift_model
+from fadc_timm.models.lift import NothingToLift
 from tests.support.backbones import LOSSLESS, awaken, photos
 from tests.support.cases import error
 
@@ -91,16 +92,41 @@ def test_subclasses_are_left():
     left = {n: reason for n, reason in report.left.items() if 'Conv2dSame' in reason}
     assert len(report.replaced) == 10 and left
     assert set(left) == {n for n in same if n.startswith(('blocks.2', 'blocks.3', 'blocks.4', 'blocks.5', 'blocks.6'))}
-    report = lift(awaken(timm.create_model('nf_resnet26')), ['stages'])
-    assert report.replaced == () and 'ScaledStdConv2d' in report.left['stages.1.0.conv2']
+    with pytest.raises(NothingToLift, match='NormFreeNet has no k x k .*stem.conv: of class ScaledStdConv2d, .*; ...'):
+        lift_model(timm.create_model('nf_resnet26'), ['stages'])
 
 
 def test_names_of_stages():
     model = awaken(timm.create_model('hrnet_w18_small'))
-    with pytest.raises(ValueError, match="feature 'stem' of HighResolutionNet is no module.*names of modules"):
+    names = 'names of modules, of which these .* lift: conv1, conv2, layer1, transition1, stage2, transition2, stage3'
+    with pytest.raises(ValueError, match=f"feature 'stem' of HighResolutionNet is no module.*{names}"):
         lift_model(model)
     report = lift(model, ['stage2', 'stage3', 'stage4'])
     assert len(report.replaced) > 50 and all(n.startswith(('stage2', 'stage3', 'stage4')) for n in report.replaced)
+
+
+@pytest.mark.parametrize('name, kernel', [
+    ('swin_tiny_patch4_window7_224', r'patch_embed\.proj: kernel_size must be odd, got \(4, 4\)'),
+    ('vit_tiny_patch16_224', r'patch_embed\.proj: kernel_size must be odd, got \(16, 16\)'),
+    ('mixer_s32_224', r'stem\.proj: kernel_size must be odd'),
+    ('resmlp_12_224', r'stem\.proj: kernel_size must be odd'),
+])
+def test_networks_without_convolutions(name, kernel):
+    """They say what they lack, and what can be done, not how many stages they have."""
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    for args in ((), (['patch_embed' if 'patch' in kernel else 'stem'],)):
+        with pytest.raises(NothingToLift, match=f'{type(model).__name__} has no k x k .*{kernel}.*FreqSelect'):
+            lift_model(model, *args)
+
+
+def test_stages_without_convolutions():
+    model = timm.create_model('regnetx_002')
+    with pytest.raises(NothingToLift, match=r"stages=\['head'\]: there are no .* to lift in stem, s1, s2, s3, s4\.$"):
+        lift_model(model, ['head'])
+    lift_model(model)
+    with pytest.raises(NothingToLift, match=r'12 .* left \(a FADConv2d already\).* to lift in stem, s1\.$'):
+        lift_model(model)
 
 
 @pytest.mark.parametrize('name, number', [('regnetx_002', 12), ('efficientnet_b0', 13), ('resnet18', 12)])
@@ -130,8 +156,8 @@ def test_sequential():
     report = lift(model, ['body'], x=X)
     assert report.replaced == ('body.a', 'body.b') and set(report.left) == {'stem', 'head'}
     assert lift(model, ['body.a', 'head', 'stem'], x=X).replaced == ('stem',)
-    with pytest.raises(ValueError, match='Sequential has no feature_info.*names of modules'):
-        lift_model(model)
+    with pytest.raises(ValueError, match='Sequential has no feature_info.*names of modules, .* to lift: stem, body'):
+        lift_model(small(stem=conv(padding=1), body=small(a=conv(5), act=nn.GELU()), head=conv(1)))
 
 
 def test_convolution_in_two_places():
@@ -196,7 +222,7 @@ def test_mode_device_dtype():
 
 
 @pytest.mark.parametrize('stages, cfg, exception, message', [
-    ((True, True), {}, ValueError, r'RegNet has 4 stages, got 2 booleans: \(True, True\)'),
+    ((True, True), {}, ValueError, r'4 stages, got 2 .*: \(True, True\)\. The stages end with s1, s2, s3, s4;'),
     ((), {}, ValueError, 'RegNet has 4 stages, got 0'),
     (['s5'], {}, ValueError, "RegNet has no module 's5'; its top modules are stem, s1, s2, s3, s4, "),
     (['s1', ''], {}, ValueError, "no module ''"),

@@ -196,6 +196,16 @@ def test_two_processes_at_once(hub, client, tmp_path):
     assert not list(tmp_path.rglob('*.incomplete'))
 
 
+@pytest.mark.parametrize('kwargs', [
+    dict(features_only=True, out_indices=(7,)), dict(features_only=True, feature_cls='no_such'), dict(bandz=(2,)),
+    dict(dilation_act='gelu')], ids=str)
+def test_wrong_arguments_download_nothing(hub, client, tmp_path, kwargs):
+    """timm looks at those of feature maps after it loaded the weights."""
+    add_base(hub)
+    assert client.call(load, NAME, cache_dir=str(tmp_path), **kwargs)['error'] is not None
+    assert not downloads(hub)
+
+
 def test_refusals_are_told_apart(hub, client, tmp_path):
     def failure(token):
         failed = client.call(load, NAME, cache_dir=str(tmp_path), token=token)

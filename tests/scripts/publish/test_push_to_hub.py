@@ -207,6 +207,13 @@ def lifted(hub, tmp_path):
 def test_lifted_weights(hub, push, client, lifted, tmp_path):
     """From logits that nobody knows to a published model that computes what its base does."""
     status, out = push(lifted(), '--push')
+    assert status == 1 and 'expected_logits: null' in out and 'Without --push they are printed' in out
+    assert not hub.requests('GET', 'resolve|cdn')  # refused before a download
+    (tmp_path / 'taken' / LIFTED).mkdir(parents=True)
+    (tmp_path / 'taken' / LIFTED / 'notes.txt').write_text('mine')
+    status, out = push(lifted(), '--out', tmp_path / 'taken')
+    assert status == 1 and 'is no folder of a model' in out and not hub.requests('GET', 'resolve|cdn')
+    status, out = push(lifted())
     assert status == 1 and 'expected_logits: null' in out and f'fadc-timm/{LIFTED}' not in hub.repos
     logits = json.loads(re.search(r'^expected_logits: (.*)$', out, re.M)[1])
     assert len(logits) == 16

@@ -1,0 +1,189 @@
+"""A model of one's own: saved in a folder, and loaded from the folder or from a checkpoint."""
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+from timm.models import is_model
+from torch import nn
+
+from ..layers import FADConv2d
+from ..layers.fad_conv import OPTIONS
+from ..models._family import Family, family_of
+from ..models.lift import liftable_names
+from ..models.lifted import ARCHITECTURE, layer_options, lifted_layers
+from .convert import convert, read_checkpoint
+from .folder import CONFIG, write_folder
+
+__all__ = ['load', 'load_checkpoint', 'save']
+
+# They act in training only, and timm records none of their rates.
+_TRAINING_ONLY = ('Identity', 'Dropout', 'DropPath', 'DropBlock2d')
+
+
+def _stages_of(model: nn.Module, family: Family) -> Optional[Tuple[bool, ...]]:
+    """Which stages have FADC; None where a stage has it in a part of its convolutions, or other modules have it."""
+    kinds: Dict[str, List[bool]] = {stage: [] for stage in family.stages}
+    plain = set(liftable_names(model))
+    for name, m in model.named_modules():
+        stage = next((s for s in family.stages if name.startswith(f'{s}.')), None)
+        if isinstance(m, FADConv2d):
+            if stage is None:
+                return None
+            kinds[stage].append(True)
+        elif stage is not None and name in plain:
+            kinds[stage].append(False)
+    if any(len(set(found)) > 1 for found in kinds.values()):
+        return None
+    return tuple(True in found for found in kinds.values())
+
+
+def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
+    """The architecture and the arguments with which timm builds a model again.
+
+    Raises:
+        ValueError: The model is none of timm's, or has no FADC layer.
+    """
+    what = type(model).__name__
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    architecture = cfg.get('architecture') if isinstance(cfg, dict) else None
+    if architecture and not hasattr(model, 'num_classes'):
+        raise ValueError(f'{what} is a feature network, which lacks the head: save the network that it was made of.')
+    if not architecture or not is_model(architecture):
+        raise ValueError(
+            f'{what} is no network of timm, so no configuration can describe it: of a wrapped network save the network '
+            'inside; of another one save the state dict, and lift the network before it is loaded.')
+    lifted = lifted_layers(model)
+    if not lifted:
+        raise ValueError(f'{what} has no FADC layer: lift_model adds them. timm.models.save_for_hf saves plain models.')
+    args = {k: v for k, v in getattr(model, '_model_args', {}).items()  # newer timm keeps what a model was built with
+            if k not in ('base', 'fadc_stages', 'lifted', 'num_classes', *OPTIONS)}
+    try:
+        family = family_of(model)
+    except ValueError:
+        return ARCHITECTURE, dict(args, base=architecture, lifted=lifted)
+    stages = _stages_of(model, family)
+    if stages is None or len(lifted) > 1:
+        return ARCHITECTURE, dict(args, base=architecture.removesuffix('_fadc'), lifted=lifted)
+    return architecture, dict(args, fadc_stages=list(stages), **lifted[0]['options'])
+
+
+def _modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
+    """Class and arguments of the modules that compute something in inference."""
+    return {
+        name: (type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADConv2d) else ()))
+        for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
+
+
+def _check_same(model: nn.Module, folder: Path) -> None:
+    """Raise unless a folder holds a model."""
+    hint = 'Arguments of timm.create_model that this version of timm does not record are given as model_args.'
+    try:
+        loaded = load(folder)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise RuntimeError(f'The saved model cannot be loaded again: {e} {hint}') from e
+    a, b = _modules(model), _modules(loaded)
+    other = next((name for name in [*a, *b] if a.get(name) != b.get(name)), None)
+    if other is not None:
+        raise RuntimeError(
+            f'Loaded again, the model differs in {other}: {b.get(other)} in place of {a.get(other)}. {hint}')
+    state = loaded.state_dict()
+    for key, value in model.state_dict().items():
+        if not torch.equal(value.cpu(), state[key].to(value.dtype)):
+            raise RuntimeError(f'Loaded again, the model has other values in {key}.')
+
+
+def save(
+        model: nn.Module,
+        folder: Union[str, Path],
+        *,
+        pretrained_cfg: Optional[Dict[str, Any]] = None,
+        model_args: Optional[Dict[str, Any]] = None,
+) -> Path:
+    """Save a model in a folder, from which :func:`load` and timm's `local-dir:` build it again.
+
+    config.json says which network it is, and which of its convolutions are FADC with which options. The folder is
+    loaded again before it takes its place, and compared with the model.
+
+    Args:
+        model: A network of timm with FADC: `<base>_fadc`, or any network after `lift_model`.
+        folder: Where to save it. A folder of a model that is already there is replaced.
+        pretrained_cfg: Entries of timm's configuration that are the model's own: `label_names`, `mean`, `std`,
+            `input_size`, `license` and others. The licence is else that of the base's weights.
+        model_args: Arguments of `timm.create_model` that the model was built with, such as `output_stride`. Newer
+            versions of timm (1.0.31) record them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder is there, and is no folder of a model.
+        RuntimeError: What was saved is another model, for instance because of a module that was put in by hand.
+        ValueError: The model is no network of timm or has no FADC layer, or the configuration does not fit it.
+    """
+    architecture, args = _description(model)
+    cfg = {'tag': None, 'description': None, 'notes': None, **(pretrained_cfg or {})}
+    return write_folder(
+        model, folder, architecture=architecture, pretrained_cfg=cfg, model_args={**args, **(model_args or {})},
+        check=partial(_check_same, model))
+
+
+def load(folder: Union[str, Path], **kwargs: Any) -> nn.Module:
+    """Load a model from the folder that :func:`save` or `fadc-timm convert` wrote, or from its copy on the Hub.
+
+    Args:
+        folder: The folder, or `hf-hub:OWNER/NAME`.
+        **kwargs: Arguments of `timm.create_model` that shall differ, such as `num_classes` or `features_only`.
+
+    Returns:
+        The model as `timm.create_model` returns it, in training mode.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no config.json.
+        RuntimeError: The weights do not fit the model.
+    """
+    name = str(folder)
+    if not name.startswith('hf-hub:'):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"There is no folder '{folder}' of a model.")
+        if not Path(folder, CONFIG).is_file():
+            raise FileNotFoundError(f"The folder '{folder}' has no {CONFIG}, so it is no folder of a model.")
+        name = f'local-dir:{folder}'
+    return timm.create_model(name, pretrained=True, **kwargs)
+
+
+def load_checkpoint(path: Union[str, Path], name: Optional[str] = None) -> nn.Module:
+    """Load an FADC model from a checkpoint or from the folder of a model, with as many classes as it has.
+
+    Args:
+        path: A file (.safetensors, .pth, .pth.tar, .bin) of an FADC model, of its plain base or of the authors' code;
+            or a folder that :func:`save` or `fadc-timm convert` wrote, which says itself which model it is.
+        name: The FADC model, `<arch>_fadc` or `<arch>_fadc.<tag>`. Wanted for a file; for a folder, its architecture.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        OSError: The file or folder is not there, or cannot be read.
+        RuntimeError: The weights cannot be read, or do not fit the model; the message names the keys.
+        ValueError: `name` is missing for a file, is no FADC model, or is another model than the folder's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint or folder '{path}'.")
+    if not path.is_dir():
+        if name is None:
+            raise ValueError(f"A checkpoint does not say which model it is of: '{path}' wants the model's name.")
+        return convert(read_checkpoint(path), name).model
+    model = load(path).eval()
+    architecture = architecture_of(model)
+    if name is not None and name.partition('.')[0] != architecture:
+        raise ValueError(f"The folder '{path}' holds the model {architecture}, not {name}.")
+    return model
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The name by which timm knows a model."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    return cfg.get('architecture') or type(model).__name__

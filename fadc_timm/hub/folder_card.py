@@ -1,0 +1,113 @@
+"""The model card of a folder that `fadc_timm.save` or `fadc-timm convert` wrote: what anybody publishes."""
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from huggingface_hub import ModelCardData
+from torch import Tensor, nn
+
+from ..checkpoints import load
+from ..models._family import family_of
+from ..models.cost import module_cost
+from ..models.lifted import lifted_layers
+from .card import citation_chapter, usage
+
+__all__ = ['folder_card']
+
+
+def _shape(x: Any) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _feature_shapes(folder: Union[str, Path], x: Tensor) -> Optional[str]:
+    """A comment with the shapes of the feature maps, or None for a network of which timm makes none."""
+    try:
+        backbone = load(folder, features_only=True).eval()
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    return '\n'.join(f'# {_shape(feature)}' for feature in backbone(x))
+
+
+def _layers(model: nn.Module) -> List[str]:
+    """A line for each group of FADC layers with the same options."""
+    lines = []
+    for group in lifted_layers(model):
+        options = ', '.join(f'`{name}={value!r}`' for name, value in group['options'].items())
+        names = group['layers']
+        lines.append(f'  - {len(names)} layers, from `{names[0]}` to `{names[-1]}`: {options}')
+    return lines
+
+
+def _citation(model: nn.Module) -> Tuple[str, ...]:
+    try:
+        return (family_of(model).citation,)
+    except ValueError:  # a lifted network
+        return ()
+
+
+@torch.no_grad()
+def folder_card(
+        folder: Union[str, Path],
+        repository: str,
+        *,
+        licence: str,
+        datasets: Sequence[str] = (),
+        base_model: Optional[str] = None,
+        about: str = '',
+) -> str:
+    """The card of the model in a folder, as the text of README.md.
+
+    Parameters, GMACs and shapes are those of one image of the model's input size, which is computed.
+
+    Args:
+        folder: The folder of a model.
+        repository: `owner/name`, where it will be published.
+        licence: Of the weights, by its name on the Hub.
+        datasets: What the model was trained on, by the names on the Hub.
+        base_model: The repository of the weights that it was made of.
+        about: Markdown on how it was trained and what it gets; it follows the title.
+
+    Raises:
+        OSError: There is no such folder.
+        RuntimeError: The weights do not fit the model.
+    """
+    model = load(folder).eval()
+    cfg: Any = model.pretrained_cfg
+    size = timm.data.resolve_model_data_config(model)['input_size']
+    x = torch.zeros(1, *size)
+    num_classes = int(getattr(model, 'num_classes', 0))
+    cost = module_cost(model, size, 'cpu')
+    embedding: Any = load(folder, num_classes=0).eval()
+    task = 'image-classification' if num_classes else 'image-feature-extraction'
+    data = ModelCardData(
+        license=licence, library_name='timm', pipeline_tag=task, base_model=base_model, datasets=list(datasets) or None,
+        tags=[task, 'timm', 'transformers', 'fadc', 'dilated-convolution'])
+    base = cfg['architecture'].removesuffix('_fadc')
+    details = [
+        f'- **Network:** `{base}` of timm {timm.__version__} with FADC layers',
+        *_layers(model),
+        f'- **Params (M):** {cost.params:.2f}',
+        f'- **GMACs:** {cost.gmacs:.2f}',
+        f'- **Input:** {" x ".join(map(str, size))}, mean {tuple(cfg["mean"])}, std {tuple(cfg["std"])}',
+        f'- **Licence of the weights:** {licence}']
+    if datasets:
+        details.append(f'- **Dataset:** {", ".join(datasets)}')
+    if base_model:
+        details.append(f'- **Made of:** https://huggingface.co/{base_model}')
+    if cfg.get('origin_url'):
+        details.append(f'- **Original weights of the base:** {cfg["origin_url"]}')
+    if cfg.get('label_names'):
+        details.append(f'- **Classes:** {", ".join(cfg["label_names"])}')
+    details.append('- **Paper:** Frequency-Adaptive Dilated Convolution for Semantic Segmentation: '
+                   'https://arxiv.org/abs/2403.05369')
+    title = f'---\n{data.to_yaml()}\n---\n# Model card for {repository.rpartition("/")[2]}'
+    summary = (f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of some of its convolutions: '
+               'layers that predict their dilation at every position.')
+    return '\n\n'.join([
+        title, summary, *([about.strip()] if about.strip() else []),
+        '## Model Details\n' + '\n'.join(details),
+        usage(repository, num_classes, _shape(embedding(x)), _shape(embedding.forward_features(x)),
+              _feature_shapes(folder, x)),
+        citation_chapter(*_citation(model)),
+    ]) + '\n'

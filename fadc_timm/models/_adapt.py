@@ -1,0 +1,137 @@
+"""Checkpoints of bases and of FADC models, as an FADC model loads them."""
+import logging
+import re
+from contextlib import suppress
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+from torch import Tensor, nn
+
+from ..layers import FADConv2d
+from ._checkpoint import check_keys, check_values
+from ._family import StateDict, fadc_keys, family_of
+
+__all__ = ['LoadsBase', 'adapt_checkpoint']
+
+_logger = logging.getLogger(__name__)
+
+
+class _Part(NamedTuple):
+    """A module of FADC in a layer: its title, the option that it is there by, and those that its sizes follow."""
+    title: str
+    option: str
+    sizes: str
+
+
+_PARTS = {
+    'freq_select': _Part('FreqSelect', 'freq_select', 'bands, lowfreq_att and spatial_group'),
+    'ada_kern': _Part('AdaKern', 'kernel_decompose', 'kernel_decompose'),
+    'ada_dr': _Part('AdaDR', 'ada_dr', 'dilation_groups'),
+}
+
+
+def _part_of(key: str) -> Optional[Tuple[str, str]]:
+    """The layer and the module of FADC that a key belongs to, if any."""
+    match = re.match(rf'(.+)\.({"|".join(_PARTS)})\.', key)
+    return (match[1], match[2]) if match else None
+
+
+def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages: Sequence[str]) -> str:
+    """Which options of FADC differ between a checkpoint and a model, from the keys that do not match."""
+    own = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    extra, lacking = ({part for part in map(_part_of, keys) if part} for keys in (unexpected, missing))
+    plain_here = {layer for layer, _ in extra if layer not in own}
+    added, absent = fadc_keys(model), set(missing)
+    plain_there = {layer for layer, _ in lacking if all(
+        k in absent or k.endswith('num_batches_tracked') for k in added if k.startswith(f'{layer}.'))}
+
+    def names(layers: Set[str]) -> str:
+        return ', '.join(s for s in stages if any(layer.startswith(f'{s}.') for layer in layers))
+
+    sentences = []
+    if plain_here:
+        sentences.append(f'The weights have FADC in {names(plain_here)}, where the model has none: see fadc_stages.')
+    if plain_there:
+        sentences.append(f'The model has FADC in {names(plain_there)}, where the weights have none: see fadc_stages.')
+    for name, part in _PARTS.items():
+        here = {layer for layer, p in extra if p == name} - plain_here
+        there = {layer for layer, p in lacking if p == name} - plain_there
+        if here and all(getattr(own[layer], name) is None for layer in here):
+            what = f'The weights have {part.title}, and the model was created without it'
+        elif there and not here:
+            what = f'The model has {part.title}, which the weights lack in part or as a whole'
+        elif here:
+            what = f'The weights and the model have different parts of {part.title}'
+        else:
+            continue
+        sentences.append(f'{what}: see the option {part.option}.')
+    return ' '.join(sentences)
+
+
+def _check_sizes(state_dict: StateDict, own: StateDict, name: str) -> None:
+    """Raise where the modules of FADC have other sizes, and name the options that these follow."""
+    wrong: Dict[str, List[str]] = {}
+    for key, value in state_dict.items():
+        part = _part_of(key)
+        if part and key in own and isinstance(value, Tensor) and value.shape != own[key].shape:
+            wrong.setdefault(part[1], []).append(f'{key} ({tuple(value.shape)}, wanted {tuple(own[key].shape)})')
+    if wrong:
+        texts = [f'{_PARTS[part].title} follows the options {_PARTS[part].sizes}, and the checkpoint differs in '
+                 f'{", ".join(keys)}' for part, keys in wrong.items()]
+        raise RuntimeError(f'The checkpoint does not fit {name}, size mismatch: {"; ".join(texts)}.')
+
+
+def adapt_checkpoint(
+        state_dict: StateDict,
+        model: nn.Module,
+        base_filter: Optional[Callable[[StateDict, nn.Module], StateDict]] = None,
+) -> StateDict:
+    """A checkpoint of the base, or of the FADC model, as the FADC model loads it.
+
+    To a base's checkpoint the FADC parameters are added as the model has them: the identity. timm loads without
+    strictness where the classes differ, so keys are compared here.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The FADC model, as it was built.
+        base_filter: timm's filter for checkpoints of the base.
+
+    Raises:
+        RuntimeError: Keys are missing or left over, or values are none of a network's; the message names them.
+    """
+    own = model.state_dict()
+    added = fadc_keys(model)
+    if not any(key in state_dict for key in added):
+        if base_filter is not None:
+            with suppress(KeyError):  # it looks up a key that the model has not: named below
+                state_dict = base_filter(state_dict, model)
+        state_dict = {**state_dict, **{key: own[key] for key in added}}
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    loose = cfg.get('classifier') or ()
+    loose = (loose,) if isinstance(loose, str) else tuple(loose)
+    family = family_of(model)
+    if cfg.get('tag') in family.headless_tags and family.head_norm is not None:
+        loose += (family.head_norm,)
+    name = cfg.get('architecture') or type(model).__name__
+    check_keys(
+        state_dict, own, f'fits neither {name} nor its base', loose, lambda m, u: _explain(m, u, model, family.stages))
+    _check_sizes(state_dict, own, name)
+    check_values(state_dict, own)
+    return state_dict
+
+
+class LoadsBase:
+    """For the classes of FADC models: `load_state_dict`, and with it `checkpoint_path=`, takes a base's checkpoint."""
+
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As that of `nn.Module`, except for a strict load from the base: FADC is the identity then, and a line says so."""
+        added = fadc_keys(self)
+        if strict and added and not any(key in state_dict for key in added):
+            state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)
+            for m in self.modules():
+                if isinstance(m, FADConv2d):
+                    m.reset_fadc_parameters()
+            # what the filter added are the values before that
+            own = self.state_dict()
+            state_dict = {**state_dict, **{k: own[k] for k in added}}
+            _logger.warning('The checkpoint is of the base, without FADC: FADC is the identity now.')
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
