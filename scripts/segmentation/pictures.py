@@ -68,7 +68,7 @@ def prediction_figure(
     right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right' if labelled.any() else ''
     shown_truth = overlay(image, truth, palette)
     shown_truth[~labelled] = GREY
-    panels = {name: image, 'truth': shown_truth, f'prediction{right}': overlay(image, prediction, palette)}
+    panels = [(name, image), ('truth', shown_truth), (f'prediction{right}', overlay(image, prediction, palette))]
 
     labels = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
     entries = [(classes[i], palette[i] / 255) for i in labels]
@@ -91,10 +91,11 @@ def prediction_figure(
     column.remove()
     across = max(3 * (scale * width + GAP), LEAST_WIDTH, column_width)
     columns = min(int((across + SPACE) / (column_width + SPACE)), len(handles))
-    _, _, below = legend(columns)
+    rows = -(-len(handles) // columns)
+    _, _, below = legend(-(-len(handles) // rows))
     tall = below + scale * height + TITLE
     fig.set_size_inches(across, tall)
-    for i, (title, pixels) in enumerate(panels.items()):
+    for i, (title, pixels) in enumerate(panels):
         left = across / 2 + (i - 1.5) * (scale * width + GAP) + GAP / 2
         ax = fig.add_axes((left / across, below / tall, scale * width / across, scale * height / tall))
         ax.imshow(pixels, interpolation='antialiased')
