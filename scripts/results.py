@@ -46,6 +46,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_atomically(path, write)
 
 
+def cores() -> int:
+    """Cores of the CPU that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def device_name(device: str) -> str:
     """'cpu: MODEL, N cores' or 'cuda: MODEL'."""
     if device == 'cuda':
@@ -55,8 +60,7 @@ def device_name(device: str) -> str:
     if info.exists():
         lines = info.read_text().splitlines()
         model = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f'{device}: {model}, {cores} cores'
+    return f'{device}: {model}, {cores()} cores'
 
 
 def commit() -> str:

@@ -30,7 +30,7 @@ from scripts.bluemarble.globe import (
     load_rasters,
     split_tiles,
 )
-from scripts.segmentation.pairs import IGNORE, DataError, Sample, SegmentationData
+from scripts.segmentation.pairs import IGNORE, DataError, Inspected, Sample, SegmentationData, count
 
 CLASSES = (*CLASS_NAMES, 'lake')
 PALETTE = np.array(
@@ -74,6 +74,13 @@ class Tiles(Dataset[Sample]):
 
     def name(self, index: int) -> str:
         return self.names[index]
+
+    def inspect(self, index: int) -> Inspected:
+        labels = count(self.masks[index])
+        return Inspected('', (TILE, TILE), labels, labels)
+
+    def stamp(self) -> str:
+        return ''
 
 
 def labels_of(zones: np.ndarray, water: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@
 Writes scripts/results/works_with.csv, and nothing where a test fails or a package is absent. Arguments are pytest's:
 where they select whole lines of the table (-k compile), the others stay as they are, with the commit of their run.
 """
+import argparse
 import csv
 import subprocess
 import sys
@@ -13,8 +14,6 @@ from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from typing import Any
-
-import pytest
 
 from scripts.results import RESULTS, write_csv
 
@@ -59,9 +58,18 @@ class Collector:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage='%(prog)s [ARGUMENTS OF PYTEST]')
+    _, arguments = parser.parse_known_args()
+    try:
+        import pytest
+    except ImportError:
+        print("works_with: pytest is not installed: pip install -e '.[test,integrations]'", file=sys.stderr)
+        return 1
     collector = Collector()
     status = pytest.main(
-        ['-m', 'integration and not sweep', '-q', '-n0', '--rootdir', str(ROOT), str(ROOT / 'tests'), *sys.argv[1:]],
+        ['-m', 'integration and not sweep', '-q', '-n0', '--rootdir', str(ROOT), str(ROOT / 'tests'), *arguments],
         plugins=[collector])
     if status != 0 or collector.other:
         print('\n'.join(['Not written, as these did not pass:', *collector.other]), file=sys.stderr)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scripts.segmentation.pairs import Split
+from scripts.segmentation.run_folder import leave_to_parent
 
 # what the random numbers are for
 _ORDER, _TRANSFORM, _STEP = 0, 1, 2
@@ -68,7 +69,8 @@ class _Steps:
         return self.length
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    leave_to_parent()
     torch.set_num_threads(1)
 
 
@@ -98,5 +100,5 @@ def step_batches(
         raise ValueError(f'The batch size {batch} is no multiple of the {world} processes.')
     sampler = _Steps(partial(_numbers, first, steps, batch, rank, world), steps - first)
     return DataLoader(
-        samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=_one_thread if workers else None,
+        samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=_start_worker if workers else None,
         persistent_workers=workers > 0, pin_memory=pin_memory)

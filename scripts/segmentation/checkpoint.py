@@ -25,6 +25,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda part: torch.save(state, part))
 
 
+def read_state(path: Path, device: str | torch.device = 'cpu') -> dict[str, Any]:
+    """Read a checkpoint of any run.
+
+    Raises:
+        RuntimeError: There is no such file, it is damaged, or it is no checkpoint of a run.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise RuntimeError(f'{path}: no such checkpoint') from None
+    except Exception as e:
+        raise RuntimeError(f'{path} cannot be read as a checkpoint: {e}') from e
+    if not isinstance(state, dict) or 'config' not in state or 'step' not in state:
+        raise RuntimeError(f'{path} is no checkpoint of segmentation.train')
+    return state
+
+
 def load_checkpoint(path: Path, config: dict[str, Any], device: str | torch.device = 'cpu') -> dict[str, Any]:
     """Read a checkpoint of this run.
 
@@ -36,12 +53,7 @@ def load_checkpoint(path: Path, config: dict[str, Any], device: str | torch.devi
     Raises:
         RuntimeError: The file is damaged, or it is of a run with another configuration; the message names what differs.
     """
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:
-        raise RuntimeError(f'{path} cannot be read as a checkpoint: {e}') from e
-    if not isinstance(state, dict) or 'config' not in state or 'step' not in state:
-        raise RuntimeError(f'{path} is no checkpoint of segmentation.train')
+    state = read_state(path, device)
     old = state['config']
     differing = [f'{key} is {config.get(key)!r}, was {old.get(key)!r}' for key in sorted(config.keys() | old.keys())
                  if config.get(key) != old.get(key)]

@@ -74,7 +74,7 @@ def folder_of(runs: Path, preset: str, setting: str, seed: int, text: str) -> Pa
 def gmacs_of(options: list[str], classes: int, crop: int) -> float:
     """GMACs of the network for one crop."""
     args = parse_training([*options, '--output', '-'])
-    built, _, _ = network_of({**config_of(args)[1], 'init': ''}, classes)
+    built = network_of({**config_of(args)[1], 'init': ''}, classes)
     return module_cost(built.model.to('meta').eval(), (3, crop, crop)).gmacs
 
 
@@ -176,7 +176,7 @@ def training_step(options: list[str], classes: int, crop: int) -> tuple[Objectiv
     """A training step on a fixed random batch: (network and loss, step, bytes held between steps)."""
     args = parse_training([*options, '--output', '-'])
     recipe, config = config_of(args)
-    built, _, _ = network_of({**config, 'init': ''}, classes)
+    built = network_of({**config, 'init': ''}, classes)
     auxiliary = None
     if recipe.aux_loss:
         auxiliary = Auxiliary.for_model(built.model, args.decoder_channels or 256, classes, 0)

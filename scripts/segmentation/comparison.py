@@ -4,8 +4,6 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from scipy import stats
-
 
 class Setting(NamedTuple):
     """A row of the comparison.
@@ -92,6 +90,7 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
     Raises:
         ValueError: They have no seed in common.
     """
+    from scipy import stats  # no dependency of the package, so not of --help either
     differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
     if not differences:
         raise ValueError('There is no seed that both settings were run with.')

@@ -21,6 +21,7 @@ from scripts.segmentation.batches import Samples, seed_of, step_batches
 from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
 from scripts.segmentation.optimizer import poly_schedule, rate_groups
 from scripts.segmentation.pairs import IGNORE
+from scripts.segmentation.run_folder import Interrupted, Interruption
 
 AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'seconds')
@@ -132,6 +133,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    control: Any = None  # a group of processes on CPUs, which waits for no GPU
 
     @property
     def main(self) -> bool:
@@ -148,6 +150,26 @@ class World:
             dist.all_reduce(value)
             value /= self.size
         return value.item()
+
+    def any(self, question: bool) -> bool:
+        """Whether one of the processes says yes."""
+        if self.size > 1:
+            answers = torch.tensor(int(question))
+            dist.all_reduce(answers, dist.ReduceOp.MAX, group=self.control)
+            return bool(answers)
+        return question
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Let the first process work; the others wait, and end if it fails, as it has said why."""
+        failed = True
+        try:
+            if self.main:
+                work()
+            failed = False
+        finally:
+            failed = self.any(failed)
+        if failed:
+            raise SystemExit(1)
 
     def share(self, module: nn.Module) -> nn.Module:
         """Give all processes the buffers of the first: statistics of batch norms that are not synchronised."""
@@ -209,6 +231,7 @@ def train(
 
     Raises:
         RuntimeError: The loss is not finite, or the checkpoint is of another run.
+        Interrupted: Ctrl-C or SIGTERM, after the step that it came in and a checkpoint.
     """
     recipe.check(world.size)
     device, model = world.device, objective.model
@@ -253,43 +276,49 @@ def train(
     # no bar where nobody sees it: then there is a line for each row of the log
     bar = tqdm(batches, initial=first, total=recipe.steps, unit='step', disable=None if world.main else True)
     objective.train()
-    for step, (x, y) in enumerate(bar, start=first):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        scheduler.step_update(num_updates=step)
-        lr = max(group['lr'] / group['lr_scale'] if group['lr_scale'] else 0.0 for group in optimizer.param_groups)
-        torch.manual_seed(seed_of(recipe.seed, step, world.rank))
-        with autocast(device, recipe.amp):
-            loss = network(x, y)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        if ema is not None:
-            ema.update(model, step + 1)
-        loss_sum += loss.detach()
-        loss_count += 1
-        done = step + 1
-        logs, saves = done % log_every == 0 or done == recipe.steps, done % save_every == 0 or done == end
-        if logs or saves:
-            mean = world.mean(loss_sum / loss_count)
-            if not math.isfinite(mean):
-                raise RuntimeError(f'The loss is {mean} in one of the {loss_count} steps up to {done}.')
-        if logs:
-            row = {'step': done, 'loss': mean, 'lr': lr, 'grad_norm': norm.item(),
-                   'seconds': time.perf_counter() - start}
-            loss_sum.zero_()
-            loss_count = 0
-            if log is not None:
-                log.add(row)
-            bar.set_postfix(loss=f'{mean:.4f}', refresh=False)
-            if bar.disable:
-                world.say(f'step {done} loss {mean:.4f} lr {lr:.3g} norm {norm.item():.3g} {row["seconds"]:.0f} s')
-        if eval_every and validate is not None and done % eval_every == 0 and done < recipe.steps:
-            validate(world.share(ema.module if ema else model), done)
-        if saves:
-            save(done)
+    with Interruption(world.main) as interruption:
+        for step, (x, y) in enumerate(bar, start=first):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            scheduler.step_update(num_updates=step)
+            lr = max(group['lr'] / group['lr_scale'] if group['lr_scale'] else 0.0 for group in optimizer.param_groups)
+            torch.manual_seed(seed_of(recipe.seed, step, world.rank))
+            with autocast(device, recipe.amp):
+                loss = network(x, y)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            if ema is not None:
+                ema.update(model, step + 1)
+            loss_sum += loss.detach()
+            loss_count += 1
+            done = step + 1
+            stops = world.any(interruption.asked)
+            logs = done % log_every == 0 or done == recipe.steps
+            saves = done % save_every == 0 or done == end or stops
+            if logs or saves:
+                mean = world.mean(loss_sum / loss_count)
+                if not math.isfinite(mean):
+                    raise RuntimeError(f'The loss is {mean} in one of the {loss_count} steps up to {done}.')
+            if logs:
+                row = {'step': done, 'loss': mean, 'lr': lr, 'grad_norm': norm.item(),
+                       'seconds': time.perf_counter() - start}
+                loss_sum.zero_()
+                loss_count = 0
+                if log is not None:
+                    log.add(row)
+                bar.set_postfix(loss=f'{mean:.4f}', refresh=False)
+                if bar.disable:
+                    world.say(f'step {done} loss {mean:.4f} lr {lr:.3g} norm {norm.item():.3g} {row["seconds"]:.0f} s')
+            if eval_every and validate is not None and done % eval_every == 0 and done < recipe.steps:
+                validate(world.share(ema.module if ema else model), done)
+            if saves:
+                save(done)
+            if stops:
+                text = f'ended after {done} of {recipe.steps} steps; the same command goes on from {path}'
+                raise Interrupted(text if world.main else '')
     return world.share(ema.module if ema else model)

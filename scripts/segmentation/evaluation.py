@@ -1,4 +1,4 @@
-"""Test of a network on a split: mIoU, accuracies, overlays."""
+"""Test of a network on a split: mIoU, accuracies, pictures."""
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from scripts.segmentation.engine import World
-from scripts.segmentation.metrics import ConfusionMatrix, scores, write_overlay
+from scripts.segmentation.metrics import ConfusionMatrix, scores
+from scripts.segmentation.pictures import write_prediction
 from scripts.segmentation.slide import predictions
 
 
@@ -29,7 +30,7 @@ def evaluate(
         split: 'val' or 'test'.
         transform: An EvalTransform.
         world: This process.
-        folder: Where overlays go.
+        folder: Where pictures go: image, truth, prediction.
         overlays: Their number, spread over the split.
         **kwargs: Of `slide.slide`.
 
@@ -49,8 +50,9 @@ def evaluate(
             model, images, transform, world.device, range(world.rank, len(images), world.size), **kwargs):
         counted.update(labels.numpy(), mask.numpy())
         if folder is not None and i in chosen:
-            path = folder / f'{images.name(i).replace("/", "_")}.png'
-            write_overlay(path, images[i][0], labels.numpy(), data.palette)
+            name = images.name(i)
+            write_prediction(folder / f'{name.replace("/", "_")}.png', name, images[i][0], mask.numpy(),
+                             labels.numpy(), data.classes, data.palette)
     matrix = torch.from_numpy(counted.matrix)
     if world.size > 1:
         on_device = matrix.to(world.device)

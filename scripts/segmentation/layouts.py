@@ -1,5 +1,6 @@
 """Data sets for segmentation in the folder layouts in which they are published, and one of your own."""
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from scripts.segmentation.pairs import (
     Pair,
     Pairs,
     SegmentationData,
+    Stored,
     colours,
     files_in,
     match,
@@ -48,7 +50,7 @@ def _rgb(colour: int) -> tuple[int, int, int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding='utf-8').rstrip().splitlines()
+        return path.read_text(encoding='utf-8-sig').rstrip().splitlines()
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
     except (OSError, UnicodeDecodeError) as e:
@@ -126,22 +128,54 @@ def _classes_txt(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         names.append(found[1])
         if found[2]:
             palette[i] = _rgb(int(found[2], 16))
-    if not 1 <= len(names) <= IGNORE:
-        raise DataError(f'{path}: {len(names)} classes; wanted are 1 to {IGNORE}, one a line')
+    if not 2 <= len(names) <= IGNORE:
+        hint = '; the background is a class too' if len(names) == 1 else ''
+        raise DataError(f'{path}: {len(names)} classes; wanted are 2 to {IGNORE}, one per line{hint}')
     return tuple(names), palette
 
 
-def folder(root: Path) -> SegmentationData:
-    """A folder of one's own: ``{train,val[,test]}/images``, ``{train,val[,test]}/masks`` and ``classes.txt``.
+def _folder_values(classes: int, mask_values: Sequence[int] | None, ignore_values: Sequence[int] | None) -> Stored:
+    """What the numbers in the masks of `folder` mean."""
+    numbers = range(classes) if mask_values is None else mask_values
+    ignored = ignore_values if ignore_values is not None else [n for n in (IGNORE,) if n not in numbers]
+    if len(numbers) != classes:
+        raise DataError(f'--mask-values has {len(numbers)} values for the {classes} classes of classes.txt')
+    everything = [*numbers, *ignored]
+    twice = sorted({n for n in everything if everything.count(n) > 1})
+    if twice:
+        raise DataError(f'--mask-values and --ignore-values name {", ".join(map(str, twice))} twice')
+    if not 0 <= min(everything) <= max(everything) < 2 ** 16:
+        raise DataError(f'--mask-values and --ignore-values are from 0 to 65535, got {min(everything)} to '
+                        f'{max(everything)}')
+    if mask_values is None:
+        allowed = f'0 to {classes - 1} (classes.txt)'
+    else:
+        allowed = f'{", ".join(map(str, mask_values))} (--mask-values)'
+    if ignored:
+        allowed += f' and {", ".join(map(str, ignored))} (ignored)'
+    return stored_as({**{n: i for i, n in enumerate(numbers)}, **dict.fromkeys(ignored, IGNORE)}, allowed)
 
-    A mask is a PNG with the name of its image, at the same place if there are folders inside; it holds class numbers
-    from 0, or 255 for pixels to ignore. The lines of ``classes.txt`` are the names of classes 0, 1, ..., each followed,
-    if you like, by a tab and its colour as #rrggbb. Without ``test``, `val` is the test split too.
+
+def folder(
+        root: Path,
+        mask_values: Sequence[int] | None = None,
+        ignore_values: Sequence[int] | None = None,
+) -> SegmentationData:
+    """A folder of your own, in this layout:
+
+        classes.txt               the names of classes 0, 1, ..., one per line; after a tab, a colour as #rrggbb
+        train/images/NAME.jpg     JPEG, PNG, BMP, TIFF or WebP of 8 bits per channel; folders may lie inside
+        train/masks/NAME.png      one channel of class numbers from 0, and 255 for pixels to ignore
+        val/images/  val/masks/   for validation
+        test/images/ test/masks/  for the test; without them the test is on val
+
+    Args:
+        root: The folder.
+        mask_values: The number in the masks that stands for each class; None for 0, 1, ...
+        ignore_values: The numbers for pixels to ignore; None for 255, unless it stands for a class.
     """
     names, palette = _classes_txt(root / 'classes.txt')
-    last = len(names) - 1
-    stored = stored_as(
-        {**{i: i for i in range(len(names))}, IGNORE: IGNORE}, f'0 to {last} (classes.txt) and {IGNORE} (ignored)')
+    stored = _folder_values(len(names), mask_values, ignore_values)
 
     def split(part: str) -> Pairs:
         folders = root / part / 'images', root / part / 'masks'

@@ -1,14 +1,11 @@
-"""Scores of a segmentation, and pictures of one."""
+"""Scores of a segmentation."""
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from fadc_timm._writing import write_atomically
 from scripts.segmentation.pairs import IGNORE
 
 
@@ -95,36 +92,3 @@ def table(result: dict[str, Any], classes: Sequence[str]) -> str:
         names = ', '.join(classes[i] for i in result['absent'])
         lines.append(f'in neither labels nor predictions, so not in the means: {names}')
     return '\n'.join(lines)
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Lays the colours of labels over an image.
-
-    Args:
-        image: (H, W, 3) uint8.
-        mask: (H, W) labels; the image is left as it is where they are `IGNORE`.
-        palette: (classes, 3) uint8.
-        opacity: Of the colours.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        ValueError: If sizes differ, or a label has no colour.
-    """
-    if mask.shape != image.shape[:2]:
-        raise ValueError(f'the mask of an image of shape {image.shape} has shape {mask.shape}')
-    there = mask != IGNORE
-    labels = mask[there]
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(palette):
-        raise ValueError(f'labels from {labels.min()} to {labels.max()} for a palette of {len(palette)} colours')
-    result = image.copy()
-    result[there] = np.round((1 - opacity) * image[there] + opacity * palette[labels])
-    return result
-
-
-def write_overlay(
-        path: Path, image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> None:
-    """Writes an `overlay` as a PNG, under a temporary name first."""
-    picture = Image.fromarray(overlay(image, mask, palette, opacity))
-    write_atomically(path, lambda part: picture.save(part, format='PNG'))

@@ -5,11 +5,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from scripts.segmentation.variants import apply_variant
-from scripts.segmentation.weights import load_backbone, read_init
+from scripts.segmentation.weights import find_init, load_backbone
 
 # Argument for the width of each decoder.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -31,13 +30,10 @@ class Built:
     model: Maps (B, 3, H, W) to logits (B, classes, H, W), sides multiples of 32.
     replaced: Convolutions of the backbone that its variant replaced, as named in the backbone.
     loaded: What was loaded into the backbone, and from where, in words.
-    mean, std: Normalisation that the backbone expects, of images in [0, 1].
     """
     model: nn.Module
     replaced: list[str]
     loaded: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def import_smp() -> Any:
@@ -103,7 +99,7 @@ def build(
     """
     smp = import_smp()
     base, variant = split_name(backbone, variant)
-    initial = read_init(base, init, variant, dict(fadc or {})) if init else None
+    initial = find_init(base, init, variant, dict(fadc or {})) if init else None
     kwargs: dict[str, Any] = dict(backbone_args or {})
     if decoder_channels is not None:
         if decoder not in _WIDTHS:
@@ -117,15 +113,11 @@ def build(
     except KeyError as e:
         raise ValueError(str(e.args[0])) from e
     net = model.encoder.model
-    loaded = ''
     options = {**(initial.options if initial else {}), **(fadc or {})}
-    if initial and not initial.lifted:
-        loaded = load_backbone(net, initial)
     replaced = apply_variant(net, variant, options, freq_select_stages)
-    if initial and initial.lifted:
-        loaded = load_backbone(net, initial)
-    data = resolve_data_config({}, model=net)
-    return Built(model, replaced, loaded, data['mean'], data['std'])
+    # last, as it may download
+    loaded = load_backbone(net, initial) if initial else ''
+    return Built(model, replaced, loaded)
 
 
 class Auxiliary(nn.Sequential):

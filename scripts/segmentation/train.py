@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
 """Train a segmentation network over a timm backbone, plain or FADC, by the recipe published for UPerNet with FADC.
 
-    python -m scripts.segmentation.train --data ade20k --root ADE --backbone resnet50_fadc --init default --output out
+    python -m scripts.segmentation.train --data folder --root DIR --check-data
+    python -m scripts.segmentation.train --data folder --root DIR --backbone resnet50_fadc --init default --output out
     python -m scripts.segmentation.train ... --output out                   # again: goes on where it was
-    python -m scripts.segmentation.train --eval out/last.pt --root ADE --overlays 8
+    python -m scripts.segmentation.train --eval out/last.pt --root DIR --overlays 8
     torchrun --nproc_per_node=8 -m scripts.segmentation.train ...           # the batch is that of all processes
 
 The output folder gets `last.pt`, from which a run resumes exactly, `log.csv` (loss), `val.csv` (mIoU in training) and
-`result.json` (test split, last weights; the averaged ones with --ema). `last.pt` is a checkpoint for --init too, and
-for `fadc-timm convert`.
+`result.json` (test split, last weights; the averaged ones with --ema). Ctrl-C ends a run after its step, with a
+checkpoint. `last.pt` is a checkpoint for --init too, and for `fadc-timm convert`.
 """
 import argparse
+import inspect
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,34 +30,70 @@ from torch import nn
 
 from fadc_timm._writing import write_atomically
 from scripts.segmentation.batches import Samples
-from scripts.segmentation.checkpoint import Log
-from scripts.segmentation.data import DATA_SETS, open_data
+from scripts.segmentation.check import SPLITS, check_data
+from scripts.segmentation.checkpoint import Log, load_checkpoint, read_state
+from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
 from scripts.segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
 from scripts.segmentation.evaluation import evaluate
+from scripts.segmentation.layouts import folder as folder_layout
 from scripts.segmentation.metrics import table
-from scripts.segmentation.model import Auxiliary, Built, build, split_name
+from scripts.segmentation.model import Auxiliary, Built, build, import_smp, split_name
+from scripts.segmentation.run_folder import Interrupted, owned
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
 from scripts.segmentation.variants import VARIANTS, added_keys
+from scripts.segmentation.weights import normalisation_of
 
 # Options that decide how a network is built, and what it sees: kept in the checkpoint.
 NETWORK = ('backbone', 'variant', 'decoder', 'decoder_channels', 'output_stride', 'init', 'fadc', 'freq_select_stages',
            'backbone_args', 'mean', 'std')
-SIGHT = ('data', 'crop', 'scale', 'cat_max_ratio', 'flip', 'photometric', 'channels_last')
+SIGHT = ('data', 'mask_values', 'ignore_values', 'crop', 'scale', 'cat_max_ratio', 'flip', 'photometric',
+         'channels_last')
+# What --eval reads of the command line. All else it has from the checkpoint.
+EVAL = ('eval', 'data', 'root', 'mask_values', 'ignore_values', 'anyway', 'stride', 'eval_batch', 'split', 'overlays',
+        'output', 'device', 'threads')
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _at_least(least: int):
+    """A type of argparse: an integer that is not smaller."""
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f'must be at least {least}, got {value}')
+        return value
+    return integer
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(',')]
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f'wanted are numbers with commas between them, as 0,255; got {text!r}') from e
+
+
+def make_parser() -> argparse.ArgumentParser:
+    layout = inspect.getdoc(folder_layout).partition('\n\nArgs:')[0]  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f'--data folder: {layout}', formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('data').add_argument
-    add('--data', default='bluemarble', choices=DATA_SETS)
+    add('--data', choices=DATA_SETS, help="(default: bluemarble; with --eval the checkpoint's); folder: see below")
     add('--root', type=Path, help='folder of the data set (bluemarble: the cache folder, which has a default)')
-    add('--workers', type=int, default=0, help='processes that load images')
+    add('--mask-values', type=_integers, metavar='V0,V1,...',
+        help='folder: the number in the masks that stands for class 0, 1, ..., as 0,255 (default: 0,1,...)')
+    add('--ignore-values', type=_integers, metavar='V,...',
+        help='folder: the numbers in the masks for pixels to ignore (default: 255, unless it stands for a class)')
+    add('--check-data', action='store_true',
+        help='do not train: read all files of all splits, count the classes, and say what is wrong')
+    add('--anyway', action='store_true',
+        help='use data that are in doubt: a class in no training mask, images without labels, palettes that differ, '
+        'images in two splits')
+    add('--workers', type=_at_least(0), default=0, help='processes that load images')
     add = parser.add_argument_group('network').add_argument
     add('--backbone', default='resnet50', help="timm's name; NAME_fadc is NAME with --variant fadc")
     add('--variant', default='plain', choices=VARIANTS)
-    add('--init', default='', help="a tag of timm's weights or 'default', or a checkpoint of the base, of an FADC "
-        'model, of this script, or of the authors; default: random weights')
+    add('--init', default='', help="a tag of timm's weights, or 'default' for those of pretrained=True, or a "
+        'checkpoint of the base, of an FADC model, of this script, or of the authors; default: random weights')
     add('--decoder', default='upernet', help='of segmentation_models_pytorch')
-    add('--decoder-channels', type=int, help="width of the decoder (default: the decoder's own)")
+    add('--decoder-channels', type=_at_least(1), help="width of the decoder (default: the decoder's own)")
     add('--output-stride', type=int, default=32, choices=(8, 16, 32))
     add('--fadc', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE', help='options of FADConv2d')
     add('--freq-select-stages', type=int, nargs='*', default=[2, 3, 4], help='stages with FreqSelect')
@@ -64,31 +103,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--std', type=float, nargs=3)
     add = parser.add_argument_group('recipe').add_argument
     for field in fields(Recipe):
-        kwargs: dict[str, Any] = {'choices': ('', *AMP_DTYPES)} if field.name == 'amp' else {}
-        add(f'--{field.name.replace("_", "-")}', type=type(field.default), default=field.default,
-            help=f'(default: {field.default!r})', **kwargs)
-    add('--crop', type=int, default=512, help='pixels, in training and of the windows in test (default: 512)')
+        kwargs: dict[str, Any] = {'default': field.default, 'help': f'(default: {field.default!r})'}
+        if field.name == 'amp':
+            kwargs['choices'] = ('', *AMP_DTYPES)
+        elif field.name == 'warmup':
+            kwargs.update(default=None, help=f'(default: {field.default!r}, at most a tenth of the steps)')
+        add(f'--{field.name.replace("_", "-")}', type=type(field.default), **kwargs)
+    add('--crop', type=_at_least(1), default=512, help='pixels, in training and of the windows in test (default: 512)')
     add('--scale', type=float, nargs=2, default=[0.5, 2.0], help='random resize (default: 0.5 2)')
     add('--cat-max-ratio', type=float, default=0.75)
     add('--flip', type=float, default=0.5, help='probability (default: 0.5)')
     add('--no-photometric', dest='photometric', action='store_false')
     add('--channels-last', action='store_true')
     add = parser.add_argument_group('test').add_argument
-    add('--stride', type=int, help='of the windows (default: two thirds of the crop)')
-    add('--eval-batch', type=int, default=4, help='windows at once')
-    add('--eval-every', type=int, default=0, help='steps between evaluations on the validation split (default: none)')
+    add('--stride', type=_at_least(1), help='of the windows (default: two thirds of the crop)')
+    add('--eval-batch', type=_at_least(1), default=4, help='windows at once')
+    add('--eval-every', type=_at_least(0), default=0,
+        help='steps between evaluations on the validation split (default: none)')
     add('--eval', type=Path, metavar='CHECKPOINT', help='do not train: test this checkpoint of the script')
     add('--split', default='test', choices=('val', 'test'))
-    add('--overlays', type=int, default=0, help='write so many PNGs of the predictions over the images')
+    add('--overlays', type=_at_least(0), default=0,
+        help='write so many PNGs: image, truth and prediction, with a legend')
     add = parser.add_argument_group('run').add_argument
-    add('--output', type=Path, help='folder of the run (with --eval: of the checkpoint)')
-    add('--log-every', type=int, default=50)
-    add('--save-every', type=int, default=1000)
-    add('--stop-at', type=int, default=0, help='end after so many steps of the run, which can be resumed')
+    add('--output', type=Path, help='folder of the run, of one run at a time (with --eval: of the checkpoint)')
+    add('--log-every', type=_at_least(1), default=50)
+    add('--save-every', type=_at_least(1), default=1000)
+    add('--stop-at', type=_at_least(0), default=0, help='end after so many steps of the run, which can be resumed')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--threads', type=int, help='of torch on the CPU')
+    add('--threads', type=_at_least(1), help='of torch on the CPU')
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.eval is None and args.output is None:
+    if args.eval is not None:
+        if args.check_data:
+            parser.error('--check-data and --eval are two things: give one of them')
+        unset = object()
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        others = [f'--{name.replace("_", "-")}' for name, value in vars(given).items()
+                  if value is not unset and name not in EVAL]
+        if others:
+            parser.error(f'--eval takes its network and recipe from the checkpoint: leave out {", ".join(others)}')
+        return args
+    if args.data is None:
+        if args.root is not None:
+            parser.error(f'--root is given without --data: give one of {", ".join(DATA_SETS)}; folder is for your own')
+        args.data = 'bluemarble'
+    if args.warmup is None:
+        args.warmup = max(min(Recipe.warmup, args.steps // 10), 0)
+    if args.output is None and not args.check_data:
         parser.error('--output is wanted: the folder of the run')
     return args
 
@@ -105,7 +170,9 @@ def processes(device: str):
     if cuda:
         torch.cuda.set_device(local)
     try:
-        yield World(local, dist.get_rank(), dist.get_world_size())
+        # the others wait while the first process checks the data
+        control = dist.new_group(backend='gloo', timeout=timedelta(days=1))
+        yield World(local, dist.get_rank(), dist.get_world_size(), control)
     finally:
         dist.destroy_process_group()
 
@@ -114,48 +181,129 @@ def config_of(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and with the options of the network and of the samples all that decides a run's losses."""
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     args.backbone, args.variant = split_name(args.backbone, args.variant)
+    mean, std = normalisation_of(args.backbone, args.init, args.variant)
     config = {name: getattr(args, name) for name in NETWORK + SIGHT}
+    config.update(mean=args.mean or mean, std=args.std or std)
     return recipe, json.loads(json.dumps({**config, **asdict(recipe)}))
 
 
-def network_of(config: dict[str, Any], classes: int) -> tuple[Built, list[float], list[float]]:
-    """The network of a configuration, and its normalisation."""
+def network_of(config: dict[str, Any], classes: int) -> Built:
+    """The network of a configuration."""
     names = [name for name in NETWORK if name not in ('mean', 'std', 'backbone')]
-    built = build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
-    return built, list(config['mean'] or built.mean), list(config['std'] or built.std)
+    return build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
 
 
 def test(
-        model: nn.Module, data: Any, split: str, mean: list[float], std: list[float], config: dict[str, Any],
-        args: argparse.Namespace, world: World, folder: Path | None,
+        model: nn.Module, data: Any, split: str, config: dict[str, Any], args: argparse.Namespace, world: World,
+        folder: Path | None,
 ) -> dict[str, Any]:
-    """Evaluate on a split; overlays into the folder."""
+    """Evaluate on a split; pictures into the folder."""
+    transform = EvalTransform(config['mean'], config['std'], data.fit)
     return evaluate(
-        model, data, split, EvalTransform(mean, std, data.fit), world, folder, args.overlays if folder else 0,
+        model, data, split, transform, world, folder, args.overlays if folder else 0,
         crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
         autocast=partial(autocast, world.device, config['amp']))
 
 
+def check_device(world: World) -> None:
+    """Raises ValueError where the device is not there, before anything is read or downloaded."""
+    try:
+        torch.zeros((), device=world.device)
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f'--device {world.device} cannot be used: {e}') from e
+
+
+def check_windows(crop: int, stride: int | None, output_stride: int) -> None:
+    """Raises ValueError where a network cannot take the crops, or the windows of the test leave gaps."""
+    if crop % output_stride:
+        raise ValueError(f'--crop must be a multiple of the output stride of {output_stride}, got {crop}')
+    if stride is not None and stride > crop:
+        raise ValueError(f'--stride must be at most the crop of {crop}, got {stride}: windows would leave gaps')
+
+
+def open_for(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationData:
+    """The data set that the command line, or else the checkpoint, names."""
+    name = args.data or config['data']
+    values = {key: getattr(args, key) for key in ('mask_values', 'ignore_values')}
+    if name == config['data'] and set(values.values()) == {None}:
+        values = {key: config.get(key) for key in values}
+    return open_data(name, args.root, **values)
+
+
+def check_classes(path: Path, config: dict[str, Any], data: SegmentationData) -> None:
+    """Raises ValueError where a checkpoint has other classes than the data."""
+    if 'classes' not in config:
+        raise ValueError(f'{path} does not name its classes: an older version of this script wrote it')
+    own, there = config['classes'], list(data.classes)
+    if len(own) != len(there):
+        names = [', '.join(classes[:8]) + ', ...' * (len(classes) > 8) for classes in (own, there)]
+        raise ValueError(f'{path} was trained on {len(own)} classes ({names[0]}); the data set {data.name} has '
+                         f'{len(there)} ({names[1]})')
+    differing = [i for i, pair in enumerate(zip(own, there)) if pair[0] != pair[1]]
+    if differing:
+        i = differing[0]
+        raise ValueError(f'{path} was trained on other classes than those of the data set {data.name}: class {i} was '
+                         f'{own[i]!r} and is {there[i]!r} ({len(differing)} of {len(own)} differ)')
+
+
 def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """--eval: the averaged weights, if the checkpoint has them."""
-    state = torch.load(args.eval, map_location='cpu', weights_only=True)
-    if not isinstance(state, dict) or 'config' not in state:
-        raise ValueError(f'{args.eval} is no checkpoint of segmentation.train')
+    check_device(world)
+    state = read_state(args.eval)
     config = state['config']
-    data = open_data(config['data'], args.root)
-    built, mean, std = network_of({**config, 'init': ''}, len(data.classes))
+    check_windows(config['crop'], args.stride, config['output_stride'])
+    import_smp()
+    data = open_for(args, config)
+    check_classes(args.eval, config, data)
+    world.first(lambda: world.say(check_data(data, [args.split], args.anyway)))
+    built = network_of({**config, 'init': ''}, len(data.classes))
     built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
     folder = (args.output or args.eval.parent) / f'overlays_{args.split}'
-    result = test(built.model.to(world.device), data, args.split, mean, std, config, args, world, folder)
+    result = test(built.model.to(world.device), data, args.split, config, args, world, folder)
     return {'checkpoint': str(args.eval), 'step': state['step'], 'split': args.split, **result}
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """--check-data: print what is in the data set."""
+    data = open_data(args.data, args.root, args.mask_values, args.ignore_values)
+    print(check_data(data, SPLITS, args.anyway))
 
 
 def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """Train and test; None where --stop-at ended it before."""
     recipe, config = config_of(args)
     recipe.check(world.size)
-    data = open_data(args.data, args.root)
-    built, mean, std = network_of(config, len(data.classes))
+    check_windows(args.crop, args.stride, args.output_stride)
+    check_device(world)
+    import_smp()
+    data = open_data(args.data, args.root, args.mask_values, args.ignore_values)
+    config['classes'] = list(data.classes)
+    transform = TrainTransform(
+        args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric,
+        config['mean'], config['std'], data.fit)
+    with owned(args.output) if world.main else nullcontext():
+        path = args.output / 'last.pt'
+
+        def check() -> None:
+            if path.exists():
+                load_checkpoint(path, config)
+            world.say(f'checking the data set {args.data}')
+            world.say(check_data(data, SPLITS, args.anyway, args.output / 'data.json'))
+
+        world.first(check)
+        return train_and_test(args, world, recipe, config, data, transform)
+
+
+def train_and_test(
+        args: argparse.Namespace,
+        world: World,
+        recipe: Recipe,
+        config: dict[str, Any],
+        data: SegmentationData,
+        transform: TrainTransform,
+) -> dict[str, Any] | None:
+    """Train and test on data that were checked; None where --stop-at ended it before."""
+    built = network_of(config, len(data.classes))
     model = built.model
     params = sum(p.numel() for p in model.parameters())
     keys = set(added_keys(model))
@@ -164,6 +312,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
               f'plain network; {len(built.replaced)} convolutions replaced')
     world.say(f'weights: {built.loaded or "random"}; {args.data}: {len(data.train)} images to train, '
               f'{len(data.val)} to validate, {len(data.test)} to test')
+    world.say(f'{recipe.steps} steps, {recipe.warmup} of them warm-up')
     auxiliary = None
     if recipe.aux_loss:
         auxiliary = Auxiliary.for_model(model, args.decoder_channels or 256, len(data.classes), recipe.seed)
@@ -171,13 +320,9 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     if args.channels_last:
         objective = objective.to(memory_format=torch.channels_last)
     objective = synchronized(objective, world)
-    transform = TrainTransform(
-        args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric, mean, std,
-        data.fit)
-    args.output.mkdir(parents=True, exist_ok=True)
 
     def validate(network: nn.Module, step: int) -> None:
-        result = test(network, data, 'val', mean, std, config, args, world, None)
+        result = test(network, data, 'val', config, args, world, None)
         world.say(f'step {step} validation mIoU {result["miou"]:.2f}')
         if world.main:
             log = Log(args.output / 'val.csv', ('step', 'miou', 'accuracy'), step - 1)
@@ -188,7 +333,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
         args.log_every, args.save_every, args.eval_every, validate, args.stop_at, args.channels_last)
     if 0 < args.stop_at < recipe.steps:
         return None
-    result = test(trained, data, args.split, mean, std, config, args, world, args.output / f'overlays_{args.split}')
+    result = test(trained, data, args.split, config, args, world, args.output / f'overlays_{args.split}')
     peak = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == 'cuda' else None
     return {'step': recipe.steps, 'split': args.split, **result, 'params': params, 'added': added, 'peak_mb': peak,
             'config': config}
@@ -199,6 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        if args.check_data:
+            run_check(args)
+            return 0
         with processes(args.device) as world:
             result = run_training(args, world) if args.eval is None else run_eval(args, world)
             if world.main and result is not None:
@@ -208,6 +356,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         print(f'segmentation.train: {e}', file=sys.stderr)
         return 1
+    except Interrupted as e:
+        if str(e):
+            print(f'segmentation.train: {e}', file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
+        resumes = f'; the same command goes on from {last}' if last is not None and last.exists() else ''
+        print(f'segmentation.train: interrupted{resumes}', file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,9 +1,13 @@
 """Initial weights of a backbone: a tag of timm's, a local checkpoint, or one of the authors of FADC."""
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
@@ -17,13 +21,13 @@ _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar')
 class Initial:
     """Weights of a backbone.
 
-    state_dict: Under timm's names.
-    source: Where it is from, in words.
-    lifted: It has parameters of FADC, so it is for a lifted backbone.
-    options: Options of FADConv2d that it wants.
+    source: Where they are from, in words.
+    read: Gives them under timm's names; downloads what is not on this machine.
+    lifted: They have parameters of FADC, so they are for a lifted backbone.
+    options: Options of FADConv2d that they want.
     """
-    state_dict: dict[str, Tensor]
     source: str
+    read: Callable[[], dict[str, Tensor]]
     lifted: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -32,18 +36,47 @@ def _is_lifted(state_dict: dict[str, Tensor]) -> bool:
     return any(part in key for key in state_dict for part in ('.ada_dr.', '.ada_kern.', '.freq_select.'))
 
 
-def _from_tag(base: str, tag: str) -> Initial:
+def _download(name: str) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(name, pretrained=True).state_dict()
+
+
+def _is_file(init: str) -> bool:
+    path = Path(init).expanduser()
+    return path.suffix in _SUFFIXES or path.exists()
+
+
+def _named(base: str, tag: str, variant: str) -> str:
+    """timm's name of the model that has a tag's weights: the base or its FADC model, a dot, the tag."""
+    fadc = f'{base}_fadc' if timm.is_model(f'{base}_fadc') else None
     own = {name.partition('.')[2]: name for name, cfg in get_arch_pretrained_cfgs(base).items() if cfg.has_weights}
-    for name, cfg in get_arch_pretrained_cfgs(f'{base}_fadc').items() if timm.is_model(f'{base}_fadc') else ():
+    for name, cfg in get_arch_pretrained_cfgs(fadc).items() if fadc else ():
         if cfg.has_weights:
             own.setdefault(name.partition('.')[2], name)
-    if tag == 'default' and own:
-        tag = next(iter(own))
+    if tag == 'default':
+        # what timm.create_model(..., pretrained=True) takes
+        default = timm.get_pretrained_cfg(fadc if fadc and variant == 'fadc' else base)
+        tag = default.tag or tag if default is not None and default.has_weights else tag
     if tag not in own:
         raise ValueError(f'{tag!r} is neither a file nor a tag of {base}, whose tags are {", ".join(own) or "none"}')
-    model = timm.create_model(own[tag], pretrained=True)
-    state_dict = model.state_dict()
-    return Initial(state_dict, own[tag], _is_lifted(state_dict))
+    return own[tag]
+
+
+def normalisation_of(base: str, init: str, variant: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, of images in [0, 1], that initial weights expect.
+
+    Args:
+        base: Plain backbone.
+        init: What `--init` names. A tag has its own; a file, or nothing, has those of the backbone.
+        variant: Variant of the backbone.
+
+    Raises:
+        ValueError: There is no such tag.
+    """
+    name = base if not init or _is_file(init) else _named(base, init, variant)
+    cfg = timm.get_pretrained_cfg(name)
+    data = resolve_data_config({}, pretrained_cfg=cfg.to_dict() if cfg is not None else {})
+    return list(data['mean']), list(data['std'])
 
 
 def _from_file(base: str, path: Path, options: dict[str, Any]) -> Initial:
@@ -54,16 +87,17 @@ def _from_file(base: str, path: Path, options: dict[str, Any]) -> Initial:
         args = {k: v for k, v in options.items() if k not in ('dilation_act', 'padding_mode')}
         converted = convert(checkpoint, f'{base}_fadc', args, release)
         wanted = {'padding_mode': 'replicate', 'dilation_act': RELEASES[release]}
-        return Initial(converted.model.state_dict(), f'{where}, authors, {release}', True, wanted)
-    return Initial(checkpoint.state_dict, where, _is_lifted(checkpoint.state_dict))
+        return Initial(f'{where}, authors, {release}', converted.model.state_dict, True, wanted)
+    return Initial(where, lambda: checkpoint.state_dict, _is_lifted(checkpoint.state_dict))
 
 
-def read_init(base: str, init: str, variant: str, options: dict[str, Any]) -> Initial:
-    """Read what `--init` names.
+def find_init(base: str, init: str, variant: str, options: dict[str, Any]) -> Initial:
+    """Find what `--init` names: a file is read, a tag is looked up, and nothing is downloaded yet.
 
     Args:
         base: Plain backbone.
-        init: A tag of timm's (of the backbone, or of its FADC model), `default` for the first, or a file.
+        init: A tag of timm's (of the backbone, or of its FADC model), a file, or `default`: the tag that
+            `timm.create_model` takes with `pretrained=True`, for the variant `fadc` that of the FADC model.
         variant: Variant of the backbone; weights of FADC go with `fadc` only.
         options: Options of FADConv2d; `dilation_act='relu'` says that a checkpoint of the authors is of April 2024.
 
@@ -71,8 +105,11 @@ def read_init(base: str, init: str, variant: str, options: dict[str, Any]) -> In
         FileNotFoundError, RuntimeError: No such file, or it holds no weights.
         ValueError: There is no such tag, or the weights are of FADC and the variant is another.
     """
-    path = Path(init).expanduser()
-    initial = _from_file(base, path, options) if path.suffix in _SUFFIXES or path.exists() else _from_tag(base, init)
+    if _is_file(init):
+        initial = _from_file(base, Path(init).expanduser(), options)
+    else:
+        name = _named(base, init, variant)
+        initial = Initial(name, partial(_download, name), name.partition('.')[0] != base)
     if initial.lifted and variant != 'fadc':
         raise ValueError(f'{initial.source} has weights of FADC, for the variant fadc, not for {variant}')
     return initial
@@ -91,10 +128,10 @@ def load_backbone(net: nn.Module, initial: Initial) -> str:
     Raises:
         RuntimeError: Keys of the network are missing, or keys of a module that it has are left over.
     """
-    own = net.state_dict()
+    own, given = net.state_dict(), initial.read()
     # timm flattens the names of sequences in feature networks: stages.0 is stages_0
-    names = {key: key if key in own else key.replace('.', '_', 1) for key in initial.state_dict}
-    state_dict = {names[key]: value for key, value in initial.state_dict.items() if names[key] in own}
+    names = {key: key if key in own else key.replace('.', '_', 1) for key in given}
+    state_dict = {names[key]: value for key, value in given.items() if names[key] in own}
     optional = set() if initial.lifted else set(added_keys(net))
     missing = [key for key in own if key not in state_dict and key not in optional
                and not key.endswith('num_batches_tracked')]

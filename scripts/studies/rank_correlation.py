@@ -2,13 +2,13 @@
 import math
 
 import numpy as np
-from scipy import stats
 
 UNDEFINED = (math.nan, math.nan, math.nan)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two maps (G, H, W), the mean over G; NaN where one is constant in every group."""
+    from scipy import stats  # no dependency of the package, so not of --help either
     out = []
     for x, y in zip(a.reshape(len(a), -1), b.reshape(len(b), -1)):
         if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:

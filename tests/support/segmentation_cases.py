@@ -2,6 +2,7 @@
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 BACKBONES = ('test_resnet', 'test_convnext')
@@ -13,6 +14,12 @@ def picture_of(seed, height=6, width=8):
 
 def mask_of(values, height=6, width=8):
     return np.resize(np.asarray(values, dtype=np.uint8), (height, width))
+
+
+def put(path, array):
+    """Save an array as an image; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(path)
 
 
 def awake(model):

@@ -8,14 +8,9 @@ from PIL import Image
 
 from scripts.segmentation.data import DataError, open_data
 from scripts.segmentation.layouts import CITYSCAPES
-from tests.support.segmentation_cases import mask_of, picture_of
+from tests.support.segmentation_cases import mask_of, picture_of, put
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-def put(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array)).save(path)
 
 
 def make_folder(root, splits=('train', 'val')):
@@ -63,6 +58,12 @@ class TestLayouts:
         image, mask = data.val[1]
         assert image.dtype == mask.dtype == np.uint8
         assert np.array_equal(image, picture_of(11)) and np.array_equal(mask, mask_of([0, 1, 2, 255]))
+
+    def test_byte_order_mark(self, tmp_path):
+        """Windows' editors write it; it is no part of a name."""
+        root = make_folder(tmp_path)
+        (root / 'classes.txt').write_text('road\nsky\ntree\n', encoding='utf-8-sig')
+        assert open_data('folder', root).classes == ('road', 'sky', 'tree')
 
     def test_folder_with_test_split(self, tmp_path):
         data = open_data('folder', str(make_folder(tmp_path, ('train', 'val', 'test'))))
@@ -162,9 +163,9 @@ class TestErrors:
 
     @pytest.mark.parametrize('name', ('ade20k', 'cityscapes', 'folder'))
     def test_no_folder(self, tmp_path, name):
-        self.opens_not(None, name, 'not given', name=name)
+        self.opens_not(None, f'--data {name} needs --root', name=name)
         self.opens_not(tmp_path / 'none', tmp_path / 'none', name, name=name)
-        (tmp_path / 'classes.txt').write_text('a')
+        (tmp_path / 'classes.txt').write_text('a\nb')
         self.opens_not(tmp_path, tmp_path, 'no such folder', name=name)
 
     def test_missing_mask(self, root):
@@ -199,7 +200,8 @@ class TestErrors:
         self.opens_not(root, 'a.jpg', 'a.png', 'same name')
 
     @pytest.mark.parametrize('text, word', (
-        ('', '0 classes'), ('a\n\nb\n', 'line 2'), ('a\nb\na\n', "line 3: 'a'"), ('a\tred\n', '#rrggbb'),
+        ('', '0 classes'), ('a\n', '1 classes'), ('a\n\nb\n', 'line 2'),
+        ('a\nb\na\n', "line 3: 'a'"), ('a\tred\n', '#rrggbb'),
         ('\n'.join(map(str, range(256))), '256 classes')))
     def test_classes(self, root, text, word):
         (root / 'classes.txt').write_text(text)

@@ -1,14 +1,12 @@
-"""Segmentation scores, their table and overlays, written as a whole or not at all."""
+"""Segmentation scores and their table; files are written as a whole or not at all."""
 import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fadc_timm._writing import write_atomically
-from scripts.segmentation.metrics import ConfusionMatrix, overlay, scores, table, write_overlay
-from tests.support.segmentation_cases import mask_of, picture_of
+from scripts.segmentation.metrics import ConfusionMatrix, scores, table
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -68,23 +66,6 @@ class TestMetrics:
     def test_bad_input(self, predictions, labels, words):
         with pytest.raises(ValueError, match=words):
             ConfusionMatrix(3).update(np.array(predictions), np.array(labels))
-
-    def test_overlay(self, tmp_path):
-        image, mask = picture_of(0), mask_of([0, 1, 255])
-        palette = np.array([[255, 0, 0], [0, 0, 255]], dtype=np.uint8)
-        result = overlay(image, mask, palette, 0.25)
-        assert result.dtype == np.uint8 and np.array_equal(result[mask == 255], image[mask == 255])
-        for label in (0, 1):
-            wanted = 0.75 * image[mask == label] + 0.25 * palette[label]
-            assert np.abs(result[mask == label] - wanted).max() <= 0.5
-        path = tmp_path / 'new' / 'x.png'
-        write_overlay(path, image, mask, palette)
-        assert np.array_equal(np.asarray(Image.open(path)), overlay(image, mask, palette))
-        assert list(path.parent.iterdir()) == [path]
-        with pytest.raises(ValueError, match='palette of 2'):
-            overlay(image, mask_of([2]), palette)
-        with pytest.raises(ValueError, match='mask of an image'):
-            overlay(image, mask[1:], palette)
 
     def test_failed_write_leaves_the_old_file(self, tmp_path):
         path = tmp_path / 'x'

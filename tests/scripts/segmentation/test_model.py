@@ -20,7 +20,7 @@ def test_load_backbone(name, variant):
     source = awake(timm.create_model(name, num_classes=4))
     net = backbone(name)
     apply_variant(net, variant)
-    text = load_backbone(net, Initial(source.state_dict(), 'x.pth'))
+    text = load_backbone(net, Initial('x.pth', source.state_dict))
     assert text.startswith('x.pth: ') and ', without ' in text
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -30,10 +30,10 @@ def test_load_backbone(name, variant):
     first, last = list(state)[0], [k for k in state if k.startswith(('layer4', 'stages.3'))][-1]
     state[f'{last}_extra'] = state[last]
     with pytest.raises(RuntimeError, match=f'unexpected keys: {last}_extra'):
-        load_backbone(net, Initial(state, 'x.pth'))
+        load_backbone(net, Initial('x.pth', lambda: state))
     del state[f'{last}_extra'], state[first]
     with pytest.raises(RuntimeError, match=f'missing keys: {first.replace("stem.0", "stem_0")}'):
-        load_backbone(net, Initial(state, 'x.pth'))
+        load_backbone(net, Initial('x.pth', lambda: state))
 
 
 # with segmentation_models_pytorch
@@ -85,7 +85,7 @@ def test_init(tmp_path):
     fadc = timm.create_model('test_resnet_fadc.bluemarble_climate', pretrained=True).state_dict()
     built = build('test_resnet', 5, 'fadc', init='bluemarble_climate')
     own = built.model.encoder.model.state_dict()
-    assert all(torch.equal(value, fadc[key]) for key, value in own.items()) and built.mean == (0.5, 0.5, 0.5)
+    assert all(torch.equal(value, fadc[key]) for key, value in own.items())
     with pytest.raises(ValueError, match='has weights of FADC, for the variant fadc, not for plain'):
         build('test_resnet', 5, 'plain', init='bluemarble_climate')
     with pytest.raises(ValueError, match="'other' is neither a file nor a tag of test_resnet, whose tags are"):
@@ -94,6 +94,68 @@ def test_init(tmp_path):
         build('test_resnet', 5, init='none.pth')
     with pytest.raises(RuntimeError, match='does not fit the backbone: missing keys'):
         build('test_convnext', 5, init=str(tmp_path / 'base.pth'))
+
+
+@pytest.mark.parametrize('variant, name', [
+    ('fadc', 'test_resnet_fadc'), ('plain', 'test_resnet'), ('adadr', 'test_resnet'), ('dcnv2', 'test_resnet')])
+def test_default(variant, name):
+    """`default` is the tag that `pretrained=True` takes."""
+    from scripts.segmentation.weights import find_init
+    cfg = timm.get_pretrained_cfg(name)
+    assert find_init('test_resnet', 'default', variant, {}).source == f'{name}.{cfg.tag}'
+
+
+def test_default_weights():
+    built = build('test_resnet_fadc', 5, init='default')
+    expected = timm.create_model('test_resnet_fadc', pretrained=True).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in built.model.encoder.model.state_dict().items())
+
+
+def test_default_of_every_architecture():
+    from scripts.segmentation.weights import find_init
+    for name in timm.list_models('*_fadc'):
+        cfg, base = timm.get_pretrained_cfg(name), name.removesuffix('_fadc')
+        if cfg.has_weights:
+            assert find_init(base, 'default', 'fadc', {}).source.partition('.')[2] == cfg.tag
+
+
+def test_normalisation(tmp_path):
+    """Images are normalised as for the tag's weights, which may differ from those of the architecture's default."""
+    from scripts.segmentation.weights import normalisation_of
+    names = [f'convnext_base{tag}' for tag in ('', '.clip_laion2b_augreg_ft_in1k')]
+    default, clip = ((list(cfg.mean), list(cfg.std)) for cfg in map(timm.get_pretrained_cfg, names))
+    assert default != clip
+    assert normalisation_of('convnext_base', '', 'plain') == default
+    assert normalisation_of('convnext_base', 'default', 'fadc') == default
+    assert normalisation_of('convnext_base', 'clip_laion2b_augreg_ft_in1k', 'fadc') == clip
+    assert normalisation_of('convnext_base', str(tmp_path / 'base.pth'), 'plain') == default
+    assert normalisation_of('test_resnet', 'bluemarble_climate', 'fadc') == ([0.5] * 3, [0.5] * 3)
+
+
+def test_normalisation_is_kept():
+    """--eval, which loads no initial weights, normalises as the training did."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation.train import config_of, parse_args
+    args = ['--output', 'x', '--backbone', 'convnext_base_fadc', '--init', 'clip_laion2b_augreg_ft_in1k']
+    cfg = timm.get_pretrained_cfg('convnext_base.clip_laion2b_augreg_ft_in1k')
+    config = config_of(parse_args(args))[1]
+    assert (config['mean'], config['std']) == (list(cfg.mean), list(cfg.std))
+    config = config_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
+    assert (config['mean'], config['std']) == ([0, 0.5, 1], list(cfg.std))
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(decoder='other'), 'Wrong architecture type'), (dict(fadc={'bandz': 3}), 'bandz'),
+    (dict(freq_select_stages=[1]), 'freq_select_stages must be'), (dict(backbone_args={'other': 1}), 'other')])
+def test_downloads_come_last(kwargs, message, monkeypatch):
+    """What is wrong with the network is said before its weights are downloaded."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation import weights
+    monkeypatch.setattr(weights, '_download', lambda name: pytest.fail('downloaded'))
+    with pytest.raises((TypeError, ValueError), match=message):
+        build('test_resnet_fadc', 5, init='default', **kwargs)
+    with pytest.raises(ValueError, match='has weights of FADC, for the variant fadc'):
+        build('test_resnet', 5, init='bluemarble_climate')
 
 
 def test_init_official(tmp_path):

@@ -23,6 +23,8 @@ from tests.support.segmentation_cases import Pictures, backbone, transform
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 CPU = World(torch.device('cpu'))
+# of processes that run the script
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
 
 # training
@@ -174,8 +176,7 @@ def test_script(folder, worker, tmp_path, capsys):
     assert 'upernet over test_resnet, fadc' in out and '5 convolutions replaced' in out and 'folder: 4 images' in out
     command = [sys.executable, worker, *args, '--output', tmp_path / 'killed']
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={
-        **os.environ, 'OMP_NUM_THREADS': '1', 'KILLED': str(tmp_path / 'mark'),
-        'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+        **ENVIRONMENT, 'KILLED': str(tmp_path / 'mark')})
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert [row['step'] for row in losses(tmp_path / 'killed')] == ['1', '2', '3', '4']
     assert main(*args, '--output', tmp_path / 'killed') == 0
@@ -218,6 +219,170 @@ def test_two_processes(folder, worker, tmp_path):
     torchrun(worker, *args, tmp_path / 'one', processes=1)
     for one, two in zip(losses(tmp_path / 'one'), losses(tmp_path / 'whole'), strict=True):
         assert float(one['loss']) == pytest.approx(float(two['loss']), rel=0.5) and one['loss'] != two['loss']
+
+
+# the script with signals sent to it: those of `SIGNALS`, at the step after which the log has so many rows
+SIGNALLED = '''
+import os, signal, sys
+from scripts.segmentation import checkpoint
+from scripts.segmentation import train as train_segmentation
+add = checkpoint.Log.add
+def add_and_signal(self, row):
+    add(self, row)
+    if self.path.name == 'log.csv' and row['step'] == 3:
+        os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
+checkpoint.Log.add = add_and_signal
+sys.exit(train_segmentation.main())
+'''
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_ctrl_c(name, folder, tmp_path, capsys):
+    """The step is ended and a checkpoint written, from which the same command goes on as if nothing had happened."""
+    pytest.importorskip('segmentation_models_pytorch')
+    args = [*OPTIONS, '--root', folder, '--save-every', '100', '--workers', '1', '--output']
+    (tmp_path / 'worker.py').write_text(SIGNALLED)
+    command = [sys.executable, tmp_path / 'worker.py', *args, tmp_path / 'ended']
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**ENVIRONMENT, 'SIGNAL': name})
+    assert run.returncode == 130, run.stderr
+    assert 'ending after this step, with a checkpoint' in run.stderr and 'Traceback' not in run.stderr
+    last = tmp_path / 'ended' / 'last.pt'
+    assert f'segmentation.train: ended after 4 of 6 steps; the same command goes on from {last}' in run.stderr
+    assert main(*args, tmp_path / 'ended') == 0 and main(*args, tmp_path / 'whole') == 0
+    assert 'after 4 of 6 steps' in capsys.readouterr().out
+    assert losses(tmp_path / 'ended') == losses(tmp_path / 'whole')
+
+
+def test_ctrl_c_in_two_processes(folder, tmp_path):
+    """A signal to one of them ends both, after the same step."""
+    pytest.importorskip('segmentation_models_pytorch')
+    (tmp_path / 'worker.py').write_text(SIGNALLED)  # one process writes the log
+    args = [*OPTIONS, '--batch', '4', '--root', folder, '--save-every', '100', '--output', tmp_path / 'out']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               tmp_path / 'worker.py', *args]
+    run = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, 'SIGNAL': 'SIGINT'})
+    assert run.returncode and run.stderr.count('ended after 4 of 6 steps') == 1
+    assert torch.load(tmp_path / 'out' / 'last.pt', weights_only=True)['step'] == 4
+
+
+def test_one_run_per_output(folder, tmp_path, capsys):
+    """While another process owns the folder, a run is refused, and leaves its files alone."""
+    from scripts.segmentation.run_folder import LOCK
+    code = f"""
+import sys
+from pathlib import Path
+from scripts.segmentation.run_folder import owned
+with owned(Path({str(tmp_path / 'out')!r})):
+    print('owns', flush=True)
+    sys.stdin.read()
+"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, '-c', code], env=ENVIRONMENT, **pipes) as other:
+        other.stdout.readline()
+        assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'out') == 1
+        assert f'out is in use by another run (process {other.pid} on ' in capsys.readouterr().err
+        assert [p.name for p in (tmp_path / 'out').iterdir()] == [LOCK]
+        other.kill()
+    assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'out') == 0
+
+
+def test_data_are_checked_first(folder, tmp_path, capsys, monkeypatch):
+    """A wrong validation mask is found before weights are downloaded and a step is trained; --check-data alone too."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation import weights
+    downloads = []
+    monkeypatch.setattr(weights, '_download', lambda name: downloads.append(name) or {})
+    args = [*OPTIONS, '--root', folder, '--init', 'default', '--output', tmp_path / 'out']
+    assert main(*args) == 1 and downloads == ['test_resnet_fadc.bluemarble_climate']
+    capsys.readouterr()
+    mask = np.asarray(Image.open(folder / 'val' / 'masks' / '1.png')).copy()
+    mask[mask == 1] = 200
+    Image.fromarray(mask).save(folder / 'val' / 'masks' / '1.png')
+    assert main(*args) == 1 and len(downloads) == 1
+    assert f'{folder}/val/masks/1.png: wrong label 200' in capsys.readouterr().err
+    assert not (tmp_path / 'out' / 'last.pt').exists() and not (tmp_path / 'out' / 'log.csv').exists()
+    check = ['--data', 'folder', '--root', folder, '--check-data']
+    assert main(*check) == 1 and 'wrong label 200' in capsys.readouterr().err
+    mask[mask == 200] = 1
+    Image.fromarray(mask).save(folder / 'val' / 'masks' / '1.png')
+    assert main(*check) == 0
+    out = capsys.readouterr().out
+    assert 'train: 4 pairs, 48 x 40 pixels' in out and out.count('left ') == 1
+    # 0 and 255 instead of 0 and 1
+    for path in folder.rglob('masks/*.png'):
+        Image.fromarray(np.uint8(255) * (np.asarray(Image.open(path)) == 1)).save(path)
+    assert main(*check) == 1 and 'give --mask-values 0,255' in capsys.readouterr().err
+    assert main(*check, '--mask-values', '0,255') == 0
+    assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'mapped', '--mask-values', '0,255') == 0
+    capsys.readouterr()
+    evaluation = ['--eval', tmp_path / 'mapped' / 'last.pt', '--root', folder, '--device', 'cpu']
+    assert main(*evaluation) == 0 and 'right' in capsys.readouterr().out
+    assert main(*evaluation, '--mask-values', '255') == 1
+    assert '--mask-values has 1 values for the 2 classes' in capsys.readouterr().err
+
+
+def test_eval_of_other_classes(folder, tmp_path, capsys):
+    args = [*OPTIONS, '--root', folder, '--output', tmp_path / 'out', '--steps', '2', '--ema', '0']
+    assert main(*args) == 0
+    out = capsys.readouterr().out
+    assert '2 steps, 1 of them warm-up' in out
+    evaluation = ['--eval', tmp_path / 'out' / 'last.pt', '--root', folder, '--device', 'cpu']
+    (folder / 'classes.txt').write_text('left\nright\nabove\n')
+    assert main(*evaluation) == 1
+    assert 'was trained on 2 classes (left, right); the data set folder has 3 (left, right, above)' in (
+        capsys.readouterr().err)
+    (folder / 'classes.txt').write_text('right\nleft\n')
+    assert main(*evaluation) == 1
+    assert "class 0 was 'left' and is 'right' (2 of 2 differ)" in capsys.readouterr().err
+    assert main(*args) == 1  # nor does the run go on
+    assert "classes is ['right', 'left'], was ['left', 'right']" in capsys.readouterr().err
+    paths = (tmp_path / 'none.pt', 'no such checkpoint'), (folder / 'classes.txt', 'cannot be read as a checkpoint')
+    for path, message in paths:
+        assert main('--eval', path, '--root', folder, '--device', 'cpu') == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--root', 'x', '--output', 'y'], '--root is given without --data: give one of bluemarble, ade20k, cityscapes'),
+    (['--eval', 'x', '--lr', '1', '--crop', '64'], 'recipe from the checkpoint: leave out --lr, --crop'),
+    (['--eval', 'x', '--check-data'], '--check-data and --eval are two things'),
+    (['--output', 'x', '--log-every', '0'], '--log-every: must be at least 1, got 0'),
+    (['--output', 'x', '--mask-values', '0-255'], 'wanted are numbers with commas between them, as 0,255'),
+    ([], '--output is wanted')])
+def test_command_line_errors(args, message, capsys):
+    with pytest.raises(SystemExit):
+        main(*args)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--crop', '40'], '--crop must be a multiple of the output stride of 32, got 40'),
+    (['--stride', '33'], '--stride must be at most the crop of 32, got 33'),
+    (['--device', 'nowhere'], 'nowhere'),
+    (['--warmup', '6'], 'warmup must be shorter than the run of 6 steps')])
+def test_errors_come_before_the_data(args, message, tmp_path, capsys):
+    """Errors that cost nothing to find do not wait for the data, or for the end of the training."""
+    assert main(*OPTIONS, '--root', tmp_path / 'none', '--output', tmp_path / 'out', *args) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_warmup_of_short_runs():
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation.train import config_of, parse_args
+    for steps, given, warmup in ((160_000, [], 1500), (4000, [], 400), (10, [], 1), (5, [], 0), (10, ['7'], 7)):
+        args = parse_args(['--output', 'x', '--steps', str(steps), *(['--warmup', *given] if given else [])])
+        recipe = config_of(args)[0]
+        assert recipe.warmup == warmup
+        recipe.check()
+
+
+def test_help_has_the_layout(capsys):
+    with pytest.raises(SystemExit):
+        main('--help')
+    out = capsys.readouterr().out
+    assert 'train/masks/NAME.png' in out and 'classes.txt' in out and '--check-data' in out
 
 
 def test_script_errors(folder, tmp_path, capsys):

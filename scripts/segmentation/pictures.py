@@ -1,0 +1,107 @@
+"""Pictures of a segmentation: labels over an image, and an image beside truth and prediction with a legend."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.patches import Patch
+
+from fadc_timm.visualize import save
+from scripts.segmentation.pairs import IGNORE
+
+DPI = 100
+GREY = 128
+# Inches: least and greatest long side of an image in a picture, room between images and for their titles, least width.
+PANEL = 3.6, 9.0
+GAP, TITLE, LEAST_WIDTH = 0.15, 0.3, 7.2
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Lays the colours of labels over an image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mask: (H, W) labels; the image is left as it is where they are `IGNORE`.
+        palette: (classes, 3) uint8.
+        opacity: Of the colours.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: If sizes differ, or a label has no colour.
+    """
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f'the mask of an image of shape {image.shape} has shape {mask.shape}')
+    there = mask != IGNORE
+    labels = mask[there]
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(palette):
+        raise ValueError(f'labels from {labels.min()} to {labels.max()} for a palette of {len(palette)} colours')
+    result = image.copy()
+    result[there] = np.round((1 - opacity) * image[there] + opacity * palette[labels])
+    return result
+
+
+def prediction_figure(
+        name: str,
+        image: np.ndarray,
+        truth: np.ndarray,
+        prediction: np.ndarray,
+        classes: Sequence[str],
+        palette: np.ndarray,
+) -> Figure:
+    """An image, the truth over it, and the prediction over it, with a legend of the classes that occur.
+
+    Args:
+        name: Of the image.
+        image: (H, W, 3) uint8.
+        truth: (H, W) labels; pixels that are `IGNORE` are grey.
+        prediction: (H, W) labels.
+        classes: Their names.
+        palette: (classes, 3) uint8.
+    """
+    labelled = truth != IGNORE
+    right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right' if labelled.any() else ''
+    shown_truth = overlay(image, truth, palette)
+    shown_truth[~labelled] = GREY
+    panels = {name: image, 'truth': shown_truth, f'prediction{right}': overlay(image, prediction, palette)}
+
+    labels = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
+    entries = [(classes[i], palette[i] / 255) for i in labels]
+    if not labelled.all():
+        entries.append(('(ignored)', np.full(3, GREY / 255)))
+    handles = [Patch(facecolor=colour, edgecolor='black', linewidth=0.5, label=text) for text, colour in entries]
+    height, width = image.shape[:2]
+    scale = min(max(1 / DPI, PANEL[0] / max(height, width)), PANEL[1] / max(height, width))
+    fig = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(fig).get_renderer()
+
+    def legend(columns: int) -> tuple[Legend, float, float]:
+        """The legend, its width and its height in inches."""
+        made = fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=9, frameon=False,
+                          columnspacing=0, borderaxespad=0)
+        box = made.get_window_extent(renderer)
+        return made, box.width / DPI, box.height / DPI
+
+    column, column_width, _ = legend(1)
+    column.remove()
+    across = max(3 * (scale * width + GAP), LEAST_WIDTH, column_width)
+    columns = min(int(across / column_width), len(handles))
+    _, _, below = legend(columns)
+    tall = below + scale * height + TITLE
+    fig.set_size_inches(across, tall)
+    for i, (title, pixels) in enumerate(panels.items()):
+        left = across / 2 + (i - 1.5) * (scale * width + GAP) + GAP / 2
+        ax = fig.add_axes((left / across, below / tall, scale * width / across, scale * height / tall))
+        ax.imshow(pixels, interpolation='antialiased')
+        ax.set_title(title, fontsize=9)
+        ax.set_axis_off()
+    return fig
+
+
+def write_prediction(path: Path, *args, **kwargs) -> None:
+    """Write a `prediction_figure`, whose arguments follow, as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(prediction_figure(*args, **kwargs), path)
