@@ -1,0 +1,30 @@
+"""What the commands share: the error of a request that cannot be met, and the check of a model's name."""
+import difflib
+
+import timm
+
+__all__ = ['CommandError', 'check_model_name', 'first_line']
+
+
+class CommandError(Exception):
+    """The request cannot be met; the message says why in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+
+
+def check_model_name(name: str) -> None:
+    """Raise CommandError unless the name (with or without tag) is a registered FADC model."""
+    arch, _, tag = name.partition('.')
+    known = timm.list_models('*_fadc')
+    if arch in known:
+        tags = [n.partition('.')[2] for n in timm.list_models(f'{arch}.*', include_tags=True)]
+        if tag and tag not in tags:
+            raise CommandError(f"'{arch}' has no tag '{tag}'; it has: {', '.join(filter(None, tags)) or 'none'}")
+        return
+    if f'{arch}_fadc' in known:
+        raise CommandError(f"'{name}' is a plain timm model; with FADC it is '{arch}_fadc'")
+    close = difflib.get_close_matches(arch if arch.endswith('_fadc') else f'{arch}_fadc', known, n=3)
+    hint = f"close matches: {', '.join(close)}" if close else "see 'fadc-timm list'"
+    raise CommandError(f"no FADC model is called '{name}'; {hint}")

@@ -1,0 +1,67 @@
+"""`fadc-timm convert`: a local checkpoint becomes an FADC model, in a folder."""
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs
+
+from ._common import CommandError
+
+__all__ = ['add_parser']
+
+_CONVERT = '''Lift a local checkpoint to an FADC model, in a folder for `timm.create_model('local-dir:DIR')`.
+
+    fadc-timm convert resnet50_a1_0-14fe96d1.pth --model resnet50_fadc.a1_in1k --out lifted
+    fadc-timm convert output/train/model_best.pth.tar --model resnet50_fadc --out tuned
+    fadc-timm convert upernet_r50_fadc.pth --model resnet50c_fadc --out converted
+
+SOURCE is a checkpoint of timm's base or FADC model (.safetensors, or a pickle such as timm's train script writes, of
+which the averaged weights are taken), of mmsegmentation or segmentation_models_pytorch with such a backbone, or an
+mmsegmentation checkpoint of the authors' code. The command accounts for every key: taken (with its name in the model),
+added (at its initial value: FADC as the identity), or left. A model name with a tag says that the weights are that
+tag's, and its licence and labels go into config.json; without a tag only its preprocessing does.
+
+Exit status: 0, or 2 where the checkpoint cannot be converted; the folder that was there is then as it was.'''
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from ..checkpoints import convert, fixed_logits, is_model_folder, read_checkpoint, reload, write_folder
+    from ..checkpoints.convert import pretrained_cfg, report
+    try:
+        if args.out.exists() and not is_model_folder(args.out):
+            raise FileExistsError(f'{args.out} exists and is no folder of a model.')
+        checkpoint = read_checkpoint(args.source, use_ema=not args.no_ema)
+        if args.release and not checkpoint.official:
+            raise ValueError("--release is for checkpoints of the authors' code, and this is none")
+        converted = convert(checkpoint, args.model, args.model_kwargs, args.release or 'december2024')
+        size = tuple(converted.model.pretrained_cfg['input_size'])  # type: ignore[index]  # a dictionary, not a module
+        size = (converted.model_args.get('in_chans', size[0]), *size[1:])
+
+        def check(folder: Path) -> None:
+            a, b = (fixed_logits(model, size) for model in (converted.model, reload(folder)))
+            if not torch.equal(a, b):
+                raise RuntimeError('loaded again, the model computes something else')
+
+        cfg = pretrained_cfg(args.model, checkpoint.official)
+        write_folder(converted.model, args.out, pretrained_cfg=cfg, model_args=converted.model_args, check=check)
+    except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError) as e:
+        raise CommandError(f'{args.source}: {e}') from e
+    print('\n'.join(report(checkpoint, converted)))
+    print(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        'convert', help='lift a local checkpoint to an FADC model, in a folder',
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=_CONVERT)
+    p.add_argument('source', type=Path, metavar='SOURCE', help='.safetensors, .pth, .pth.tar, .bin')
+    p.add_argument('--model', required=True, metavar='NAME', help='<arch>_fadc or <arch>_fadc.<tag>')
+    p.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write')
+    p.add_argument('--no-ema', action='store_true', help='the weights themselves, where there are averaged ones')
+    p.add_argument('--release', choices=('april2024', 'december2024'),
+                   help="of the authors' code, for their checkpoints (default: december2024)")
+    p.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+                   help='more arguments of the model, such as fadc_stages="(False, False, True, True)"')
+    p.set_defaults(run=_convert)

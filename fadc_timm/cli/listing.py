@@ -1,0 +1,45 @@
+"""`fadc-timm list`: the models, their size and cost, and where their weights are."""
+import argparse
+import difflib
+import fnmatch
+from typing import Any, List
+
+import timm
+from timm.models import PretrainedCfg, get_pretrained_cfg
+
+from ..models.cost import model_cost
+from ._common import CommandError
+
+__all__ = ['add_parser']
+
+
+def _list(args: argparse.Namespace) -> int:
+    archs = timm.list_models('*_fadc')
+    names = timm.list_models('*_fadc', include_tags=True) if args.tags else archs
+
+    def matching(pattern: str) -> List[str]:  # what matches the architecture finds its tags too
+        return [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.partition('.')[0], pattern)]
+
+    names = matching(args.filter) or matching(f'*{args.filter}*')
+    if not names:
+        close = difflib.get_close_matches(args.filter, archs, n=3, cutoff=0.5)
+        hint = f"close matches: {', '.join(close)}" if close else f'there are {len(archs)} models'
+        raise CommandError(f"no FADC model matches '{args.filter}'; {hint}")
+    n, b = max(map(len, names)), max(4, *(len(name.partition('.')[0]) - len('_fadc') for name in names))
+    print(f"{'name':{n}}  {'base':{b}}  {'params (M)':>10}  {'GMACs':>8}  {'input':>7}  weights", flush=True)
+    for name in names:
+        arch, cfg = name.partition('.')[0], get_pretrained_cfg(name) or PretrainedCfg()
+        params, gmacs, _ = model_cost(arch, cfg.num_classes, tuple(cfg.input_size))
+        weights = 'in the package' if cfg.file else cfg.hf_hub_id or '-'
+        base, size = arch[:-len('_fadc')], 'x'.join(map(str, cfg.input_size[1:]))
+        print(f'{name:{n}}  {base:{b}}  {params:10.2f}  {gmacs:8.2f}  {size:>7}  {weights}', flush=True)
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    p = commands.add_parser('list', help='the models, their size and cost, and where their weights are',
+                            description='List the FADC models, with the input size that the costs are for.')
+    p.add_argument('filter', nargs='?', default='*', metavar='FILTER',
+                   help='wildcards as in timm.list_models, or a part of the name')
+    p.add_argument('--tags', action='store_true', help='a row for each pretrained tag')
+    p.set_defaults(run=_list)
