@@ -19,20 +19,25 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 # Which cases of the tests of all backends Triton's interpreter runs outside of the sweep, as it takes seconds for each:
 # those whose name has all words of one of these lines. Of tests that are not here it runs all, but for long ones.
 INTERPRETED = {
-    'test_dilation_dtype': ('everything bfloat16-bfloat16', 'depthwise float64-float32'),
-    'test_on_the_grid': ('everything float32-border', 'everything float32-0', 'everything float32-1e+30'),
-    'test_one_gradient_alone': ('everything-x', 'everything-high_out', 'depthwise-dilation'),
+    'test_steps_dtype': ('everything bfloat16-bfloat16', 'depthwise float64-float32', 'offset-float16'),
+    'test_on_the_grid': (
+        'everything float32-border', 'everything float32-0', 'everything float32-1e+30', 'k5-float32-3.4',
+        'offset-float32-border'),
+    'test_slope_on_a_pixel': ('offset-0', 'offset_depthwise-0'),
+    'test_one_gradient_alone': ('everything-x', 'everything-high_out', 'depthwise-dilation', 'offset-offset'),
     'test_no_uninitialised_memory': (),  # test_deterministic is that too
     'test_gradcheck': (),
     'test_threads': (),
     'test_random_case': (),
-    'test_autocast': ('everything bfloat16-float32_x', 'depthwise bfloat16-half_x'),
-    'test_non_contiguous': ('everything-sliced', 'depthwise-transposed', 'groups2-expanded'),
-    'test_channels_last': ('everything-all', 'depthwise-x'),
+    'test_autocast': ('everything bfloat16-float32_x', 'depthwise bfloat16-half_x', 'offset-bfloat16-float32_x'),
+    'test_non_contiguous': ('everything-sliced', 'depthwise-transposed', 'groups2-expanded', 'offset-transposed'),
+    'test_channels_last': ('everything-all', 'depthwise-x', 'offset-all'),
     'test_contiguous_stays_contiguous': ('plain',),
-    'test_compile': ('everything', 'depthwise'),
+    'test_compile': ('everything', 'depthwise', 'offset_rectangular'),
+    'test_compile_any_size': ('dilation',),
     'test_backend_is_deterministic': ('groups2',),
     'test_operator_passes_on_what_is_not_finite': ('1-nan', '4-nan'),
+    'test_positions_that_are_not_finite': ('9-1-inf',),
 }
 
 

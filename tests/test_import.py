@@ -25,7 +25,7 @@ def test_imports_nothing_that_timm_does_not():
 
 def test_modules_are_reachable():
     members = ('checkpoints.convert', 'layers.FADConv2d', 'losses.dilation_frequency_loss', 'official.load_layer',
-               'ops.adaptive_dilated_conv2d', 'visualize.collect')
+               'ops.adaptive_dilated_conv2d', 'ops.deform_conv2d', 'visualize.collect')
     out = python(f'import fadc_timm; print({", ".join(f"callable(fadc_timm.{m})" for m in members)})')
     assert out.split() == ['True'] * len(members)
     names = {m.partition('.')[0] for m in members}

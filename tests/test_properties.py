@@ -14,7 +14,7 @@ from fadc_timm import FADConv2d, lift_model
 from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, mix_bands
 from tests.support import cases
 from tests.support.band_cases import definition
-from tests.support.cases import DTYPES, GAINS, OPTIONAL, OpCase
+from tests.support.cases import DTYPES, GAINS, OPTIONAL, SOURCES, OpCase
 from tests.support.layer_cases import AT_START, EXACT
 from tests.support.off_identity import off_identity
 
@@ -58,12 +58,16 @@ def op_cases(draw):
     if draw(st.integers(0, 4)) == 0:
         groups = o = c
     low = draw(st.floats(-4, 4))
-    return OpCase(
+    case = OpCase(
         f'hypothesis_{draw(st.integers(0, 2 ** 20))}', (draw(st.integers(8, 12)), c, draw(small), draw(small)), o,
         k=draw(st.sampled_from([1, 3, 3, 5, 7])), stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
         padding=draw(st.none() | st.tuples(st.integers(-3, 4), st.integers(-3, 4))), groups=groups,
         dilation_groups=dilation_groups, out=(draw(small), draw(small)),
-        use=tuple(name for name in OPTIONAL if draw(st.booleans())), dilation=(low, low + draw(st.floats(1, 6))))
+        use=tuple(name for name in OPTIONAL if draw(st.booleans())), span=(low, low + draw(st.floats(1, 6))))
+    if draw(st.booleans()):
+        return case
+    spacing, more = (draw(st.tuples(st.integers(*ends), st.integers(*ends))) for ends in ((1, 3), (0, 2)))
+    return cases.with_offsets(case, draw(st.integers(1, 7)), spacing, more)
 
 
 @examples(25, 700)
@@ -90,20 +94,20 @@ dilations = st.one_of(
 
 @examples(15, 300)
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_operator_at_any_dilation(backend, number):
+def test_operator_at_any_position(backend, number):
     """On the grid, at the border, far outside: the output is the oracle's, and no gradient is infinite."""
     def body(drawn):
         case, dtype, palette, layout = drawn
         inputs = cases.make_inputs(case, dtype)
         if cases.why_not(case, inputs, backend):
             return
-        d = inputs['dilation']
+        d = inputs[case.source]
         with torch.no_grad():
             d.copy_(torch.tensor(palette).to(d)[torch.arange(d.numel()) * 7 % len(palette)].view_as(d))
             inputs['x'] = inputs['x'].contiguous(memory_format=layout).requires_grad_()
         actual, expected = cases.results(case, inputs, backend), cases.oracle_results(case, inputs)
         assert all(t.isfinite().all() for t in actual.values())
-        magnitudes = {name: t.detach().double() if name == 'dilation' else t.detach().double().abs()
+        magnitudes = {name: t.detach().double() if name in SOURCES else t.detach().double().abs()
                       for name, t in inputs.items() if name not in GAINS}
         largest = cases.call(case, magnitudes, 'reference').max().item() * (12 if set(GAINS) & set(case.use) else 1)
         error = (actual['out'].double() - expected['out']).abs().max().item()

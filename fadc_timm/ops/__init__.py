@@ -1,9 +1,9 @@
-"""Operators: adaptive dilated convolution with its backends, and ideal low-pass filters."""
+"""Operators: adaptive dilated and deformable convolution with their backends, and ideal low-pass filters."""
 from . import flops  # registers the FLOP formulas
 from .band_mix import low_pass, mix_bands
-from .sampled_conv import BACKENDS, adaptive_dilated_conv2d, choose_backend, list_backends
+from .sampled_conv import BACKENDS, adaptive_dilated_conv2d, choose_backend, deform_conv2d, list_backends
 from .settings import set_backend
 
 __all__ = [
-    'BACKENDS', 'adaptive_dilated_conv2d', 'choose_backend', 'flops', 'list_backends', 'low_pass', 'mix_bands',
-    'set_backend']
+    'BACKENDS', 'adaptive_dilated_conv2d', 'choose_backend', 'deform_conv2d', 'flops', 'list_backends', 'low_pass',
+    'mix_bands', 'set_backend']

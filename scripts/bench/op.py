@@ -10,6 +10,10 @@ case (the oracle aside), `layer` is `FADConv2d`, `layer today` the same function
 is what its products would take at the speed of a large matrix product, or its bytes at that of a copy, measured in the
 same run, whichever is longer. What: forward, or forward+backward with the gradients of the inputs and of the
 parameters. Rows go to scripts/results/bench_op.csv, as those of bench/model.py.
+
+The shapes of `resnet50_dcn` are those of deformable convolution, with offsets and a mask as in DCNv2. Everything there
+is compared with torchvision's own operator, the variant `torchvision.ops`: `plain` is the convolution, `deform NAME`
+our operator on each backend, and `deform NAME gains` the same with AdaKern's gains.
 """
 import argparse
 import fnmatch
@@ -20,12 +24,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision.ops
 from torch import Tensor, nn
 
 from fadc_timm import FADConv2d
-from fadc_timm.ops import adaptive_dilated_conv2d, list_backends, low_pass
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends, low_pass
 from scripts.bench.measure import Clock, add_options, environment, formats_to_try, interleave, pick_format, run_jobs
-from scripts.bench.subjects import AMP_DTYPES, Setting, Step, leave_identity, place
+from scripts.bench.subjects import AMP_DTYPES, FORMATS, Setting, Step, leave_identity, place
 from scripts.bench.today import make_today
 from scripts.results import RESULTS, Row, make_rows
 
@@ -42,6 +47,7 @@ class Shape(NamedTuple):
     stride: int = 1
     kernel_size: int = 3
     groups: int = 1
+    deform: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +61,12 @@ SHAPES = (
         (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1), (1024, 14, 2), (1024, 7, 1))),
     *(Shape('convnext_tiny', c, n, kernel_size=7, groups=c) for c, n in ((192, 28), (384, 14), (768, 7))),
 )
+
+# of deformable convolution
+DEFORM = 'resnet50_dcn'
+DEFORM_SHAPES = tuple(s._replace(net=DEFORM, deform=True) for s in SHAPES if s.net == 'resnet50')
+# The largest ratios to torchvision's operator.
+DEFORM_TARGETS = {'forward': {'deform gather': 1 / 3}, 'forward+backward': {'deform gather': 1 / 5}}
 
 SMALL = 224
 # sides of the matrices, and elements of the vector, whose product and copy are timed for the roofline
@@ -115,6 +127,35 @@ def functions(shape: Shape, batch: int, setting: Setting, memory_format: str) ->
     return made
 
 
+def deform_functions(shape: Shape, batch: int, setting: Setting, memory_format: str) -> dict[str, Called]:
+    """As :func:`functions`, of deformable convolution."""
+    torch.manual_seed(0)
+    c, k, stride, padding = shape.channels, shape.kernel_size, shape.stride, shape.kernel_size // 2
+    out = (shape.side - 1) // stride + 1
+    # offsets of a few pixels, as a trained layer has them
+    made_of = (
+        torch.randn(batch, c, shape.side, shape.side),
+        torch.randn(c, c // shape.groups, k, k) / (c // shape.groups * k * k) ** 0.5,
+        2 * torch.randn(batch, 2 * k * k, out, out), 2 * torch.randn(batch, k * k, out, out).sigmoid())
+    x, weight, offset, mask = (t.to(setting.device, memory_format=FORMATS[memory_format]) for t in made_of)
+    gains = [2 * torch.randn(batch, c, device=setting.device).sigmoid() for _ in range(4)]
+
+    made: dict[str, Called] = {
+        'torchvision.ops': (lambda x, w, o, m: torchvision.ops.deform_conv2d(
+            x, o, w, stride=stride, padding=padding, mask=m), [x, weight, offset, mask]),
+        'plain': (lambda x, w: F.conv2d(x, w, None, stride, padding, 1, shape.groups), [x, weight])}
+    for name in list_backends():
+        def operator(*t: Tensor, name: str = name) -> Tensor:
+            gains = (t[4], t[5], t[6], t[7]) if t[4:] else None
+            return deform_conv2d(
+                *t[:4], gains=gains, stride=stride, padding=padding, groups=shape.groups, backend=name)
+
+        if name != 'reference' and runs(operator, [x, weight, offset, mask], setting):
+            made[f'deform {name}'] = operator, [x, weight, offset, mask]
+            made[f'deform {name} gains'] = operator, [x, weight, offset, mask, *gains]
+    return made
+
+
 @functools.cache
 def machine(setting: Setting) -> tuple[float, float]:
     """Multiply-adds and bytes that the device can do in a millisecond."""
@@ -164,7 +205,8 @@ def make_step(called: Called, what: str, setting: Setting) -> Step:
 def measure(shape: Shape, what: str, args: argparse.Namespace) -> list[Row]:
     setting = Setting(args.device, args.amp)
     clock = Clock(setting.device)
-    made = {f: functions(shape, args.batch, setting, f) for f in formats_to_try(args.memory_format)}
+    make_functions = deform_functions if shape.deform else functions
+    made = {f: make_functions(shape, args.batch, setting, f) for f in formats_to_try(args.memory_format)}
     formats: dict[str, str] = {}
     steps: dict[str, Step] = {}
     for variant in next(iter(made.values())):
@@ -173,9 +215,10 @@ def measure(shape: Shape, what: str, args: argparse.Namespace) -> list[Row]:
 
         formats[variant], steps[variant] = pick_format(make, clock, list(made))
     samples = interleave(steps, clock, args.repeats, args.max_time, min_sample=args.min_sample)
-    if what == 'forward':
+    if what == 'forward' and not shape.deform:
         samples['roofline'] = [roofline(shape, args.batch, setting)] * len(samples['plain'])
-    return make_rows(f'{shape.name} b{args.batch}', what, samples, formats, environment(setting))
+    targets = DEFORM_TARGETS[what] if shape.deform and setting.device == 'cpu' else {}
+    return make_rows(f'{shape.name} b{args.batch}', what, samples, formats, environment(setting), targets)
 
 
 def main() -> int:
@@ -192,7 +235,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.size < 32 or args.size % 32:
         parser.error(f'--size must be a multiple of 32, got {args.size}')
-    table = [s._replace(side=s.side * args.size // SMALL) for s in SHAPES]
+    table = [s._replace(side=s.side * args.size // SMALL) for s in (*SHAPES, *DEFORM_SHAPES)]
     shapes = [s for s in table if any(fnmatch.fnmatch(s.name, pattern) for pattern in args.shapes)]
     if not shapes:
         names = ', '.join(s.name for s in table)

@@ -7,7 +7,7 @@ from scripts.bench import model as bench_model
 from scripts.bench import op as bench_op
 from scripts.results import Row, read_rows
 
-__all__ = ['bands', 'headlines', 'operator', 'speed']
+__all__ = ['bands', 'deform', 'headlines', 'operator', 'speed']
 
 NOT_MEASURED = 'not measured'
 KINDS = ('cpu', 'cuda')
@@ -154,10 +154,21 @@ def _shapes(rows: list[Row], base: str) -> str:
     return _caption(rows) + '\n\n' + markdown_table(['shape', 'what', base, *variants], lines, left=2)
 
 
+def _is_deform(row: Row) -> bool:
+    return row['case'].startswith(f'{bench_op.DEFORM} ')
+
+
 def operator(kinds: Sequence[str] = KINDS) -> str:
     """The operator, the layer and its parts by shape, as ratios to the plain convolution."""
-    groups = _groups(read_rows(bench_op.OUTPUT), kinds)
+    groups = _groups([row for row in read_rows(bench_op.OUTPUT) if not _is_deform(row)], kinds)
     return '\n\n'.join([_shapes(rows, 'plain') for rows in groups.values()] + _not_measured(groups, kinds))
+
+
+def deform(kinds: Sequence[str] = KINDS) -> str:
+    """Deformable convolution by shape, as ratios to torchvision's operator."""
+    groups = _groups(list(filter(_is_deform, read_rows(bench_op.OUTPUT))), kinds)
+    return '\n\n'.join(
+        [_shapes(rows, 'torchvision.ops') for rows in groups.values()] + _not_measured(groups, kinds))
 
 
 def bands(kinds: Sequence[str] = KINDS) -> str:

@@ -60,7 +60,8 @@ def works_with() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     'README.md': {'headlines': speed_tables.headlines},
     'docs/speed.md': {
-        'speed': partial(speed_tables.speed, ['cpu']), 'operator': partial(speed_tables.operator, ['cpu'])},
+        'speed': partial(speed_tables.speed, ['cpu']), 'operator': partial(speed_tables.operator, ['cpu']),
+        'deform': partial(speed_tables.deform, ['cpu'])},
     'docs/gpu.md': {
         'speed': partial(speed_tables.speed, ['cuda']), 'operator': partial(speed_tables.operator, ['cuda']),
         'bands': partial(speed_tables.bands, ['cuda'])},

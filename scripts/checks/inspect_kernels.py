@@ -40,7 +40,10 @@ Launches = list[tuple[Launch, tuple[Tensor | None, ...]]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that predicts its dilations and, unless act is 'none', leaves the activations to the operator."""
+    """A layer that predicts its dilations and, unless act is 'none', leaves the activations to the operator.
+
+    With offsets it predicts these instead, and act is 'none'.
+    """
     name: str
     b: int
     c: int
@@ -54,6 +57,7 @@ class Layer:
     mask: bool = True
     act: str = 'abs'
     dilation_groups: int = 1
+    offsets: bool = False
     deterministic: bool = False
     dtypes: tuple[torch.dtype, ...] = SINGLE
 
@@ -64,11 +68,12 @@ class Layer:
         depthwise, act = 1 < self.groups == c == o, ACTS.index(self.act)
         x, weight = empty_map(b, c, self.side, self.side, dtype), empty(o, c // self.groups, self.k, self.k)
         joint = act > 0 and not depthwise
-        dilation = empty_map(b, g * (1 + taps * joint), side, side, dtype if act else torch.float32)
+        channels = 2 * taps if self.offsets else 1 + taps * joint
+        steps = empty_map(b, g * channels, side, side, dtype if act else torch.float32)
         mask = empty_map(b, g * taps, side, side, dtype) if self.mask and not joint else None
         gains = [empty(b, c if depthwise else c + o) if self.gains else None] * 2
-        tensors = x, weight, empty(o) if self.bias else None, dilation, mask, *gains
-        options = [self.stride] * 2, [self.k // 2] * 2, self.groups
+        tensors = x, weight, empty(o) if self.bias else None, steps, mask, *gains
+        options = [self.stride] * 2, [self.k // 2] * 2, [1, 1] if self.offsets else [], self.groups
         torch.use_deterministic_algorithms(self.deterministic)
         try:
             y, *parts = conv_operator.two_step_conv2d._init_fn(*tensors, act, 1., act > 0, True, *options)
@@ -108,6 +113,8 @@ LAYERS: tuple[Layer | Bands, ...] = (
     Layer('resnet50 stage 2, no gains', 64, 128, 128, 28, gains=False),
     Layer('resnext50_32x4d stage 2', 64, 256, 256, 28, groups=32),
     Layer('dense 7x7', 64, 64, 64, 28, k=7, dtypes=HALF),
+    Layer('resnet50_dcn stage 2', 64, 128, 128, 28, gains=False, act='none', offsets=True),
+    Layer('resnet50_dcn_fadc stage 2', 64, 128, 128, 28, act='none', offsets=True),
     Layer('convnext_tiny stage 2', 64, 192, 192, 28, k=7, groups=192),
     Layer('convnext_tiny stage 4', 64, 768, 768, 7, k=7, groups=768, dtypes=HALF),
     Bands('bands, resnet50 stage 2, strided', 64, 128, 56, 56),
@@ -125,6 +132,12 @@ VARIANTS: tuple[Layer | Bands, ...] = (
     Layer('depthwise, bfloat16, bias, no mask', 2, 24, 24, 9, groups=24, mask=False, bias=True, act='none',
           dtypes=(torch.bfloat16,)),
     Layer('depthwise, deterministic', 2, 24, 24, 9, k=7, groups=24, deterministic=True, dtypes=HALF),
+    Layer('offsets, bfloat16, no mask', 2, 32, 48, 9, mask=False, act='none', offsets=True, dtypes=(torch.bfloat16,)),
+    Layer('offsets, 5x5, groups', 2, 32, 32, 9, k=5, groups=2, dilation_groups=2, act='none', offsets=True,
+          dtypes=HALF),
+    Layer('offsets, deterministic', 2, 32, 32, 7, act='none', offsets=True, deterministic=True, dtypes=HALF),
+    Layer('offsets, depthwise', 2, 24, 24, 9, groups=24, act='none', offsets=True, dtypes=SINGLE),
+    Layer('offsets, one pixel', 1, 1, 1, 1, act='none', offsets=True, dtypes=(torch.float64,)),
     Layer('depthwise, one pixel', 1, 2, 2, 1, groups=2, dilation_groups=2, dtypes=(torch.float64,)),
     Bands('bands, one pixel', 1, 1, 1, 1, dtypes=(torch.float16, torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 FLOP_CASES = [
     CASE['plain'], CASE['mask_bias'], CASE['k7_stride2'], CASE['groups3_of_6'], CASE['dilation_groups_all'],
     CASE['depthwise_plain'], CASE['depthwise_stride2'], CASE['depthwise_multiplier_plain'], CASE['tall_map'],
-    CASE['batch1'], CASE['depthwise'], CASE['gains'],
+    CASE['batch1'], CASE['depthwise'], CASE['gains'], CASE['offset_plain'], CASE['offset_depthwise_k7'],
+    CASE['offset_gains'],
 ]
 
 

@@ -23,9 +23,9 @@ def skip_unless_runs(case, inputs, backend):
 
 
 def is_near(case, name, dtype, error):
-    """Within the tolerance of the table, or beyond it by no more than one rounding of the dilation makes."""
+    """Within the tolerance of the table, or beyond it by no more than one rounding of the steps makes."""
     tolerance = cases.tolerance(name, dtype)
-    return error <= tolerance or error <= tolerance + cases.dilation_rounded(case, dtype)[name]
+    return error <= tolerance or error <= tolerance + cases.steps_rounded(case, dtype)[name]
 
 
 def check(case, inputs, actual, expected, dtype, names=('out', *INPUTS)):

@@ -17,6 +17,7 @@ TOLERANCES: Dict[torch.dtype, Dict[str, float]] = {
         'weight': 2e-6,  # 8.2e-7, 9.4e-7
         'bias': 1e-7,  # 0, 0
         'dilation': 1.5e-6,  # 4.9e-7, 7.3e-7
+        'offset': 1.5e-6,
         'mask': 1.5e-6,  # 7.0e-7, 5.8e-7
         'gain': 2.5e-6,  # 1.0e-6, 1.3e-6
     },
@@ -26,6 +27,7 @@ TOLERANCES: Dict[torch.dtype, Dict[str, float]] = {
         'weight': 3e-15,  # 1.4e-15, 1.4e-15
         'bias': 1e-16,  # 0, 0
         'dilation': 2.5e-15,  # 7.7e-16, 1.1e-15
+        'offset': 2.5e-15,
         'mask': 3e-15,  # 1.3e-15, 1.5e-15
         'gain': 4e-15,  # 1.4e-15, 2.1e-15
     },
@@ -35,6 +37,7 @@ TOLERANCES: Dict[torch.dtype, Dict[str, float]] = {
         'weight': 2e-2,  # 7.5e-3, 1.2e-2
         'bias': 5e-3,  # 3.7e-3, 3.2e-3
         'dilation': 2.5e-2,  # 1.6e-2, 8.4e-3
+        'offset': 2.5e-2,
         'mask': 1.5e-2,  # 6.7e-3, 7.8e-3
         'gain': 2.5e-2,  # 1.7e-2, 1.4e-2
     },
@@ -44,6 +47,7 @@ TOLERANCES: Dict[torch.dtype, Dict[str, float]] = {
         'weight': 2.5e-3,  # 1.4e-3, 1.4e-3
         'bias': 5e-4,  # 0, 3.6e-4
         'dilation': 2.5e-3,  # 1.5e-3, 1.5e-3
+        'offset': 2.5e-3,
         'mask': 1.5e-3,  # 7.4e-4, 8.7e-4
         'gain': 4e-3,  # 2.2e-3, 2.4e-3
     },

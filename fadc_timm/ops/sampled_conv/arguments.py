@@ -1,5 +1,5 @@
 """The checked arguments of one call, as every backend receives them."""
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -44,29 +44,48 @@ def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
     return of_part(mean, low_in, low_out) + of_part(rest, high_in, high_out)
 
 
-class ConvArgs(NamedTuple):
-    """Arguments of :func:`adaptive_dilated_conv2d` after checking.
+def step_groups(steps: Tensor, kernel_size: int, spacing: Optional[Sequence[int]]) -> int:
+    """Number of groups of channels with steps of their own, for steps and spacing as in :class:`ConvArgs`."""
+    return steps.shape[1] // (2 * kernel_size ** 2) if spacing else steps.shape[1]
 
-    Shapes: x (B, C, H, W), weight (O, C/groups, k, k), dilation (B, G, H', W'), mask (B, G*k*k, H', W') or None,
-    bias (O,) or None, gains ``(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))``, each None for ones.
+
+class ConvArgs(NamedTuple):
+    """Arguments of :func:`adaptive_dilated_conv2d` or :func:`deform_conv2d` after checking.
+
+    Shapes: x (B, C, H, W), weight (O, C/groups, k, k), mask (B, G*k*k, H', W') or None, bias (O,) or None, gains
+    ``(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))``, each None for ones.
+
+    `steps` and `spacing` say where the taps read. A tap of output position p reads, on each axis, at the pixel
+    `p * stride + first_pixel` plus a step, a real number.
+
+    * Without `spacing`, steps holds dilations (B, G, H', W'). All taps of a position start from one pixel. The step of
+      a tap is the dilation times its place, counted from the centre of the kernel.
+    * With `spacing`, steps holds offsets (B, G*k*k*2, H', W'), a row and a column for each tap. The taps start from a
+      convolution's pixels, `spacing` apart. The step of a tap is its offset.
     """
     x: Tensor
     weight: Tensor
-    dilation: Tensor
+    steps: Tensor
     mask: Optional[Tensor]
     bias: Optional[Tensor]
     gains: Gains
     stride: Tuple[int, int]
-    padding: Tuple[int, int]  # measured at dilation 1, may be negative
+    padding: Tuple[int, int]  # at dilation 1, maybe negative; with `spacing` that of the convolution
     groups: int
+    spacing: Optional[Tuple[int, int]] = None  # the dilation of the convolution whose taps the offsets move
 
     @property
     def kernel_size(self) -> int:
         return self.weight.shape[-1]
 
     @property
-    def dilation_groups(self) -> int:
-        return self.dilation.shape[1]
+    def step_groups(self) -> int:
+        return step_groups(self.steps, self.kernel_size, self.spacing)
+
+    @property
+    def out_size(self) -> Tuple[int, int]:
+        h, w = self.steps.shape[2:]
+        return h, w
 
     @property
     def has_gains(self) -> bool:
@@ -79,17 +98,25 @@ class ConvArgs(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> 'ConvArgs':
         """The call in another dtype."""
-        x, weight, dilation = (t.to(dtype) for t in (self.x, self.weight, self.dilation))
+        x, weight, steps = (t.to(dtype) for t in (self.x, self.weight, self.steps))
         mask, bias, low_in, low_out, high_in, high_out = (
             None if t is None else t.to(dtype) for t in (self.mask, self.bias, *self.gains))
-        return self._replace(x=x, weight=weight, dilation=dilation, mask=mask, bias=bias,
+        return self._replace(x=x, weight=weight, steps=steps, mask=mask, bias=bias,
                              gains=(low_in, low_out, high_in, high_out))
 
-    def geometry(self) -> Tuple[List[int], List[int], int]:
-        """Stride, padding and groups as arguments of an operator of torch."""
+    def first_pixel(self, axis: int, tap: int) -> int:
+        """The pixel on an axis (0 rows, 1 columns) from which a row or column of taps of output position 0 starts."""
+        if self.spacing is None:
+            return self.kernel_size // 2 - self.padding[axis]
+        return tap * self.spacing[axis] - self.padding[axis]
+
+    def geometry(self) -> Tuple[List[int], List[int], List[int], int]:
+        """Stride, padding, spacing (empty for none) and groups as arguments of an operator of torch."""
         # in torch.jit.trace what comes from a shape is a tensor, which is no element of a list of integers
         integer = int if torch.jit.is_tracing() else (lambda n: n)
-        return [integer(s) for s in self.stride], [integer(p) for p in self.padding], self.groups
+        stride, padding, spacing = ([integer(n) for n in pair] for pair in (
+            self.stride, self.padding, self.spacing or ()))
+        return stride, padding, spacing, self.groups
 
     def split_weight(self) -> Tuple[Tensor, Tensor]:
         """AdaKern's parts: the mean over the taps (O, C/groups, 1, 1) and the rest (O, C/groups, k, k)."""

@@ -1,4 +1,4 @@
-"""Adaptive dilated convolution: the signature, its checks, and the dispatch to a backend.
+"""Adaptive dilated and deformable convolution: the signatures, their checks, and the dispatch to a backend.
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
@@ -14,7 +14,7 @@ from . import triton
 from .arguments import NO_GAINS, ConvArgs, Gains
 from .backends import BACKENDS, choose_backend
 
-__all__ = ['adaptive_dilated_conv2d', 'predicted_conv2d', 'takes_predictions']
+__all__ = ['adaptive_dilated_conv2d', 'deform_conv2d', 'predicted_conv2d', 'takes_predictions']
 
 IntOrPair = Union[int, Tuple[int, int]]
 
@@ -48,15 +48,7 @@ def _check_tensor(
         raise TypeError(f'{name} must have the dtype of x, {like.dtype}, got {t.dtype}.')
 
 
-def _check(
-        x: Tensor,
-        weight: Tensor,
-        dilation: Tensor,
-        mask: Optional[Tensor],
-        bias: Optional[Tensor],
-        gains: Gains,
-        groups: int,
-) -> None:
+def _check_map_and_kernel(x: Tensor, weight: Tensor, groups: int) -> None:
     if x.dim() != 4:
         raise ValueError(f'x must have shape (B, C, H, W), got {tuple(x.shape)}.')
     if x.shape[2] < 1 or x.shape[3] < 1:
@@ -65,26 +57,64 @@ def _check(
         raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f'groups must be a positive integer, got {groups!r}.')
-    b, c = x.shape[:2]
+    c = x.shape[1]
     if c % groups:
         raise ValueError(f'groups={groups} does not divide the {c} channels of x {tuple(x.shape)}.')
     _check_tensor('weight', weight, (None, c // groups, None, None), '(O, C/groups, k, k)', x)
     o, _, k, kw = weight.shape
-    if k != kw or k % 2 == 0:
-        raise ValueError(f'weight must be (O, C/groups, k, k) with one odd kernel size, got {tuple(weight.shape)}.')
+    if k != kw:
+        raise ValueError(f'weight must be (O, C/groups, k, k) with one kernel size, got {tuple(weight.shape)}.')
     if o % groups:
         raise ValueError(f'groups={groups} does not divide the {o} output channels of weight {tuple(weight.shape)}.')
+
+
+def _check_dilation(x: Tensor, weight: Tensor, dilation: Tensor) -> None:
+    if weight.shape[-1] % 2 == 0:
+        raise ValueError(f'weight must be (O, C/groups, k, k) with one odd kernel size, got {tuple(weight.shape)}.')
+    b, c = x.shape[:2]
     _check_tensor('dilation', dilation, (b, None, None, None), "(B, G, H', W')", x, also=torch.float32)
     g, h, w = dilation.shape[1:]
     if h < 1 or w < 1:
         raise ValueError(f"dilation (B, G, H', W') must have at least one position, got {tuple(dilation.shape)}.")
     if g < 1 or c % g:
         raise ValueError(f'dilation {tuple(dilation.shape)} has {g} groups, which do not divide the {c} channels of x.')
-    if mask is not None:
-        _check_tensor('mask', mask, (b, g * k * k, h, w), "(B, G*k*k, H', W')", x)
-    if bias is not None:
-        _check_tensor('bias', bias, (o,), '(O,)', x)
-    for name, gain, n in zip(('low_in', 'low_out', 'high_in', 'high_out'), gains, (c, o, c, o), strict=True):
+
+
+def _check_offset(
+        x: Tensor,
+        weight: Tensor,
+        offset: Tensor,
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        spacing: Tuple[int, int],
+) -> None:
+    k = weight.shape[-1]
+    b, c, *size = x.shape
+    h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, s, p, d in zip(size, stride, padding, spacing))
+    if h < 1 or w < 1:
+        raise ValueError(
+            f'The output has size ({h}, {w}): x {tuple(x.shape)} with padding={padding} is too small for kernel size '
+            f'{k} at dilation={spacing}.')
+    _check_tensor('offset', offset, (b, None, h, w), "(B, G*k*k*2, H', W')", x, also=torch.float32)
+    n, taps = offset.shape[1], k * k
+    if n < 1 or n % (2 * taps):
+        raise ValueError(
+            f"offset must have shape (B, G*k*k*2, H', W') with a multiple of {2 * taps} channels, got "
+            f'{tuple(offset.shape)}.')
+    g = n // (2 * taps)
+    if c % g:
+        raise ValueError(f'offset {tuple(offset.shape)} has {g} groups, which do not divide the {c} channels of x.')
+
+
+def _check_optional(args: ConvArgs) -> None:
+    """Check mask, bias and gains."""
+    x, (b, c), o = args.x, args.x.shape[:2], args.weight.shape[0]
+    if args.mask is not None:
+        shape = (b, args.step_groups * args.kernel_size ** 2, *args.out_size)
+        _check_tensor('mask', args.mask, shape, "(B, G*k*k, H', W')", x)
+    if args.bias is not None:
+        _check_tensor('bias', args.bias, (o,), '(O,)', x)
+    for name, gain, n in zip(('low_in', 'low_out', 'high_in', 'high_out'), args.gains, (c, o, c, o), strict=True):
         if gain is not None:
             _check_tensor(f'gains: {name}', gain, (b, n), '(B, C)' if name.endswith('in') else '(B, O)', x)
 
@@ -142,6 +172,79 @@ def adaptive_dilated_conv2d(
         ValueError: A shape or device does not fit the other arguments, or there is no such backend.
         NotImplementedError: The named backend, or the one that is set, cannot run this call.
     """
+    return _sampled_conv2d(
+        x, weight, dilation, mask, bias, gains, stride, padding, None, groups, backend)
+
+
+def deform_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        offset: Tensor,
+        mask: Optional[Tensor] = None,
+        bias: Optional[Tensor] = None,
+        *,
+        gains: Optional[Gains] = None,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        backend: Optional[str] = None,
+) -> Tensor:
+    r"""Deformable convolution, version 1 or with a mask 2: `torchvision.ops.deform_conv2d` with AdaKern's gains.
+
+    With i in {0..k-1}^2 and bilinear sampling that is zero outside the map,
+
+    .. math::
+        y(b, p, o) = bias(o) + \sum_i mask(b, p, i) \sum_c W'(b, o, c, i) \, x(b, c, p \cdot stride - padding
+        + i \cdot dilation + offset(b, p, i))
+
+    where :math:`W'` is that of :func:`adaptive_dilated_conv2d`, and W itself without gains. Values are never inspected:
+    any finite offset is valid, and one that is not finite makes its outputs NaN. On a pixel, as at offset 0, the
+    gradient of the offset is the slope below and to the right, as torchvision's; only `grid_sample` may take the other.
+    The result has the memory format of x. Under autocast the arguments are cast as those of a convolution, the offset
+    to float32.
+
+    Paper: `Deformable ConvNets v2` - https://arxiv.org/abs/1811.11168
+
+    Args:
+        x: Input (B, C, H, W), float32, float64, or a half dtype that the backend supports.
+        weight: Weight (O, C/groups, k, k).
+        offset: Offsets in pixels (B, G*k*k*2, H', W'), taps in row-major order within an offset group, each with its
+            row before its column; G divides C; H', W' are the size that a convolution's output has. In the dtype of x,
+            or float32.
+        mask: Modulation (B, G*k*k, H', W'), taps in row-major order within an offset group. None means ones.
+        bias: Bias (O,).
+        gains: AdaKern's gains (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each None for ones.
+        stride, padding, dilation, groups: Of a convolution.
+        backend: As in :func:`adaptive_dilated_conv2d`.
+
+    Returns:
+        Output (B, O, H', W').
+
+    Raises:
+        TypeError: An argument is not a tensor, or has another dtype than x.
+        ValueError: A shape or device does not fit the other arguments, or there is no such backend.
+        NotImplementedError: The named backend, or the one that is set, cannot run this call.
+    """
+    return _sampled_conv2d(
+        x, weight, offset, mask, bias, gains, stride, _pair('padding', padding, 0), _pair('dilation', dilation, 1),
+        groups, backend)
+
+
+def _sampled_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        steps: Tensor,
+        mask: Optional[Tensor],
+        bias: Optional[Tensor],
+        gains: Optional[Gains],
+        stride: IntOrPair,
+        padding: Optional[IntOrPair],
+        spacing: Optional[Tuple[int, int]],
+        groups: int,
+        backend: Optional[str],
+) -> Tensor:
+    """Both operators: `steps` and `spacing` as in :class:`ConvArgs`."""
     if not isinstance(x, Tensor):
         raise TypeError(f'x must be a tensor of shape (B, C, H, W), got {type(x).__name__}.')
     gains = NO_GAINS if gains is None else gains
@@ -156,12 +259,18 @@ def adaptive_dilated_conv2d(
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, mask, bias = (_autocast(t, dtype) for t in (x, weight, mask, bias))
         gains = tuple(_autocast(t, dtype) for t in gains)
-        dilation = _autocast(dilation, torch.float32)
-    _check(x, weight, dilation, mask, bias, gains, groups)
+        steps = _autocast(steps, torch.float32)
+    _check_map_and_kernel(x, weight, groups)
+    stride = _pair('stride', stride, 1)
     r = weight.shape[-1] // 2  # in torch.jit.trace a tensor
+    padding = (r, r) if padding is None else _pair('padding', padding)
+    if spacing is None:
+        _check_dilation(x, weight, steps)
+    else:
+        _check_offset(x, weight, steps, stride, padding, spacing)
     args = ConvArgs(
-        x, weight, dilation, mask, bias, tuple(gains), _pair('stride', stride, 1),  # type: ignore[arg-type]
-        (r, r) if padding is None else _pair('padding', padding), groups)
+        x, weight, steps, mask, bias, tuple(gains), stride, padding, groups, spacing)  # type: ignore[arg-type]
+    _check_optional(args)
     name = named_backend() if backend is None else check_name(backend)
     if name is None:
         name = choose_backend(args)
@@ -220,5 +329,5 @@ def predicted_conv2d(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
     y = triton.call(
         x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,
-        [stride, stride], [padding, padding], groups)
+        [stride, stride], [padding, padding], [], groups)
     return match_layout(y, x)

@@ -2,7 +2,7 @@
 
 For devices without another backend, and for exporters. Half dtypes are sampled in float32, as coordinates need it.
 """
-from typing import Optional
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,26 @@ def why_not(args: ConvArgs) -> Optional[str]:
     return None
 
 
-def _coordinates(d: Tensor, tap: int, size: int, stride: int, padding: int, k: int, axis: int) -> Tensor:
-    """Where a tap reads along one axis, as grid_sample wants it: (B, G, H', W') for the dilation d of that shape."""
-    centre = torch.arange(d.shape[axis], device=d.device, dtype=d.dtype) * stride + (k // 2 - padding)
-    # beyond -1 and size every weight is zero, and any finite position has an integer floor
-    position = ((centre[:, None] if axis == 2 else centre) + d * (tap - k // 2)).clamp(-1, size)
-    # align_corners=False puts the centre of pixel p at (2p + 1) / size - 1, on maps of one pixel too
-    return (2 * position + 1) / size - 1
+def _coordinates(args: ConvArgs, axis: int, dtype: torch.dtype) -> List[Tensor]:
+    """Where each of the k*k taps reads on an axis (0 rows, 1 columns), as grid_sample wants it: (B, G, H', W') each."""
+    k, size, out = args.kernel_size, args.x.shape[2 + axis], args.out_size[axis]
+    steps = args.steps.to(dtype)
+    pixel = torch.arange(out, device=steps.device, dtype=dtype) * args.stride[axis]
+    pixel = pixel if axis else pixel[:, None]
+
+    def coordinate(tap: int, step: Tensor) -> Tensor:
+        # beyond -1 and size every weight is zero, and any finite position has an integer floor
+        position = (pixel + args.first_pixel(axis, tap) + step).clamp(-1, size)
+        # align_corners=False puts the centre of pixel p at (2p + 1) / size - 1, on maps of one pixel too
+        return (2 * position + 1) / size - 1
+
+    places = [t % k if axis else t // k for t in range(k * k)]
+    if args.spacing is None:
+        of_place = [coordinate(i, steps * (i - k // 2)) for i in range(k)]
+        return [of_place[i] for i in places]
+    steps = steps.unflatten(1, (args.step_groups, k * k, 2))
+    steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
+    return [coordinate(i, steps[:, :, t, axis]) for t, i in enumerate(places)]
 
 
 def _merge(t: Tensor) -> Tensor:
@@ -32,21 +45,17 @@ def _merge(t: Tensor) -> Tensor:
 
 def forward(args: ConvArgs) -> Tensor:
     b, c, h, w = args.x.shape
-    k, groups, out_h = args.kernel_size, args.dilation_groups, args.dilation.shape[2]
+    k, groups, out_h = args.kernel_size, args.step_groups, args.out_size[0]
     dtype = accumulation_dtype(args.x.dtype)
-    d = args.dilation.to(dtype)
-    rows = [_coordinates(d, tap, h, args.stride[0], args.padding[0], k, 2) for tap in range(k)]
-    cols = [_coordinates(d, tap, w, args.stride[1], args.padding[1], k, 3) for tap in range(k)]
-
     # one below the other, (B, G, k*k*H', W') each; by cat, as a reshape would ask about symbolic sizes
-    taps = range(k * k)
-    grid = torch.stack((torch.cat([cols[t % k] for t in taps], 2), torch.cat([rows[t // k] for t in taps], 2)), dim=-1)
+    rows, cols = (torch.cat(_coordinates(args, axis, dtype), dim=2) for axis in (0, 1))
+    grid = torch.stack((cols, rows), dim=-1)
 
     x = args.x.to(dtype)
     mean, kernel = args.split_weight() if args.has_gains else (None, args.weight)
     if mean is not None:
         x = torch.cat((scale_channels(x, args.gains[2]), scale_channels(x, args.gains[0])), dim=1)
-    # the channels of a dilation group together: (B, n*C, H, W) -> (B*G, n*C/G, H, W)
+    # the channels of a step group together: (B, n*C, H, W) -> (B*G, n*C/G, H, W)
     n = x.shape[1] // c
     if groups > 1:
         x = x.unflatten(1, (n, groups, -1)).transpose(1, 2).flatten(2, 3)

@@ -1,5 +1,5 @@
 """The oracle: the definition written out, in float64. Slow, obvious, never chosen automatically."""
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -17,25 +17,39 @@ def bilinear(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     b, c, h, w = x.shape
     y = x.new_zeros(b, c, *rows.shape[1:])
     batch = torch.arange(b, device=x.device)[:, None, None]
-    for dy in (0, 1):
-        for dx in (0, 1):
-            i, j = rows.floor() + dy, cols.floor() + dx
-            weight = (1 - (rows - i).abs()) * (1 - (cols - j).abs())
+    top, left = rows.floor(), cols.floor()
+    down, across = rows - top, cols - left  # on a pixel 0, so that the slopes there are those below and to the right
+    for dy, row_weight in enumerate((1 - down, down)):
+        for dx, col_weight in enumerate((1 - across, across)):
+            i, j, weight = top + dy, left + dx, row_weight * col_weight
             inside = (i >= 0) & (i < h) & (j >= 0) & (j < w)
-            # an outside corner reads pixel 0 and counts nothing: where, as its weight may be infinite far out
+            # an outside corner reads pixel 0 and counts nothing, except where no pixel is right
             i, j = torch.where(inside, i, 0), torch.where(inside, j, 0)
             weight = torch.where(inside | weight.isnan(), weight, 0)
             y = y + weight[:, None] * x[batch, :, i.long(), j.long()].permute(0, 3, 1, 2)
     return y
 
 
+def tap_positions(args: ConvArgs, group: int, i: int, j: int) -> Tuple[Tensor, Tensor]:
+    """Rows and columns (B, H', W') at which tap (i, j) reads."""
+    k, (out_h, out_w) = args.kernel_size, args.out_size
+    rows = torch.arange(out_h, device=args.x.device)[:, None] * args.stride[0] - args.padding[0]
+    cols = torch.arange(out_w, device=args.x.device)[None, :] * args.stride[1] - args.padding[1]
+    if args.spacing is None:
+        r, dilation = k // 2, args.steps[:, group].double()
+        return rows + r + dilation * (i - r), cols + r + dilation * (j - r)
+    at = 2 * (group * k * k + i * k + j)
+    down, across = args.steps[:, at].double(), args.steps[:, at + 1].double()
+    return rows + i * args.spacing[0] + down, cols + j * args.spacing[1] + across
+
+
 def forward(args: ConvArgs) -> Tensor:
     dtype = args.x.dtype
-    x, weight, dilation = args.x.double(), args.weight.double(), args.dilation.double()
+    x, weight = args.x.double(), args.weight.double()
     low_in, low_out, high_in, high_out = (None if g is None else g.double() for g in args.gains)
     b, c, _, _ = x.shape
     o, per_group, k, _ = weight.shape
-    r, groups, (out_h, out_w) = k // 2, args.dilation_groups, dilation.shape[2:]
+    groups = args.step_groups
 
     # W'(b, o, c, k) over all C input channels, zero where o and c are of different convolution groups
     full = torch.zeros(o, c, k, k, dtype=torch.float64, device=x.device)
@@ -54,15 +68,12 @@ def forward(args: ConvArgs) -> Tensor:
         high = high * high_out[:, :, None, None, None]
     kernel = low + high
 
-    centre_rows = torch.arange(out_h, device=x.device)[:, None] * args.stride[0] + r - args.padding[0]
-    centre_cols = torch.arange(out_w, device=x.device)[None, :] * args.stride[1] + r - args.padding[1]
-    y = x.new_zeros(b, o, out_h, out_w)
+    y = x.new_zeros(b, o, *args.out_size)
     for g in range(groups):
         channels = slice(g * c // groups, (g + 1) * c // groups)
         for i in range(k):
             for j in range(k):
-                d = dilation[:, g]
-                sample = bilinear(x[:, channels], centre_rows + d * (i - r), centre_cols + d * (j - r))
+                sample = bilinear(x[:, channels], *tap_positions(args, g, i, j))
                 if args.mask is not None:
                     sample = sample * args.mask[:, g * k * k + i * k + j, None].double()
                 y = y + torch.einsum('boc,bchw->bohw', kernel[:, :, channels, i, j], sample)

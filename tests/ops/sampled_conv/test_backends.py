@@ -8,7 +8,7 @@ from fadc_timm.ops import list_backends
 from fadc_timm.ops.sampled_conv import torchvision
 from fadc_timm.ops.sampled_conv.gather import tiles
 from tests.support import cases
-from tests.support.cases import CASES, DTYPES, GAINS, INPUTS, OpCase
+from tests.support.cases import CASES, DTYPES, GAINS, INPUTS, SOURCES, OpCase
 from tests.support.op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless_runs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -21,7 +21,7 @@ AUTOCAST = {torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 
 # The cases in half precision for the backends that sample in float32 whatever the dtype.
 CORE = {'plain', 'everything', 'k5', 'stride2', 'groups2', 'dilation_groups2', 'depthwise', 'depthwise_k7', 'mask_bias',
-        'gains', 'batch1', 'tall_map'}
+        'gains', 'batch1', 'tall_map', 'offset', 'offset_plain', 'offset_rectangular', 'offset_depthwise'}
 CALLS = [
     (backend, case, dtype) for backend in BACKEND_NAMES for case in CASES for dtype in DTYPES
     if backend not in ('torchvision', 'grid_sample') or dtype.itemsize > 2 or case.name in CORE]
@@ -37,18 +37,19 @@ def test_output_and_gradients(backend, case, dtype, device):
     check(case, inputs, actual, cases.oracle(case, dtype), dtype)
 
 
-@pytest.mark.parametrize('dtype, dilation_dtype', [
+@pytest.mark.parametrize('dtype, steps_dtype', [
     (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float64, torch.float32)], ids=ids)
-@pytest.mark.parametrize('name', ['everything', 'k5', 'stride2', 'dilation_groups2', 'depthwise'])
+@pytest.mark.parametrize('name', [
+    'everything', 'k5', 'stride2', 'dilation_groups2', 'depthwise', 'offset', 'offset_depthwise'])
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
-def test_dilation_dtype(backend, name, dtype, dilation_dtype):
-    """A dilation in the half dtype, where the test above has float32, and float32 beside float64."""
+def test_steps_dtype(backend, name, dtype, steps_dtype):
+    """Dilations and offsets in the half dtype, where the test above has float32, and float32 beside float64."""
     case = CASE[name]
-    inputs = cases.make_inputs(case, dtype, dilation_dtype)
+    inputs = cases.make_inputs(case, dtype, steps_dtype)
     skip_unless_runs(case, inputs, backend)
-    actual, expected = cases.results(case, inputs, backend), cases.oracle(case, dtype, dilation_dtype)
-    check(case, inputs, actual, expected, dtype, {'out', *INPUTS} - {'dilation'})
-    assert cases.error(actual['dilation'], expected['dilation']) <= cases.tolerance('dilation', dilation_dtype)
+    actual, expected = cases.results(case, inputs, backend), cases.oracle(case, dtype, steps_dtype)
+    check(case, inputs, actual, expected, dtype, {'out', *INPUTS} - {case.source})
+    assert cases.error(actual[case.source], expected[case.source]) <= cases.tolerance(case.source, steps_dtype)
 
 
 def integers(d):
@@ -67,31 +68,49 @@ def constant(value):
 
 # in bfloat16 without gains: with equal taps the kernel less its mean cancels to nothing, which no rounding survives
 ON_GRID_CASES = [
-    *((name, dtype) for name in ('everything', 'k5', 'groups2', 'depthwise_k7', 'dilation_groups2')
+    *((name, dtype) for name in (
+        'everything', 'k5', 'groups2', 'depthwise_k7', 'dilation_groups2', 'offset', 'offset_rectangular',
+        'offset_depthwise_k7')
       for dtype in (torch.float32, torch.float64)),
-    *((name, torch.bfloat16) for name in ('mask_bias', 'dilation_groups_all', 'depthwise_plain')),
+    *((name, torch.bfloat16) for name in ('mask_bias', 'dilation_groups_all', 'depthwise_plain', 'offset_mask')),
 ]
 
 
 @functools.cache
-def on_grid(name, dtype, dilation):
+def on_grid(name, dtype, positions):
     inputs = cases.make_inputs(CASE[name], dtype)
+    source = inputs[CASE[name].source]
     with torch.no_grad():
-        inputs['dilation'].copy_(dilation(inputs['dilation']))
+        source.copy_(positions(source))
     return inputs, cases.oracle_results(CASE[name], inputs)
 
 
-@pytest.mark.parametrize('dilation', [
+@pytest.mark.parametrize('positions', [
     integers, border, *map(constant, (0., 1., 0.5, -1e30, torch.finfo(torch.float32).max))])
 @pytest.mark.parametrize('name, dtype', ON_GRID_CASES, ids=ids)
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
-def test_on_the_grid(backend, name, dtype, dilation):
-    """Where the derivative of the dilation jumps, all others are continuous, and its own is finite."""
-    inputs, expected = on_grid(name, dtype, dilation)
+def test_on_the_grid(backend, name, dtype, positions):
+    """Where the derivative of dilation or offset jumps, all others are continuous, and its own is finite."""
+    inputs, expected = on_grid(name, dtype, positions)
     skip_unless_runs(CASE[name], inputs, backend)
     actual = cases.results(CASE[name], inputs, backend)
-    check(CASE[name], inputs, actual, expected, dtype, {'out', *INPUTS} - {'dilation'})
-    assert actual['dilation'].isfinite().all()
+    check(CASE[name], inputs, actual, expected, dtype, {'out', *INPUTS} - {*SOURCES})
+    assert actual[CASE[name].source].isfinite().all()
+
+
+@pytest.mark.parametrize('positions', [integers, border, constant(0.)])
+@pytest.mark.parametrize('name', ['everything', 'groups2', 'depthwise', 'offset', 'offset_k5', 'offset_depthwise'])
+@pytest.mark.parametrize('backend', [name for name in BACKEND_NAMES if name != 'grid_sample'])
+def test_slope_on_a_pixel(backend, name, positions):
+    """Of the two slopes there, the one below and to the right. So it is where training of an offset starts, at 0.
+
+    `grid_sample` scales the positions to -1..1, after which rounding decides.
+    """
+    case = CASE[name]
+    inputs, expected = on_grid(name, torch.float64, positions)
+    skip_unless_runs(case, inputs, backend)
+    actual = cases.results(case, inputs, backend)
+    assert cases.error(actual[case.source], expected[case.source]) <= cases.tolerance(case.source, torch.float64)
 
 
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
@@ -105,20 +124,23 @@ def test_threads(backend):
     check(case, inputs, cases.results(case, inputs, backend), expected, torch.float32)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize('seed', range(300))
+@pytest.mark.parametrize('offsets, seed, dtypes', [
+    *((True, seed, [DTYPES[seed % 4]]) for seed in range(30)),
+    *(pytest.param(offsets, seed, DTYPES, marks=pytest.mark.sweep) for offsets in (False, True)
+      for seed in range(300))])
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
-def test_random_case(backend, seed):
-    case = cases.random_case(seed)
-    for dtype in DTYPES:
+def test_random_case(backend, offsets, seed, dtypes):
+    case = cases.random_case(seed, offsets)
+    for dtype in dtypes:
         inputs = cases.make_inputs(case, dtype)
         skip_unless_runs(case, inputs, backend)
         actual, expected = cases.results(case, inputs, backend), cases.oracle(case, dtype)
         check(case, inputs, actual, expected, dtype, cases.conditioned(case, inputs, expected, dtype))
 
 
-@pytest.mark.parametrize('name', INPUTS)
-@pytest.mark.parametrize('case', [CASE['everything'], CASE['depthwise']], ids=ids)
+@pytest.mark.parametrize('case, name', [
+    (CASE[of], name) for of in ('everything', 'depthwise', 'offset', 'offset_depthwise') for name in CASE[of].shapes],
+    ids=ids)
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
 def test_one_gradient_alone(backend, case, name):
     """A frozen layer: only one of the arguments requires a gradient."""
@@ -131,7 +153,7 @@ def test_one_gradient_alone(backend, case, name):
     assert cases.error(grad, expected[name]) <= cases.tolerance(name, torch.float64)
 
 
-@pytest.mark.parametrize('name', ['batch0', 'batch0_plain', 'batch0_depthwise'])
+@pytest.mark.parametrize('name', ['batch0', 'batch0_plain', 'batch0_depthwise', 'offset_batch0'])
 @pytest.mark.parametrize('backend', list_backends())
 def test_empty_batch(backend, name):
     case = CASE[name]
@@ -143,7 +165,7 @@ def test_empty_batch(backend, name):
         assert results[name].shape == t.shape and not results[name].any(), name
 
 
-@pytest.mark.parametrize('case', [CASE['everything'], CASE['depthwise'], CASE['stride2']], ids=ids)
+@pytest.mark.parametrize('case', [CASE['everything'], CASE['depthwise'], CASE['stride2'], CASE['offset']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
 def test_no_uninitialised_memory(backend, case):
     """Memory that nothing was written to holds NaN here, so that reading it shows."""
@@ -164,6 +186,9 @@ GRADCHECK = [
     OpCase('gradcheck_k5', (1, 1, 2, 3), 1, k=5, use=('mask', 'bias')),
     OpCase('gradcheck_depthwise', (2, 2, 2, 2), 2, groups=2),
     OpCase('gradcheck_depthwise_plain', (1, 4, 2, 2), 4, groups=4, dilation_groups=2, use=('mask',)),
+    OpCase('gradcheck_offset', (2, 2, 2, 3), 2, dilation_groups=2, stride=(1, 2), spacing=(1, 1)),
+    OpCase('gradcheck_offset_k2', (1, 4, 2, 2), 2, k=2, groups=2, spacing=(1, 2), use=('mask', 'bias')),
+    OpCase('gradcheck_offset_depthwise', (2, 2, 2, 2), 2, groups=2, spacing=(1, 1)),
 ]
 
 
@@ -182,7 +207,8 @@ def test_gradcheck(backend, case):
 
 @pytest.mark.parametrize('half_x', [False, True], ids=['float32_x', 'half_x'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=ids)
-@pytest.mark.parametrize('name', ['everything', 'dilation_large', 'depthwise', 'dilation_groups_across'])
+@pytest.mark.parametrize('name', [
+    'everything', 'dilation_large', 'depthwise', 'dilation_groups_across', 'offset', 'offset_depthwise'])
 @pytest.mark.parametrize('backend', list_backends())
 def test_autocast(backend, name, dtype, half_x):
     """As a convolution under autocast: parameters in float32, activations perhaps in half precision already."""
@@ -217,7 +243,8 @@ def test_autocast_leaves_float64(backend):
 
 @pytest.mark.parametrize('tile', [1, 3000, 30_000])
 @pytest.mark.parametrize('name', [
-    'everything', 'k7_stride2', 'groups2', 'dilation_groups_across', 'depthwise', 'batch37', 'one_pixel_k7'])
+    'everything', 'k7_stride2', 'groups2', 'dilation_groups_across', 'depthwise', 'batch37', 'one_pixel_k7', 'offset',
+    'offset_rectangular', 'offset_batch37'])
 def test_tiles(name, tile, monkeypatch):
     """A tile may be some samples, one, or some rows of one; the result is the same."""
     monkeypatch.setattr(tiles, '_TILE_BYTES', tile)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, list_backends, set_backend
+from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, deform_conv2d, list_backends, set_backend
 from fadc_timm.ops.sampled_conv import backends
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
@@ -35,7 +35,7 @@ def on_meta():
 # defaults, choice of the backend
 
 
-@pytest.mark.parametrize('name', ['everything', 'plain', 'depthwise'])
+@pytest.mark.parametrize('name', ['everything', 'plain', 'depthwise', 'offset', 'offset_depthwise'])
 def test_backend_none_is_the_chosen_one(name):
     case = CASE[name]
     inputs = cases.make_inputs(case, torch.float32)
@@ -109,6 +109,18 @@ def test_integers_stand_for_pairs(backend):
     assert adaptive_dilated_conv2d(*args, stride=[2, 2], backend=backend).equal(y)
 
 
+@pytest.mark.parametrize('backend', list_backends())
+def test_offset_defaults(backend):
+    """Those of a convolution: no padding, and integers stand for pairs."""
+    case = OpCase('pairs', (2, 4, 7, 9), 6, padding=(0, 0), spacing=(1, 1), use=())
+    inputs = cases.make_inputs(case, torch.float64)
+    skip_unless_runs(case, inputs, backend)
+    tensors = inputs['x'], inputs['weight'], inputs['offset']
+    y = cases.call(case, inputs, backend)
+    for kwargs in ({}, {'stride': 1, 'padding': 0, 'dilation': 1}, {'padding': [0, 0], 'dilation': [1, 1]}):
+        assert deform_conv2d(*tensors, **kwargs, gains=[None] * 4, backend=backend).equal(y)
+
+
 # bad input
 
 
@@ -128,7 +140,8 @@ BAD = {
     'weight_channels': ({'weight': ones(6, 2, 3, 3)}, ValueError, ('(6, 2, 3, 3)', '(any, 4, any, any)')),
     'weight_groups': ({'groups': 2}, ValueError, ('(6, 4, 3, 3)', '(any, 2, any, any)', '(O, C/groups, k, k)')),
     'weight_even': ({'weight': ones(6, 4, 2, 2)}, ValueError, ('(6, 4, 2, 2)', '(O, C/groups, k, k)', 'odd')),
-    'weight_not_square': ({'weight': ones(6, 4, 3, 5)}, ValueError, ('(6, 4, 3, 5)', '(O, C/groups, k, k)', 'odd')),
+    'weight_not_square': ({'weight': ones(6, 4, 3, 5)}, ValueError,
+                          ('(6, 4, 3, 5)', '(O, C/groups, k, k)', 'one kernel size')),
     'weight_dtype': ({'weight': ones(6, 4, 3, 3).double()}, TypeError, ('weight', 'float64', 'float32')),
     'weight_device': ({'weight': ones(6, 4, 3, 3, device='meta')}, ValueError, ('weight', 'meta', 'cpu', 'one device')),
     'groups_zero': ({'groups': 0}, ValueError, ('groups', 'positive integer', '0')),
@@ -186,6 +199,45 @@ def test_bad_input(overrides, exception, fragments):
     assert all(fragment in message for fragment in fragments), message
 
 
+def valid_offset():
+    """As :func:`valid`, with an offset (2, 36, 5, 7)."""
+    kwargs = {**valid(), 'offset': torch.zeros(2, 36, 5, 7), 'padding': 1}
+    del kwargs['dilation']
+    return kwargs
+
+
+BAD_OFFSET = {
+    'x_rank3': BAD['x_rank3'], 'weight_groups': BAD['weight_groups'], 'weight_not_square': BAD['weight_not_square'],
+    'mask_channels': BAD['mask_channels'], 'mask_size': BAD['mask_size'], 'bias_size': BAD['bias_size'],
+    'gains_three': BAD['gains_three'], 'gains_low_in': BAD['gains_low_in'], 'stride_zero': BAD['stride_zero'],
+    'padding_same': BAD['padding_same'], 'backend_unknown': BAD['backend_unknown'],
+    'padding_none': ({'padding': None}, TypeError, ('padding', 'integer or a pair', 'None')),
+    'padding_negative': ({'padding': -1}, ValueError, ('padding', 'at least 0', '-1')),
+    'dilation_zero': ({'dilation': 0}, ValueError, ('dilation', 'at least 1', '0')),
+    'dilation_tensor': ({'dilation': ones(2, 2, 5, 7)}, TypeError, ('dilation', 'integer or a pair')),
+    'too_small': ({'dilation': (4, 1)}, ValueError, ('size (-1, 7)', '(2, 4, 5, 7)', 'dilation=(4, 1)', '(1, 1)')),
+    'offset_none': ({'offset': None}, TypeError, ('offset must be a tensor', "(B, G*k*k*2, H', W')", 'NoneType')),
+    'offset_rank': ({'offset': ones(2, 5, 7)}, ValueError, ('(2, 5, 7)', '(2, any, 5, 7)', "(B, G*k*k*2, H', W')")),
+    'offset_batch': ({'offset': ones(1, 36, 5, 7)}, ValueError, ('(1, 36, 5, 7)', '(2, any, 5, 7)')),
+    'offset_size': ({'offset': ones(2, 36, 5, 6)}, ValueError, ('(2, 36, 5, 6)', '(2, any, 5, 7)')),
+    'offset_size_of_padding': ({'padding': 0}, ValueError, ('(2, 36, 5, 7)', '(2, any, 3, 5)')),
+    'offset_channels': ({'offset': ones(2, 35, 5, 7)}, ValueError, ('(2, 35, 5, 7)', 'multiple of 18 channels')),
+    'offset_no_channels': ({'offset': ones(2, 0, 5, 7)}, ValueError, ('(2, 0, 5, 7)', 'multiple of 18 channels')),
+    'offset_groups': ({'offset': ones(2, 54, 5, 7)}, ValueError, ('(2, 54, 5, 7)', '3 groups', '4 channels')),
+    'offset_dtype': ({'offset': ones(2, 36, 5, 7).double()}, TypeError, ('offset', 'float64', 'float32')),
+    'offset_half': ({'offset': ones(2, 36, 5, 7).half()}, TypeError, ('offset', 'float16', 'float32')),
+    'offset_device': ({'offset': ones(2, 36, 5, 7, device='meta')}, ValueError, ('offset', 'meta', 'cpu')),
+}
+
+
+@pytest.mark.parametrize('overrides, exception, fragments', BAD_OFFSET.values(), ids=BAD_OFFSET)
+def test_bad_offset(overrides, exception, fragments):
+    with pytest.raises(exception) as raised:
+        deform_conv2d(**{**valid_offset(), **overrides})
+    message = str(raised.value)
+    assert all(fragment in message for fragment in fragments), message
+
+
 @pytest.mark.parametrize('name', [
     'x_no_tensor', 'x_int', 'weight_none', 'weight_even', 'dilation_number', 'mask_number', 'gains_three',
     'gains_number'])
@@ -199,3 +251,4 @@ def test_the_valid_call_is_valid():
     """The bad calls differ from this one in one argument."""
     for backend in (None, *list_backends()):
         assert adaptive_dilated_conv2d(**valid(), backend=backend).shape == (2, 6, 5, 7)
+        assert deform_conv2d(**valid_offset(), backend=backend).shape == (2, 6, 5, 7)

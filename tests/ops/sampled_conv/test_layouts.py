@@ -27,7 +27,8 @@ def expanded(t):
 
 
 @pytest.mark.parametrize('view', [sliced, transposed, expanded])
-@pytest.mark.parametrize('case', [CASE['everything'], CASE['k5'], CASE['depthwise'], CASE['groups2']], ids=ids)
+@pytest.mark.parametrize('case', [
+    CASE['everything'], CASE['k5'], CASE['depthwise'], CASE['groups2'], CASE['offset']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
 def test_non_contiguous(backend, case, view):
     def results(dtype, backend):
@@ -49,7 +50,8 @@ def test_non_contiguous(backend, case, view):
 @pytest.mark.parametrize('only_x', [True, False], ids=['x', 'all'])
 @pytest.mark.parametrize('case', [
     CASE['everything'], CASE['plain'], CASE['stride2'], CASE['groups2'], CASE['depthwise'], CASE['depthwise_plain'],
-    CASE['depthwise_multiplier'], CASE['dilation_groups2']], ids=ids)
+    CASE['depthwise_multiplier'], CASE['dilation_groups2'], CASE['offset'], CASE['offset_groups2'],
+    CASE['offset_depthwise']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
 def test_channels_last(backend, case, only_x):
     inputs = cases.make_inputs(case, torch.float32)
@@ -62,7 +64,7 @@ def test_channels_last(backend, case, only_x):
     check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize('name', ['everything', 'depthwise', 'plain'])
+@pytest.mark.parametrize('name', ['everything', 'depthwise', 'plain', 'offset'])
 @pytest.mark.parametrize('backend', list_backends())
 def test_contiguous_stays_contiguous(backend, name):
     inputs = cases.make_inputs(CASE[name], torch.float32)

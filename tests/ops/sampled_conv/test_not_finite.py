@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from fadc_timm.ops import adaptive_dilated_conv2d, list_backends
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
 from tests.support.op_checks import operator
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -41,6 +41,30 @@ def test_operator_passes_on_what_is_not_finite(backend, groups, value):
         y = call(dilation=(1, 0, 4, 4))
         assert torch.equal(y[[0, 2]], clean[[0, 2]]) and y[1, :, 4, 4].isnan().all()
         assert y.isnan().sum() == 4
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('width', [8, 9])
+@pytest.mark.parametrize('backend', [name for name in list_backends() if runs(name)])
+def test_positions_that_are_not_finite(backend, width, groups, value):
+    """They read nowhere: their outputs are NaN, and no others. On odd widths torchvision's kernel would crash."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 9, width), torch.randn(4, 4 // groups, 3, 3)
+    offset = torch.rand(3, 18, 9, width) - 0.5
+    dilation = torch.rand(3, 1, 9, width) + 1.1
+    for axis in (0, 1):
+        clean = deform_conv2d(x, weight, offset, padding=1, groups=groups, backend=backend)
+        bad = offset.clone()
+        bad[1, 8 + axis, 4, 4] = value
+        bad.requires_grad_()
+        y = deform_conv2d(x, weight, bad, padding=1, groups=groups, backend=backend)
+        assert y[1, :, 4, 4].isnan().all() and y.isnan().sum() == 4 and torch.equal(y[[0, 2]], clean[[0, 2]])
+        grad, = torch.autograd.grad(y.sum(), bad)
+        assert grad[[0, 2]].isfinite().all()
+    dilation[1, 0, 4, 4] = value
+    y = adaptive_dilated_conv2d(x, weight, dilation, groups=groups, backend=backend)
+    assert y[1, :, 4, 4].isnan().all() and y.isnan().sum() == 4
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

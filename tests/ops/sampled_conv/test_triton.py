@@ -75,7 +75,8 @@ def check_triton(case, device, dtype=torch.float32):
 @pytest.mark.parametrize('case', [
     OpCase('blocks', (2, 4, 3, 2), 6),
     sweep(OpCase('blocks_stride2', (2, 4, 7, 6), 6, stride=(2, 2), dilation_groups=2)),
-    OpCase('blocks_depthwise', (2, 4, 3, 2), 4, groups=4)], ids=ids)
+    OpCase('blocks_depthwise', (2, 4, 3, 2), 4, groups=4),
+    OpCase('blocks_offset', (2, 4, 3, 2), 6, spacing=(1, 1), dilation_groups=2)], ids=ids)
 def test_blocks_of_positions(case, positions, device, blocks):
     """Blocks that end within a sample, and one that is larger than it."""
     blocks(positions)
@@ -86,7 +87,7 @@ def tiles_of(case, workspace, block_p, dtype=torch.float32):
     inputs = cases.make_inputs(case, dtype, device='meta')
     strides = [t.stride() for t in (inputs['dilation'], inputs['mask'])]
     spec = Spec(case.x, dtype, tuple(inputs['dilation'].shape), *strides, tuple(inputs['weight'].shape), True, 0, 1.,
-                False, case.stride, (case.k // 2,) * 2, case.groups, workspace)
+                False, case.stride, (case.k // 2,) * 2, (), case.groups, workspace)
     return [(t.first_sample, t.samples, t.first, t.length) for t in Call(spec).tiles(block_p)]
 
 
@@ -108,7 +109,8 @@ def test_tiles():
 @pytest.mark.parametrize('case', [
     TILED, *(pytest.param(case, marks=pytest.mark.sweep) for case in (
         OpCase('tiled_plain', (3, 4, 7, 5), 6, use=()), OpCase('tiled_groups', (3, 4, 7, 5), 6, groups=2),
-        OpCase('tiled_dilation_groups', (3, 4, 7, 5), 6, stride=(1, 2), dilation_groups=2)))], ids=ids)
+        OpCase('tiled_dilation_groups', (3, 4, 7, 5), 6, stride=(1, 2), dilation_groups=2),
+        OpCase('tiled_offset', (3, 4, 7, 5), 6, stride=(1, 2), dilation_groups=2, spacing=(1, 1))))], ids=ids)
 def test_small_workspace(case, positions, workspace, device, blocks, monkeypatch):
     """A sample is cut into several tiles, or a batch is; sums over tiles are the sums over all."""
     blocks(positions)
@@ -128,7 +130,7 @@ def test_workspace_setting(monkeypatch):
     monkeypatch.setenv('FADC_TIMM_WORKSPACE_MB', '3')
     inputs = cases.make_inputs(TILED, torch.float32, device='meta')
     spec = operator._spec(
-        inputs['x'], inputs['weight'], inputs['dilation'], None, None, None, 0, 1., False, [1, 1], [1, 1], 1)
+        inputs['x'], inputs['weight'], inputs['dilation'], None, None, None, 0, 1., False, [1, 1], [1, 1], [], 1)
     assert spec.workspace == 3 * 2 ** 20 and spec.mask_strides is None and not spec.split
 
 
@@ -140,12 +142,13 @@ def test_workspace_setting(monkeypatch):
     (OpCase('bundles', (1, 64, 3, 4), 64, groups=8, dilation_groups=2), 2),  # of four groups
     sweep(OpCase('bundles_across', (1, 96, 3, 3), 48, groups=12, dilation_groups=2), 1),  # narrow on the output's side
     sweep(OpCase('bundles_plain', (2, 64, 4, 3), 128, groups=4, use=('mask', 'bias')), 2),
+    (OpCase('bundles_offset', (1, 64, 3, 4), 64, groups=8, dilation_groups=2, spacing=(1, 1)), 2),
     sweep(OpCase('bundles_across_dilation_groups', (1, 96, 3, 4), 96, groups=6, dilation_groups=2), 3),
 ], ids=ids)
 def test_blocks_of_channels(case, bundles, device):
     inputs = cases.make_inputs(case, torch.float32, device='meta')
-    spec = operator._spec(inputs['x'], inputs['weight'], inputs['dilation'], inputs['mask'], None, None, 0, 1., False,
-                          [1, 1], [1, 1], case.groups)
+    spec = operator._spec(inputs['x'], inputs['weight'], inputs[case.source], inputs['mask'], None, None, 0, 1., False,
+                          [1, 1], [1, 1], [*(case.spacing or ())], case.groups)
     call = Call(spec)
     assert call.bundles == bundles and (call.width * bundles, call.out_width * bundles) == (case.x[1], case.o)
     check_triton(case, device)
@@ -195,7 +198,8 @@ def deterministic():
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('case, dtype', [
-    (CASE['everything'], torch.float32), (CASE['depthwise'], torch.float32), sweep(CASE['groups2'], torch.float64),
+    (CASE['everything'], torch.float32), (CASE['depthwise'], torch.float32), (CASE['offset'], torch.float32),
+    sweep(CASE['groups2'], torch.float64), sweep(CASE['offset_depthwise'], torch.float32),
     sweep(CASE['plain'], torch.float16), sweep(CASE['depthwise_plain'], torch.bfloat16)], ids=ids)
 def test_deterministic(case, dtype, device, deterministic, monkeypatch):
     """In whole numbers the order of the additions does not matter: the same bits, and as exact as in float."""
@@ -263,7 +267,7 @@ def test_pixels_beyond_int32():
     def index(h):
         shape = 1, 64, h, 2 ** 10
         spec = Spec(shape, torch.float16, (1, 1, 3, 3), (9, 9, 3, 1), None, (64, 64, 3, 3), False, 0, 1., False, (1, 1),
-                    (1, 1), 1, 1)
+                    (1, 1), (), 1, 1)
         return Call(spec).constants[-1]
 
     assert index(2 ** 15 - 1) == tl.int32 and index(2 ** 15) == tl.int64
@@ -284,9 +288,11 @@ def operator_inputs(case, device, dtype=torch.float32, act=0):
             [inputs[f'{part}_{side}'].detach() for side in ('in', 'out')], 1) for part in ('low', 'high'))
         if low is not None and 1 < case.groups == case.x[1]:
             low, high = low[:, :case.x[1]].contiguous(), high[:, :case.x[1]].contiguous()
-        tensors = [inputs['x'], inputs['weight'], inputs.get('bias'), inputs['dilation'], inputs.get('mask'), low, high]
+        tensors = [
+            inputs['x'], inputs['weight'], inputs.get('bias'), inputs[case.source], inputs.get('mask'), low, high]
         tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    return tensors, [act, float(predicted_cases.BASE), act > 0], [[*case.stride], [case.k // 2] * 2, case.groups]
+    return tensors, [act, float(predicted_cases.BASE), act > 0], [
+        [*case.stride], [case.k // 2] * 2, [*(case.spacing or ())], case.groups]
 
 
 OPERATOR = [
@@ -294,11 +300,14 @@ OPERATOR = [
     (OpCase('check_batch0', (0, 2, 2, 3), 2), 0), (OpCase('check_plain', (2, 2, 2, 3), 3, use=()), 0),
     (OpCase('check_groups', (1, 4, 3, 2), 2, groups=2, dilation_groups=2, stride=(2, 1), use=('mask',)), 0),
     (OpCase('check_depthwise', (1, 2, 2, 3), 2, groups=2), 2),
+    (OpCase('check_offset', (1, 2, 2, 3), 2, spacing=(1, 1)), 0),
+    (OpCase('check_offset_depthwise', (1, 2, 2, 3), 2, groups=2, spacing=(1, 1)), 0),
 ]
 
 
 @pytest.mark.parametrize('save', [True, sweep(False)])
-@pytest.mark.parametrize('case, act', [OPERATOR[0], OPERATOR[-1], *(sweep(*of) for of in OPERATOR[1:-1])], ids=ids)
+@pytest.mark.parametrize('case, act', [
+    OPERATOR[0], *OPERATOR[-3:], *(sweep(*of) for of in OPERATOR[1:-3])], ids=ids)
 @pytest.mark.parametrize('device', DEVICES)
 def test_opcheck(device, case, act, save):
     tensors, activations, options = operator_inputs(case, device, act=act)
@@ -323,7 +332,7 @@ def run_operator(tensors, activations, options, save=True):
     return two_step_conv2d_backward._init_fn(torch.empty_like(y), *parts, *tensors, *activations, *options)
 
 
-@pytest.mark.parametrize('name', ['everything', 'depthwise', 'groups2'])
+@pytest.mark.parametrize('name', ['everything', 'depthwise', 'groups2', 'offset', 'offset_depthwise'])
 def test_no_copy_of_a_channels_last_map(name, monkeypatch):
     (x, *rest), activations, options = operator_inputs(CASE[name], 'cpu')
     x = x.detach().contiguous(memory_format=torch.channels_last)
@@ -438,7 +447,7 @@ def capture(run):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('warm', [True, False], ids=['warm', 'cold'])
-@pytest.mark.parametrize('name', ['everything', 'depthwise', 'groups2'])
+@pytest.mark.parametrize('name', ['everything', 'depthwise', 'groups2', 'offset', 'offset_depthwise'])
 def test_cuda_graph(name, warm):
     """Forward and backward can be captured: nothing waits for the device, and nothing is chosen by values."""
     case = CASE[name]

@@ -212,6 +212,11 @@ def test_speed_tables(tmp_path, monkeypatch):
     assert 'Y (cuda)' in speed and 'CUDA: not measured.' not in speed
     results.replace_rows(bench_op.OUTPUT, make_rows([13., 26., 13.], 'r 8@7'))
     assert '| r 8@7 | inference | 10 ms | 5.00 | 1.30 |' in speed_tables.operator()
+    assert speed_tables.deform() == 'CPU: not measured.\n\nCUDA: not measured.'
+    results.replace_rows(bench_op.OUTPUT, results.make_rows(
+        'resnet50_dcn 8@7 b4', 'forward', {'torchvision.ops': [10.], 'plain': [2.], 'deform gather': [3.]}, {}, ENV))
+    assert '| resnet50_dcn 8@7 b4 | forward | 10 ms | 0.20 | 0.30 |' in speed_tables.deform()
+    assert 'resnet50_dcn' not in speed_tables.operator()
 
     env = {**ENV, 'compile': 'yes'}
     for eager, compiled, name in ((1000., 1100., 'plain'), (2000., 1800., 'fadc')):
@@ -374,15 +379,21 @@ def test_bench_model(tmp_path):
 
 def test_bench_op(tmp_path):
     path = tmp_path / 'x.csv'
-    done = run('op', '--shapes', 'convnext_tiny 768@7', '--batch', 1, '--repeats', 3, '--min-sample', 0,
-               '--memory-format', 'contiguous', '--output', path)
+    done = run('op', '--shapes', 'convnext_tiny 768@7', 'resnet50_dcn 512@7', '--batch', 1, '--repeats', 3,
+               '--min-sample', 0, '--memory-format', 'contiguous', '--output', path)
     assert done.returncode == 0, done.stderr
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
-    forward = [r['variant'] for r in rows if r['what'] == 'forward']
+    found = {(case, what): [r['variant'] for r in rows if r['case'] == f'{case} b1' and r['what'] == what]
+             for case in ('convnext_tiny 768@7', 'resnet50_dcn 512@7') for what in bench_op.WHAT}
+    forward = found['convnext_tiny 768@7', 'forward']
     wanted = {'plain', 'op gather', 'op torchvision', 'layer today', 'layer', 'freq_select', 'low_pass fft'}
     assert wanted <= set(forward)
-    assert forward == [*(r['variant'] for r in rows if r['what'] == 'forward+backward'), 'roofline']
+    assert forward == [*found['convnext_tiny 768@7', 'forward+backward'], 'roofline']
+    forward = found['resnet50_dcn 512@7', 'forward']
+    assert forward[0] == 'torchvision.ops' and {'plain', 'deform gather', 'deform gather gains'} <= set(forward)
+    assert forward == found['resnet50_dcn 512@7', 'forward+backward']
+    assert {r['variant'] for r in rows if r['target']} == {'deform gather'}
     assert run('op', '--shapes', 'nothing').returncode == 1
 
 

@@ -1,6 +1,6 @@
 """Gather backend: samples looked up in a table of pixels, and a plain convolution over them.
 
-Default on a CPU. Indices and corner weights are shared by all channels of a dilation group, and the table is read in
+Default on a CPU. Indices and corner weights are shared by all channels of a step group, and the table is read in
 rows of channels, so the map is best channels_last; another layout costs one copy.
 """
 from typing import Optional
@@ -27,5 +27,5 @@ def forward(args: ConvArgs) -> Tensor:
         weight = sample_kernels(weight, args.gains, args.groups)
     gains = args.gains if split else NO_GAINS
     save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
-    y, _ = sampled_conv2d(args.x, args.dilation, args.mask, weight, args.bias, *gains, split, save, *args.geometry())
+    y, _ = sampled_conv2d(args.x, args.steps, args.mask, weight, args.bias, *gains, split, save, *args.geometry())
     return match_layout(y, args.x)

@@ -56,7 +56,7 @@ class _Gains:
 @exact_products
 def sampled_conv2d(
         x: Tensor,
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         weight: Tensor,
         bias: Optional[Tensor],
@@ -68,13 +68,14 @@ def sampled_conv2d(
         save: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> Tuple[Tensor, Tensor]:
     """Convolution over bilinear samples at the taps of each output position.
 
     Args:
         x: Map (B, C, H, W), best channels_last; another layout costs one copy.
-        dilation: (B, G, H', W').
+        steps: Dilations (B, G, H', W'), or with spacing offsets (B, G*k*k*2, H', W'); see :class:`ConvArgs`.
         mask: (B, G*k*k, H', W') or None.
         weight: (O, C/groups, k, k), or (B, O, C/groups, k, k), a kernel for each sample.
         bias: (O,) or None.
@@ -82,14 +83,15 @@ def sampled_conv2d(
         split: Whether there are gains. If not, the gains are not read.
         save: Whether the second result is wanted.
         stride: Of the rows and of the columns.
-        padding: Of the rows and of the columns, at dilation 1.
+        padding: Of the rows and of the columns, of dilations at dilation 1.
+        spacing: Of the rows and of the columns of taps that offsets move; empty for dilations.
         groups: Convolution groups.
 
     Returns:
         The convolution (B, O, H', W'), channels_last; and the output of the high part before `high_out`
         (B, H', W', O), kept for that gain's gradient, or nothing.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
+    tiling = Tiling(x, steps, mask, weight.shape[-1], stride, padding, spacing, groups, weight.dim() == 5)
     x = nhwc(x)
     y = x.new_empty(tiling.b, tiling.out_h, tiling.out_w, weight.shape[-4])
     high = torch.empty_like(y) if save else x.new_empty(0)
@@ -123,8 +125,9 @@ def sampled_conv2d(
 
 
 @sampled_conv2d.register_fake
-def _(x, dilation, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, groups):
-    b, _, h, w = dilation.shape
+def _(x, steps, mask, weight, bias, low_in, low_out, high_in, high_out, split, save, stride, padding, spacing,
+      groups):
+    b, _, h, w = steps.shape
     y = x.new_empty(b, h, w, weight.shape[-4])
     return _nchw(y), torch.empty_like(y) if save else x.new_empty(0)
 
@@ -135,7 +138,7 @@ def sampled_conv2d_backward(
         grad: Tensor,
         high: Tensor,
         x: Tensor,
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         weight: Tensor,
         low_in: Optional[Tensor],
@@ -145,15 +148,16 @@ def sampled_conv2d_backward(
         split: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> List[Tensor]:
-    """Gradients of :func:`sampled_conv2d` for x, dilation, mask, weight and the gains; empty for those that are None.
+    """Gradients of :func:`sampled_conv2d` for x, steps, mask, weight and the gains; empty for those that are None.
 
     grad (B, O, H', W') is that of the result, and high the second result, without which high_out gets no gradient.
     """
-    tiling = Tiling(x, dilation, mask, weight.shape[-1], stride, padding, groups, weight.dim() == 5)
+    tiling = Tiling(x, steps, mask, weight.shape[-1], stride, padding, spacing, groups, weight.dim() == 5)
     x, grad = nhwc(x), nhwc(grad)
-    width = tiling.c // tiling.dilation_groups
+    width = tiling.c // tiling.step_groups
     rest, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)
     grad_sampling, grad_x = torch.empty_like(tiling.sampling), torch.zeros_like(x)
@@ -194,36 +198,37 @@ def sampled_conv2d_backward(
         if split and high_in is not None:
             grad_high_in[samples] = (grad_high * x[samples]).sum((1, 2))
         grad_x[samples] += _scaled(grad_high, own.high_in) if split else grad_high
-    grad_dilation, grad_mask = tiling.backward(grad_sampling)
+    grad_steps, grad_mask = tiling.backward(grad_sampling)
     empty = x.new_empty(0)
     if grad_mean is not None:
         if not centres_samples:
             grad_mean -= grad_weight.sum((2, 3), keepdim=True)
         grad_weight += grad_mean / tiling.k ** 2
     return [
-        _nchw(grad_x), grad_dilation.to(dilation.dtype).contiguous(),
+        _nchw(grad_x), grad_steps.to(steps.dtype).contiguous(),
         empty.clone() if mask is None or grad_mask is None else grad_mask.to(mask.dtype).contiguous(),
         grad_weight, grad_low_in, grad_low_out, grad_high_in,
         empty.clone() if high.dim() == 1 else (grad * high).sum((1, 2))]
 
 
 @sampled_conv2d_backward.register_fake
-def _(grad, high, x, dilation, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, groups):
+def _(grad, high, x, steps, mask, weight, low_in, low_out, high_in, high_out, split, stride, padding, spacing,
+      groups):
     def like(t):
         return x.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    return [torch.empty_like(x, memory_format=torch.channels_last), like(dilation), like(mask),
+    return [torch.empty_like(x, memory_format=torch.channels_last), like(steps), like(mask),
             torch.empty_like(weight), *map(like, (low_in, low_out, high_in, None if high.dim() == 1 else high_out))]
 
 
 _ARGUMENTS = [a.name for a in torch.ops.fadc_timm.sampled_conv2d.default._schema.arguments]
 # What sampled_conv2d_backward takes behind `grad` and `high`, and returns the gradients of.
-_DIFFERENTIABLE = ('x', 'dilation', 'mask', 'weight', 'low_in', 'low_out', 'high_in', 'high_out')
+_DIFFERENTIABLE = ('x', 'steps', 'mask', 'weight', 'low_in', 'low_out', 'high_in', 'high_out')
 
 
 def _setup_context(ctx, inputs, output) -> None:
     call = dict(zip(_ARGUMENTS, inputs, strict=True))
-    ctx.options = [call[name] for name in ('split', 'stride', 'padding', 'groups')]
+    ctx.options = [call[name] for name in ('split', 'stride', 'padding', 'spacing', 'groups')]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *(call[name] for name in _DIFFERENTIABLE))
 

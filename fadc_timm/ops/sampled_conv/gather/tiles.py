@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import accumulation_dtype
+from ..arguments import step_groups
 from .table import SamplingTable
 
 __all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
@@ -97,18 +98,20 @@ class Tiling:
     def __init__(
             self,
             x: Tensor,
-            dilation: Tensor,
+            steps: Tensor,
             mask: Optional[Tensor],
             kernel_size: int,
             stride: List[int],
             padding: List[int],
+            spacing: List[int],
             groups: int,
             single: bool,
     ) -> None:
         """Arguments as those of the operator; single: no samples share a table."""
         self.b, self.c, self.h, self.w = x.shape
         self.k, self.groups = kernel_size, groups
-        self.dilation_groups, self.out_h, self.out_w = dilation.shape[1:]
+        self.step_groups = step_groups(steps, kernel_size, spacing)
+        self.out_h, self.out_w = steps.shape[2:]
         # a grouped convolution takes the taps as an image, a dense one as the rows of a matrix product
         self.as_image = groups > 1
         row_bytes = self.out_w * kernel_size ** 2 * self.c * x.element_size()
@@ -118,13 +121,13 @@ class Tiling:
         self.tile_rows = -(-self.out_h // -(-self.out_h // tile_rows))
         dtype = accumulation_dtype(x.dtype)
         self._table = SamplingTable(
-            dilation.to(dtype).contiguous(), None if mask is None else mask.to(dtype).contiguous(), (self.h, self.w),
-            kernel_size, stride, padding, self.as_image, self.batch)
+            steps.to(dtype).contiguous(), None if mask is None else mask.to(dtype).contiguous(), (self.h, self.w),
+            kernel_size, stride, padding, spacing, self.as_image, self.batch)
         self.index, self.sampling = self._table.index, self._table.weight.to(x.dtype)
 
     def table(self, x: Tensor) -> Tensor:
         """x (b, H, W, C) as a table (b*H*W*G, C/G)."""
-        return x.view(-1, self.c // self.dilation_groups)
+        return x.view(-1, self.c // self.step_groups)
 
     def batches(self) -> Iterator[slice]:
         """Samples that share a table."""
@@ -136,7 +139,7 @@ class Tiling:
         return (Tile(self, samples, slice(top, min(top + self.tile_rows, self.out_h))) for top in starts)
 
     def backward(self, grad_sampling: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Gradients of dilation and mask, float32 or float64, from those of the table's weights."""
+        """Gradients of steps and mask, float32 or float64, from those of the table's weights."""
         return self._table.backward(grad_sampling.to(self._table.weight.dtype))
 
 
@@ -168,7 +171,7 @@ def corner_dots(tile: Tile, table: Tensor, bags: Tensor, bag_of: Optional[Tensor
 
 
 def bags_of_total(tile: Tile) -> Tensor:
-    """For each bag of :meth:`Tile.sample` its position and dilation group: the bag of :meth:`Tile.total`."""
+    """For each bag of :meth:`Tile.sample` its position and step group: the bag of :meth:`Tile.total`."""
     *shape, _ = tile.index.shape
     kept = (0, 1, 3, 5) if tile.tiling.as_image else (0, 1, 2, 5)
     numbered = [n if i in kept else 1 for i, n in enumerate(shape)]

@@ -35,6 +35,5 @@ def forward(args: ConvArgs) -> Tensor:
     low_in, low_out, high_in, high_out = args.gains
     low, high = _gains(args, low_in, low_out), _gains(args, high_in, high_out)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
-    y = call(
-        args.x, args.weight, args.bias, args.dilation, args.mask, low, high, 0, 1., False, save, *args.geometry())
+    y = call(args.x, args.weight, args.bias, args.steps, args.mask, low, high, 0, 1., False, save, *args.geometry())
     return match_layout(y, args.x)

@@ -23,15 +23,16 @@ _MIN_BUNDLE = 32
 class Spec(NamedTuple):
     """What determines a call.
 
-    x, dilation, weight: Shapes. dilation_strides, mask_strides: In elements; mask_strides is None if the mask has no
-    tensor of its own.
+    x, steps, weight: Shapes. step_strides, mask_strides: In elements; mask_strides is None if the mask has no tensor of
+    its own.
     split: Whether there are gains, for which the kernel is split. act, base, gains_act: See :func:`two_step_conv2d`.
-    stride, padding: Of the rows and of the columns. workspace: Bytes that the columns may take at a time.
+    stride, padding, spacing: Of the rows and of the columns; spacing is empty for dilations.
+    workspace: Bytes that the columns may take at a time.
     """
     x: Tuple[int, ...]
     dtype: torch.dtype
-    dilation: Tuple[int, ...]
-    dilation_strides: Tuple[int, ...]
+    steps: Tuple[int, ...]
+    step_strides: Tuple[int, ...]
     mask_strides: Optional[Tuple[int, ...]]
     weight: Tuple[int, ...]
     split: bool
@@ -40,6 +41,7 @@ class Spec(NamedTuple):
     gains_act: bool
     stride: Tuple[int, ...]
     padding: Tuple[int, ...]
+    spacing: Tuple[int, ...]
     groups: int
     workspace: int
 
@@ -56,14 +58,14 @@ class Tile(NamedTuple):
         return self.samples * self.length
 
 
-def mask_in(dilation: Tensor, mask: Optional[Tensor], groups: int, joint: bool) -> Tensor:
-    """The tensor that the kernels read the mask from: the dilation's, if it holds both.
+def mask_in(steps: Tensor, mask: Optional[Tensor], groups: int, joint: bool) -> Tensor:
+    """The tensor that the kernels read the mask from: that of the steps, if it holds both.
 
-    Without a mask it is the dilation, and the kernels do not read it as a mask.
+    Without a mask it is that of the steps, and the kernels do not read it as a mask.
     """
     if joint:
-        return dilation[:, groups:]
-    return dilation if mask is None else mask
+        return steps[:, groups:]
+    return steps if mask is None else mask
 
 
 class Call:
@@ -72,9 +74,11 @@ class Call:
     b, c, h, w: Shape of the map. o: Output channels. k: Side of the kernel. out_h, out_w: Size of the output.
     area, positions: Output positions of one sample, and of the batch.
     joint: Whether the tensor of the dilation holds the mask too.
+    step_channels: Channels of the tensor of steps that a step group has: its dilation, or its offsets.
+    step_groups, step_width: Number of groups of channels with steps of their own, and the channels of each.
     bundles, width, out_width: Number of bundles, and the input and output channels of each. A bundle is some groups
         together, wide enough for a matrix product, with a block-diagonal kernel.
-    strides, centres, constants: Arguments of all kernels that sample.
+    strides, pixels, constants: Arguments of all kernels that sample.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -83,14 +87,15 @@ class Call:
         self.b, self.c, self.h, self.w = spec.x
         self.o, self.per_group, self.k, _ = spec.weight
         self.taps = self.k ** 2
-        self.out_h, self.out_w = spec.dilation[2:]
+        self.out_h, self.out_w = spec.steps[2:]
         self.area = self.out_h * self.out_w
         self.positions = self.b * self.area
         self.split = spec.split
         self.joint = spec.act > 0 and spec.mask_strides is None
         self.has_mask = self.joint or spec.mask_strides is not None
-        self.dilation_groups = spec.dilation[1] // (1 + self.taps if self.joint else 1)
-        self.dilation_width = self.c // self.dilation_groups
+        self.step_channels = 2 * self.taps if spec.spacing else 1
+        self.step_groups = spec.steps[1] // (1 + self.taps if self.joint else self.step_channels)
+        self.step_width = self.c // self.step_groups
         self.is_depthwise = spec.groups > 1 and spec.groups == self.c == self.o
         self.wide = accumulation_dtype(spec.dtype)
         self.acc, self.upcast = types_of(spec.dtype)
@@ -98,17 +103,17 @@ class Call:
         divisors = [m for m in range(1, spec.groups + 1) if spec.groups % m == 0]
         size = next((m for m in divisors if m * min(self.per_group, self.out_per_group) >= _MIN_BUNDLE), spec.groups)
         self.bundles, self.width, self.out_width = spec.groups // size, size * self.per_group, size * self.out_per_group
-        r = self.k // 2
-        mask_strides = spec.dilation_strides if self.joint else spec.mask_strides or (0,) * 4
-        self.strides = *spec.dilation_strides, *mask_strides
-        self.centres = r - spec.padding[0], r - spec.padding[1], *spec.stride
+        first = 0 if spec.spacing else self.k // 2
+        mask_strides = spec.step_strides if self.joint else spec.mask_strides or (0,) * 4
+        self.strides = *spec.step_strides, *mask_strides
+        self.pixels = first - spec.padding[0], first - spec.padding[1], *spec.stride, *(spec.spacing or (0, 0))
         self.constants: Tuple[Any, ...] = (
-            self.k, self.split, self.has_mask, spec.act, spec.act > 0, spec.gains_act, self.acc,
+            self.k, bool(spec.spacing), self.split, self.has_mask, spec.act, spec.act > 0, spec.gains_act, self.acc,
             tl.int32 if self.h * self.w * self.c < 2 ** 31 else tl.int64)
 
     def channel_blocks(self, block_c: int) -> int:
-        """Number of blocks of channels. No block spans two dilation groups."""
-        return self.dilation_groups * cdiv(self.dilation_width, block_c)
+        """Number of blocks of channels. No block spans two step groups."""
+        return self.step_groups * cdiv(self.step_width, block_c)
 
     def tiles(self, block_p: int) -> List[Tile]:
         """Tiles of whole samples or, if one sample is too large, of blocks of its positions."""

@@ -38,7 +38,7 @@ def _blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
     if triton_support.is_interpreted():
         block_p = _INTERPRETED
     wide = call.spec.dtype.itemsize // 2
-    return block_p, block(call.dilation_width, 16, max(block_c // wide, 16)), warps
+    return block_p, block(call.step_width, 16, max(block_c // wide, 16)), warps
 
 
 @functools.lru_cache(maxsize=1024)
@@ -58,14 +58,14 @@ def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
     columns, scatter = [], []
     for tile in tiles:
         place = tile.first_sample, tile.first, tile.length, call.h, call.w
-        channels = *call.strides, call.c, gains_b, call.width, call.dilation_width
+        channels = *call.strides, call.c, gains_b, call.width, call.step_width
         columns.append(Launch(
             kernels.columns, (tile.samples * cdiv(tile.length, columns_p), call.channel_blocks(columns_c)),
-            (*place, call.out_w, *call.centres, *channels, spec.base),
+            (*place, call.out_w, *call.pixels, *channels, spec.base),
             (*call.constants, call.upcast, columns_p, columns_c), columns_warps))
         scatter.append(Launch(
             kernels.scatter_columns, (tile.samples * cdiv(tile.length, scatter_p), call.channel_blocks(scatter_c)),
-            (*place, call.out_h, call.out_w, *call.centres, *channels, call.positions,
+            (*place, call.out_h, call.out_w, *call.pixels, *channels, call.positions,
              tile.first_sample * chunks + tile.first // scatter_p, spec.base),
             (*call.constants, fixed, scatter_p, scatter_c), scatter_warps))
     block_o = block(call.o, 16, 64)
@@ -145,7 +145,7 @@ def forward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -164,11 +164,11 @@ def forward(
     y = y.view(call.positions, call.o)
     high_part = torch.empty_like(y) if save else y
     low_part = torch.empty_like(y) if call.split else y
-    mask = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    mask = mask_in(steps, mask, call.step_groups, call.joint)
     start = 0
     for tile, columns in zip(launches.tiles, launches.columns):
         n = tile.positions
-        triton_support.launch(columns, x, dilation, mask, low, high, cols, totals)
+        triton_support.launch(columns, x, steps, mask, low, high, cols, totals)
         _product(call, cols[:n], rest, high_part[start:start + n])
         if mean is not None and totals is not None:
             _product(call, totals[:n], mean, low_part[start:start + n])
@@ -187,14 +187,14 @@ def backward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
         grad_x: Tensor,
         scale: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
-    """Gradients of weight, bias, dilation, mask, low and high from grad (B, H', W', O) contiguous.
+    """Gradients of weight, bias, steps, mask, low and high from grad (B, H', W', O) contiguous.
 
     The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale.
     """
@@ -208,7 +208,7 @@ def backward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
-    sampling = empty(blocks, call.taps + 1, call.positions)
+    sampling = empty(blocks, call.taps + call.step_channels, call.positions)
     of_input = of_output = None
     grad_high = grad_low = grad
     if call.split:
@@ -216,12 +216,12 @@ def backward(
         of_input = empty(call.b, chunks, 2, call.c)
         of_output = empty(call.b, cdiv(call.area, _SPREAD), 3, call.o)
         triton_support.launch(launches.spread, grad, *parts, low, high, grad_high, grad_low, of_output)
-    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    masks = mask_in(steps, mask, call.step_groups, call.joint)
     grad_rest = grad_mean = None
     start = 0
     for tile, columns, scatter in zip(launches.tiles, launches.columns, launches.scatter):
         n = tile.positions
-        triton_support.launch(columns, x, dilation, masks, low, high, cols, totals)
+        triton_support.launch(columns, x, steps, masks, low, high, cols, totals)
         # the gradients of the columns take the place of the columns
         g = grad_high[start:start + n]
         grad_rest = _kernel_gradient(call, g, cols[:n], grad_rest)
@@ -231,7 +231,7 @@ def backward(
             grad_mean = _kernel_gradient(call, g, totals[:n], grad_mean)
             _columns_gradient(call, g, mean, totals[:n])
         triton_support.launch(
-            scatter, x, dilation, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
+            scatter, x, steps, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n
     assert grad_rest is not None
     grad_weight = torch.empty_like(weight)
@@ -240,5 +240,5 @@ def backward(
     if bias is not None:
         grad_bias = grad.sum(0) if of_output is None else of_output[:, :, 2].sum((0, 1))
     return [
-        grad_weight, grad_bias, *sampling_gradient(call, sampling, dilation, mask),
+        grad_weight, grad_bias, *sampling_gradient(call, sampling, steps, mask),
         *gains_gradient(call, of_input, of_output, low, high)]

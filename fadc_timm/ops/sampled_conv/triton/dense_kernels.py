@@ -4,26 +4,27 @@ Forward: `pack` splits the kernel into mean and rest. `columns` writes masked an
 the samples by the rest and by the mean. `combine` applies the output gains.
 
 Backward: `spread` applies the output gains to the gradient. Two products and `scatter_columns` give the gradients of
-map, dilation and mask; two products and `unpack` give the gradient of the kernel. `sampling_gradient` and
+map, steps and mask; two products and `unpack` give the gradient of the kernel. `sampling_gradient` and
 `gains_gradient` add up the shares that the programs wrote.
 
-A program of `columns` and `scatter_columns` has a block of positions of one sample and a block of channels of one
-dilation group. A tile is what the workspace holds: some samples, or some positions of one.
+A program of `columns` and `scatter_columns` has a block of positions of one sample and a block of channels of one step
+group. A tile is what the workspace holds: some samples, or some positions of one.
 
-Shapes: x (B, H, W, C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H', W') of any strides; low and high,
-AdaKern's gains (B, C + O), the input channels first. A bundle is some groups together, with `width` input and
-`out_width` output channels and a block-diagonal kernel: rest (bundles, out_width, K*K*width), mean (bundles, out_width,
-width). columns (positions of the tile, bundles, K*K, width), totals (positions of the tile, C).
+Shapes: x (B, H, W, C) contiguous; steps, which are dilations (B, G, H', W') or with OFFSETS offsets (B, G*K*K*2, H',
+W'), and mask (B, G*K*K, H', W') of any strides; low and high, AdaKern's gains (B, C + O), the input channels first. A
+bundle is some groups together, with `width` input and `out_width` output channels and a block-diagonal kernel: rest
+(bundles, out_width, K*K*width), mean (bundles, out_width, width). columns (positions of the tile, bundles, K*K, width),
+totals (positions of the tile, C).
 """
 import triton
 import triton.language as tl
 
 from ...triton_math import round_to, twice_sigmoid
-from .sampling import corners, dilation_of, dilation_slope, sample, scatter, slopes, tap
+from .sampling import corners, dilation_slope, dilations, pixels, sample, scatter, slopes
 
 __all__ = [
-    'channels_of', 'columns', 'combine', 'gain', 'gain_gradient', 'gains_gradient', 'pack', 'place', 'samples',
-    'sampling_gradient', 'scatter_columns', 'spread', 'unpack']
+    'add_slopes', 'channels_of', 'columns', 'combine', 'gain', 'gain_gradient', 'gains_gradient', 'pack', 'place',
+    'samples', 'sampling_gradient', 'scatter_columns', 'spread', 'steps_of', 'unpack']
 
 
 @triton.jit
@@ -94,36 +95,63 @@ def place(program, first_sample, first, count, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def channels_of(block, dilation_width, BLOCK_C: tl.constexpr):
-    """Dilation group and channels of a block, and which of these channels exist."""
-    blocks = tl.cdiv(dilation_width, BLOCK_C)
+def channels_of(block, step_width, BLOCK_C: tl.constexpr):
+    """Step group and channels of a block, and which of these channels exist."""
+    blocks = tl.cdiv(step_width, BLOCK_C)
     group = block // blocks
     c = block % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    return group, group * dilation_width + c, c < dilation_width
+    return group, group * step_width + c, c < step_width
 
 
 @triton.jit
-def samples(x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK: tl.constexpr,
-             MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
-    """The four pixels of a tap, the row and column of the first, the fractions between them, and the mask (P,)."""
-    row, f = tap(d, t, centre_row)
-    col, e = tap(d, u, centre_col)
-    v00, v01, v10, v11 = corners(x, row, col, t, u, height, width, channels, c, live, ACC, INDEX)
+def steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K: tl.constexpr, OFFSETS: tl.constexpr):
+    """Addresses of the dilations, or of the first offsets, of a step group at some positions."""
+    if OFFSETS:
+        steps += group * (2 * K * K) * s_c
+    else:
+        steps += group * s_c
+    return steps + b * s_b + i.to(tl.int64) * s_h + j * s_w
+
+
+@triton.jit
+def samples(
+        x, steps, d, mask, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c,
+        live, K: tl.constexpr, OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, MASK_ACT: tl.constexpr, ACC: tl.constexpr,
+        INDEX: tl.constexpr):
+    """The four pixels of tap k, the row and column of the first, the fractions between them, and the mask (P,)."""
+    row, col, f, e = pixels(
+        steps, d, alive, pixel_row, pixel_col, k, s_c, spacing_h, spacing_w, K, OFFSETS, ACC)
+    v00, v01, v10, v11 = corners(
+        x, row, col, 1 if OFFSETS else k // K - K // 2, 1 if OFFSETS else k % K - K // 2, height, width, channels, c,
+        live, ACC, INDEX)
     m = tl.full(d.shape, 1., dtype=ACC)
     if HAS_MASK:
-        m = twice_sigmoid(tl.load(mask, mask=alive, other=0.).to(ACC), MASK_ACT)
+        m = twice_sigmoid(tl.load(mask + k * m_c, mask=alive, other=0.).to(ACC), MASK_ACT)
     return v00, v01, v10, v11, row, col, f, e, m
 
 
 @triton.jit
+def add_slopes(v, v00, v01, v10, v11, f, e, k, into, grad_d, positions, alive, K: tl.constexpr, OFFSETS: tl.constexpr):
+    """Write the gradient of tap k's offset, from that of its sample; or return that of the dilation with it added."""
+    down, across = slopes(v00, v01, v10, v11, f, e)
+    if OFFSETS:
+        into += (K * K + 2 * k) * positions
+        tl.store(into, tl.sum(v * down, axis=1), mask=alive)
+        tl.store(into + positions, tl.sum(v * across, axis=1), mask=alive)
+    else:
+        grad_d += tl.sum(v * ((k // K - K // 2) * down + (k % K - K // 2) * across), axis=1)
+    return grad_d
+
+
+@triton.jit
 def _write_tap(
-        x, d, mask, into, total, high_in, alive, centre_row, centre_col, t, u, height, width, channels, c, live,
-        SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-        UPCAST: tl.constexpr):
+        x, steps, d, mask, into, total, high_in, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height,
+        width, channels, c, live, K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
+        MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, UPCAST: tl.constexpr):
     """Write one tap's column, and return the total with its sample added."""
     v00, v01, v10, v11, row, col, f, e, m = samples(
-        x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
-        INDEX)
+        x, steps, d, mask, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c,
+        live, K, OFFSETS, HAS_MASK, MASK_ACT, ACC, INDEX)
     s = sample(v00, v01, v10, v11, f, e) * m[:, None]
     if SPLIT:
         total += s
@@ -134,25 +162,25 @@ def _write_tap(
 
 @triton.jit
 def columns(
-        x, dilation, mask, low, high, cols, totals,
-        first_sample, first, count, height, width, out_w, start_h, start_w, stride_h, stride_w,
-        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, dilation_width, base,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
-        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-        UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        x, steps, mask, low, high, cols, totals,
+        first_sample, first, count, height, width, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
+        s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, step_width, base,
+        K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
+        DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        INDEX: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Write each tap's sample times mask and high input gain; if SPLIT, also their total times the low input gain.
 
     Grid: blocks of positions, blocks of channels.
     """
     b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
-    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
-    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
     x += b * height * width * channels
-    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
-    d = dilation_of(o, base, DILATION_ACT)
+    steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+    d = dilations(steps, alive, base, OFFSETS, DILATION_ACT, ACC)
     mask += b * m_b + group * (K * K) * m_c
     at_mask = mask + i.to(tl.int64) * m_h + j * m_w
     at_column = c // bundle_width * (K * K * bundle_width) + c % bundle_width
@@ -162,14 +190,14 @@ def columns(
     if K <= 3:
         for k in tl.static_range(K * K):
             total = _write_tap(
-                x, d, at_mask + k * m_c, into + k * bundle_width, total, high_in, alive, centre_row, centre_col,
-                k // K - K // 2, k % K - K // 2, height, width, channels, c, live, SPLIT, HAS_MASK, MASK_ACT, ACC,
+                x, steps, d, at_mask, into + k * bundle_width, total, high_in, alive, pixel_row, pixel_col, k, s_c, m_c,
+                spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS, SPLIT, HAS_MASK, MASK_ACT, ACC,
                 INDEX, UPCAST)
     else:
         for k in range(K * K):
             total = _write_tap(
-                x, d, at_mask + k * m_c, into + k * bundle_width, total, high_in, alive, centre_row, centre_col,
-                k // K - K // 2, k % K - K // 2, height, width, channels, c, live, SPLIT, HAS_MASK, MASK_ACT, ACC,
+                x, steps, d, at_mask, into + k * bundle_width, total, high_in, alive, pixel_row, pixel_col, k, s_c, m_c,
+                spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS, SPLIT, HAS_MASK, MASK_ACT, ACC,
                 INDEX, UPCAST)
     if SPLIT:
         total = total * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
@@ -237,13 +265,14 @@ def spread(
 
 @triton.jit
 def _scatter_tap(
-        x, d, mask, from_column, from_total, grad_x, into_mask, grad_d, of_high, total, high_in, alive, centre_row,
-        centre_col, t, u, height, width, channels, c, live, factor, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
-        MASK_ACT: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
+        x, steps, d, mask, from_column, from_total, grad_x, into, grad_d, of_high, total, high_in, alive, pixel_row,
+        pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live, positions, factor,
+        K: tl.constexpr, OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, MASK_ACT: tl.constexpr,
+        FIXED: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr):
     """Scatter one tap's gradient, and return the sums of the block with this tap added."""
     v00, v01, v10, v11, row, col, f, e, m = samples(
-        x, d, mask, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC,
-        INDEX)
+        x, steps, d, mask, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c,
+        live, K, OFFSETS, HAS_MASK, MASK_ACT, ACC, INDEX)
     s = sample(v00, v01, v10, v11, f, e)
     g = tl.load(from_column, mask=live, other=0.).to(ACC)
     v = g
@@ -252,45 +281,47 @@ def _scatter_tap(
         of_high += g * (m[:, None] * s)
         v = g * high_in[None, :] + from_total
     if HAS_MASK:
-        tl.store(into_mask, tl.sum(v * s, axis=1), mask=alive)
+        tl.store(into + k * positions, tl.sum(v * s, axis=1), mask=alive)
         v = v * m[:, None]
-    grad_d += tl.sum(v * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
-    scatter(grad_x, row, col, f, e, t, u, height, width, channels, c, live, v, factor, FIXED, INDEX)
+    grad_d = add_slopes(v, v00, v01, v10, v11, f, e, k, into, grad_d, positions, alive, K, OFFSETS)
+    scatter(
+        grad_x, row, col, f, e, 1 if OFFSETS else k // K - K // 2, 1 if OFFSETS else k % K - K // 2, height, width,
+        channels, c, live, v, factor, FIXED, INDEX)
     return grad_d, of_high, total
 
 
 @triton.jit
 def scatter_columns(
-        x, dilation, mask, low, high, cols, totals, grad_x, sampling, gains, scale,
-        first_sample, first, count, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, dilation_width, positions,
+        x, steps, mask, low, high, cols, totals, grad_x, sampling, gains, scale,
+        first_sample, first, count, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h,
+        spacing_w, s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, step_width, positions,
         first_block, base,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
-        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-        FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
+        DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        INDEX: tl.constexpr, FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Transpose of `columns`, of which cols and totals hold the gradients.
 
-    The program adds to grad_x (B, H, W, C). It writes the share of its channels in the gradients of mask and dilation
-    to sampling (blocks of channels, K*K + 1, B*H'*W'), and the share of its positions in the gradients of low_in and
-    high_in to gains (blocks of positions, 2, C). Grid: as in `columns`.
+    The program adds to grad_x (B, H, W, C). It writes the share of its channels in the gradients of mask and steps to
+    sampling (blocks of channels, K*K + S, B*H'*W'), S = 1 for the dilation and 2*K*K for offsets, and the share of its
+    positions in the gradients of low_in and high_in to gains (blocks of positions, 2, C). Grid: as in `columns`.
     """
     b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
-    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
-    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
     x += b * height * width * channels
     grad_x += b * height * width * channels
-    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
-    d = dilation_of(o, base, DILATION_ACT)
+    steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+    d = dilations(steps, alive, base, OFFSETS, DILATION_ACT, ACC)
     mask += b * m_b + group * (K * K) * m_c
     at_mask = mask + i.to(tl.int64) * m_h + j * m_w
     at_column = c // bundle_width * (K * K * bundle_width) + c % bundle_width
     at = cols + row_of_tile[:, None] * (channels * K * K) + at_column[None, :]
-    sampling += tl.program_id(1).to(tl.int64) * (K * K + 1) * positions
-    into = sampling + b * (out_h * out_w) + q
     positions = tl.cast(positions, tl.int64)  # Triton makes an argument of 1 a plain number
+    rows = K * K + (2 * K * K if OFFSETS else 1)
+    into = sampling + tl.program_id(1) * rows * positions + b * (out_h * out_w) + q
     factor = 1.
     if FIXED:
         factor = tl.load(scale)
@@ -307,16 +338,17 @@ def scatter_columns(
     if K <= 3:
         for k in tl.static_range(K * K):
             grad_d, of_high, total = _scatter_tap(
-                x, d, at_mask + k * m_c, at + k * bundle_width, from_total, grad_x, into + k * positions, grad_d,
-                of_high, total, high_in, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
-                channels, c, live, factor, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
+                x, steps, d, at_mask, at + k * bundle_width, from_total, grad_x, into, grad_d, of_high, total, high_in,
+                alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live,
+                positions, factor, K, OFFSETS, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
     else:
         for k in range(K * K):
             grad_d, of_high, total = _scatter_tap(
-                x, d, at_mask + k * m_c, at + k * bundle_width, from_total, grad_x, into + k * positions, grad_d,
-                of_high, total, high_in, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
-                channels, c, live, factor, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
-    tl.store(into + K * K * positions, grad_d, mask=alive)
+                x, steps, d, at_mask, at + k * bundle_width, from_total, grad_x, into, grad_d, of_high, total, high_in,
+                alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live,
+                positions, factor, K, OFFSETS, HAS_MASK, SPLIT, MASK_ACT, FIXED, ACC, INDEX)
+    if not OFFSETS:
+        tl.store(into + K * K * positions, grad_d, mask=alive)
     if SPLIT:
         at_gain = gains + (first_block + tl.program_id(0)).to(tl.int64) * 2 * channels + c
         tl.store(at_gain, tl.sum(of_total * total, axis=0), mask=c_live)
@@ -325,15 +357,15 @@ def scatter_columns(
 
 @triton.jit
 def sampling_gradient(
-        sampling, dilation, mask, grad_dilation, grad_mask,
-        positions, out_h, out_w, parts, d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w,
-        gd_b, gd_g, gd_h, gd_w, gm_b, gm_c, gm_h, gm_w, base,
-        TAPS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
-        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr,
+        sampling, steps, mask, grad_steps, grad_mask,
+        positions, out_h, out_w, parts, s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w,
+        gs_b, gs_c, gs_h, gs_w, gm_b, gm_c, gm_h, gm_w, base,
+        TAPS: tl.constexpr, STEPS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    """Gradients of dilation and mask, from sampling (G * parts, TAPS + 1, positions): sums over blocks of channels.
+    """Gradients of steps and mask, from sampling (G * parts, TAPS + STEPS, positions): sums over blocks of channels.
 
-    Grid: blocks of positions, dilation groups, taps and the dilation.
+    STEPS: Channels of steps per group. Grid: blocks of positions, step groups, taps and then channels of steps.
     """
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     group, k = tl.program_id(1), tl.program_id(2)
@@ -341,13 +373,14 @@ def sampling_gradient(
     b, i, j = p // out_w // out_h, p // out_w % out_h, p % out_w
     total = tl.zeros([BLOCK_P], dtype=ACC)
     for part in range(parts):
-        row = (group * parts + part).to(tl.int64) * (TAPS + 1) + k
+        row = (group * parts + part).to(tl.int64) * (TAPS + STEPS) + k
         total += tl.load(sampling + row * positions + p, mask=alive, other=0.)
-    if k == TAPS:
-        o = tl.load(dilation + b * d_b + group * d_g + i * d_h + j * d_w, mask=alive, other=0.).to(ACC)
+    if k >= TAPS:
+        channel = group * STEPS + k - TAPS
+        o = tl.load(steps + b * s_b + channel * s_c + i * s_h + j * s_w, mask=alive, other=0.).to(ACC)
         total = total * dilation_slope(o, base, DILATION_ACT)
-        at_dilation = grad_dilation + b * gd_b + group * gd_g + i * gd_h + j * gd_w
-        tl.store(at_dilation, round_to(total, grad_dilation, UPCAST), mask=alive)
+        at_steps = grad_steps + b * gs_b + channel * gs_c + i * gs_h + j * gs_w
+        tl.store(at_steps, round_to(total, grad_steps, UPCAST), mask=alive)
     elif HAS_MASK:
         channel = group * TAPS + k
         if MASK_ACT:

@@ -31,18 +31,18 @@ class _Launches(NamedTuple):
 def _launches(spec: Spec, has_bias: bool, fixed: bool) -> _Launches:
     from . import depthwise_kernels as kernels
     call = call_of(spec)
-    size = call.h, call.w, call.out_h, call.out_w, *call.centres, *call.strides, call.c, call.dilation_width
-    p, c, warps = _FORWARD[0], block(call.dilation_width, 16, _FORWARD[1]), _FORWARD[2]
-    bp, bc, back_warps = _BACKWARD[0], block(call.dilation_width, 16, _BACKWARD[1]), _BACKWARD[2]
-    pp, pc, products_warps = _PRODUCTS[0], block(call.dilation_width, 16, _PRODUCTS[1]), _PRODUCTS[2]
-    k, _, has_mask, act, mask_act, _, acc, index = call.constants
+    size = call.h, call.w, call.out_h, call.out_w, *call.pixels, *call.strides, call.c, call.step_width
+    p, c, warps = _FORWARD[0], block(call.step_width, 16, _FORWARD[1]), _FORWARD[2]
+    bp, bc, back_warps = _BACKWARD[0], block(call.step_width, 16, _BACKWARD[1]), _BACKWARD[2]
+    pp, pc, products_warps = _PRODUCTS[0], block(call.step_width, 16, _PRODUCTS[1]), _PRODUCTS[2]
+    k, has_offsets, _, has_mask, act, mask_act, _, acc, index = call.constants
     return _Launches(
         Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),
                (*call.constants, has_bias, call.upcast, p, c), warps),
         Launch(kernels.backward, (call.b * cdiv(call.area, bp), call.channel_blocks(bc)),
                (*size, call.positions, spec.base), (*call.constants, fixed, bp, bc), back_warps),
         Launch(kernels.products, (call.b, call.taps, call.channel_blocks(pc)), (*size, spec.base),
-               (k, has_mask, act, mask_act, acc, index, pp, pc), products_warps),
+               (k, has_offsets, has_mask, act, mask_act, acc, index, pp, pc), products_warps),
         Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c,),
                (call.taps, block(call.taps, 1, 4096), spec.gains_act, acc, call.upcast, 32)),
         call.channel_blocks(bc))
@@ -59,7 +59,7 @@ def forward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -67,9 +67,9 @@ def forward(
 ) -> None:
     """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C)."""
     call, launches = call_of(spec), _launches(spec, bias is not None, False)
-    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    masks = mask_in(steps, mask, call.step_groups, call.joint)
     triton_support.launch(
-        launches.forward, x, dilation, masks, low, high, *_kernel(weight, call.split, call.wide), bias, y)
+        launches.forward, x, steps, masks, low, high, *_kernel(weight, call.split, call.wide), bias, y)
 
 
 def backward(
@@ -78,29 +78,30 @@ def backward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
         grad_x: Tensor,
         scale: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
-    """Gradients of weight, bias, dilation, mask, low and high; arguments as in `dense.backward`."""
+    """Gradients of weight, bias, steps, mask, low and high; arguments as in `dense.backward`."""
     call, launches = call_of(spec), _launches(spec, bias is not None, scale is not None)
     kernel, mean = _kernel(weight, call.split, call.wide)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
-    sampling, sums = empty(launches.channel_blocks, call.taps + 1, call.positions), empty(call.b, call.taps, call.c)
-    masks = mask_in(dilation, mask, call.dilation_groups, call.joint)
+    sampling = empty(launches.channel_blocks, call.taps + call.step_channels, call.positions)
+    sums = empty(call.b, call.taps, call.c)
+    masks = mask_in(steps, mask, call.step_groups, call.joint)
     triton_support.launch(
-        launches.backward, grad, x, dilation, masks, low, high, kernel, mean, grad_x, sampling, scale)
-    triton_support.launch(launches.products, grad, x, dilation, masks, sums)
+        launches.backward, grad, x, steps, masks, low, high, kernel, mean, grad_x, sampling, scale)
+    triton_support.launch(launches.products, grad, x, steps, masks, sums)
     grads = [None if t is None else torch.empty_like(t) for t in (low, high)]
     if call.split:
         triton_support.launch(launches.kernel, sums, kernel, mean, low, high, *grads)
     grad_weight = torch.empty_like(contiguous_weight(weight))
     grad_weight.copy_(sums.sum(0).t().reshape(weight.shape))
     grad_bias = None if bias is None else grad.sum((0, 1, 2))
-    return [grad_weight, grad_bias, *sampling_gradient(call, sampling, dilation, mask), *grads]
+    return [grad_weight, grad_bias, *sampling_gradient(call, sampling, steps, mask), *grads]

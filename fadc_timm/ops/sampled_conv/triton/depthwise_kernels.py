@@ -1,17 +1,18 @@
 """Triton kernels of the depthwise operator: forward, and three for its gradients.
 
 The operator has no matrix product. A program has a block of positions of one sample and a block of channels of one
-dilation group, and reads the pixels through the cache. The programs apply AdaKern's gains to the kernel.
+step group, and reads the pixels through the cache. The programs apply AdaKern's gains to the kernel.
 
-Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous; dilation (B, G, H', W') and mask (B, G*K*K, H',
-W') of any strides; kernel (K*K, C) and its mean over the taps (C,); low and high, the gains (B, C).
+Shapes: x (B, H, W, C), y and its gradient (B, H', W', C) contiguous; steps, which are dilations (B, G, H', W') or with
+OFFSETS offsets (B, G*K*K*2, H', W'), and mask (B, G*K*K, H', W') of any strides; kernel (K*K, C) and its mean over the
+taps (C,); low and high, the gains (B, C).
 """
 import triton
 import triton.language as tl
 
 from ...triton_math import round_to
-from .dense_kernels import channels_of, gain, gain_gradient, place, samples
-from .sampling import dilation_of, sample, scatter, slopes
+from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of
+from .sampling import dilations, sample, scatter
 
 __all__ = ['backward', 'forward', 'kernel_gradient', 'products']
 
@@ -27,22 +28,22 @@ def _kernel_of_sample(kernel, mean, low_in, high_in, c, c_live, SPLIT: tl.conste
 
 @triton.jit
 def forward(
-        x, dilation, mask, low, high, kernel, mean, bias, y,
-        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, base,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
-        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-        HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        x, steps, mask, low, high, kernel, mean, bias, y,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
+        s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, step_width, base,
+        K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
+        DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Write the output y. Grid: blocks of positions, blocks of channels."""
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
-    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
-    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
     x += b * height * width * channels
-    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
-    d = dilation_of(o, base, DILATION_ACT)
+    steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+    d = dilations(steps, alive, base, OFFSETS, DILATION_ACT, ACC)
     at_mask = mask + b * m_b + group * (K * K) * m_c + i.to(tl.int64) * m_h + j * m_w
     low_in = gain(low, b * channels + c, c_live, GAINS_ACT, ACC)
     high_in = gain(high, b * channels + c, c_live, GAINS_ACT, ACC)
@@ -52,8 +53,8 @@ def forward(
     acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     for k in range(K * K):
         v00, v01, v10, v11, row, col, f, e, m = samples(
-            x, d, at_mask + k * m_c, alive, centre_row, centre_col, k // K - K // 2, k % K - K // 2, height, width,
-            channels, c, live, HAS_MASK, MASK_ACT, ACC, INDEX)
+            x, steps, d, at_mask, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width,
+            channels, c, live, K, OFFSETS, HAS_MASK, MASK_ACT, ACC, INDEX)
         w = _kernel_of_sample(kernel + k * channels, m_of_kernel, low_in, high_in, c, c_live, SPLIT, ACC)
         acc += sample(v00, v01, v10, v11, f, e) * m[:, None] * w[None, :]
     if HAS_BIAS:
@@ -63,26 +64,26 @@ def forward(
 
 @triton.jit
 def backward(
-        grad, x, dilation, mask, low, high, kernel, mean, grad_x, sampling, scale,
-        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, positions, base,
-        K: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
-        MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-        FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        grad, x, steps, mask, low, high, kernel, mean, grad_x, sampling, scale,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
+        s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, step_width, positions, base,
+        K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
+        DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
+        INDEX: tl.constexpr, FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Add the gradient of x to grad_x, and write each block's share in the gradients of mask and dilation to sampling.
+    """Add the gradient of x to grad_x, and write each block's share in the gradients of mask and steps to sampling.
 
-    sampling (blocks of channels, K*K + 1, positions). Grid: as in `forward`.
+    sampling (blocks of channels, K*K + S, positions), S as in `scatter_columns`. Grid: as in `forward`.
     """
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
-    group, c, c_live = channels_of(tl.program_id(1), dilation_width, BLOCK_C)
+    group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
-    centre_row, centre_col = i * stride_h + start_h, j * stride_w + start_w
+    pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
     x += b * height * width * channels
     grad_x += b * height * width * channels
-    o = tl.load(dilation + b * d_b + group * d_g + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC)
-    d = dilation_of(o, base, DILATION_ACT)
+    steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+    d = dilations(steps, alive, base, OFFSETS, DILATION_ACT, ACC)
     at_mask = mask + b * m_b + group * (K * K) * m_c + i.to(tl.int64) * m_h + j * m_w
     low_in = gain(low, b * channels + c, c_live, GAINS_ACT, ACC)
     high_in = gain(high, b * channels + c, c_live, GAINS_ACT, ACC)
@@ -93,41 +94,43 @@ def backward(
     if FIXED:
         factor = tl.load(scale)
     positions = tl.cast(positions, tl.int64)  # Triton makes an argument of 1 a plain number
-    into = sampling + tl.program_id(1) * (K * K + 1) * positions + p
+    rows = K * K + (2 * K * K if OFFSETS else 1)
+    into = sampling + tl.program_id(1) * rows * positions + p
     g = tl.load(grad + p[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
     grad_d = tl.zeros([BLOCK_P], dtype=ACC)
     for k in range(K * K):
-        t, u = k // K - K // 2, k % K - K // 2
         v00, v01, v10, v11, row, col, f, e, m = samples(
-            x, d, at_mask + k * m_c, alive, centre_row, centre_col, t, u, height, width, channels, c, live, HAS_MASK,
-            MASK_ACT, ACC, INDEX)
+            x, steps, d, at_mask, alive, pixel_row, pixel_col, k, s_c, m_c, spacing_h, spacing_w, height, width,
+            channels, c, live, K, OFFSETS, HAS_MASK, MASK_ACT, ACC, INDEX)
         w = _kernel_of_sample(kernel + k * channels, m_of_kernel, low_in, high_in, c, c_live, SPLIT, ACC)
         v = g * w[None, :]
         if HAS_MASK:
             tl.store(into + k * positions, tl.sum(v * sample(v00, v01, v10, v11, f, e), axis=1), mask=alive)
             v = v * m[:, None]
-        grad_d += tl.sum(v * slopes(v00, v01, v10, v11, f, e, t, u), axis=1)
-        scatter(grad_x, row, col, f, e, t, u, height, width, channels, c, live, v, factor, FIXED, INDEX)
-    tl.store(into + K * K * positions, grad_d, mask=alive)
+        grad_d = add_slopes(v, v00, v01, v10, v11, f, e, k, into, grad_d, positions, alive, K, OFFSETS)
+        scatter(
+            grad_x, row, col, f, e, 1 if OFFSETS else k // K - K // 2, 1 if OFFSETS else k % K - K // 2, height, width,
+            channels, c, live, v, factor, FIXED, INDEX)
+    if not OFFSETS:
+        tl.store(into + K * K * positions, grad_d, mask=alive)
 
 
 @triton.jit
 def products(
-        grad, x, dilation, mask, into,
-        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w,
-        d_b, d_g, d_h, d_w, m_b, m_c, m_h, m_w, channels, dilation_width, base,
-        K: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr,
-        ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        grad, x, steps, mask, into,
+        height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
+        s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, step_width, base,
+        K: tl.constexpr, OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
+        MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Sum, over the positions of each sample, the gradient times the masked samples of a tap; into is (B, K*K, C).
 
     Grid: samples, taps, blocks of channels.
     """
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    group, c, c_live = channels_of(tl.program_id(2), dilation_width, BLOCK_C)
+    group, c, c_live = channels_of(tl.program_id(2), step_width, BLOCK_C)
     x += b * height * width * channels
-    dilation += b * d_b + group * d_g
-    mask += b * m_b + (group * (K * K) + k) * m_c
+    mask += b * m_b + group * (K * K) * m_c
     area = out_h * out_w
     acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     for start in range(0, area, BLOCK_P):
@@ -135,11 +138,12 @@ def products(
         alive = q < area
         live = alive[:, None] & c_live[None, :]
         i, j = q // out_w, q % out_w
-        d = dilation_of(
-            tl.load(dilation + i.to(tl.int64) * d_h + j * d_w, mask=alive, other=0.).to(ACC), base, DILATION_ACT)
+        at_steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+        d = dilations(at_steps, alive, base, OFFSETS, DILATION_ACT, ACC)
         v00, v01, v10, v11, row, col, f, e, m = samples(
-            x, d, mask + i.to(tl.int64) * m_h + j * m_w, alive, i * stride_h + start_h, j * stride_w + start_w,
-            k // K - K // 2, k % K - K // 2, height, width, channels, c, live, HAS_MASK, MASK_ACT, ACC, INDEX)
+            x, at_steps, d, mask + i.to(tl.int64) * m_h + j * m_w, alive, i * stride_h + start_h,
+            j * stride_w + start_w, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS,
+            HAS_MASK, MASK_ACT, ACC, INDEX)
         g = tl.load(grad + (b * area + q)[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
         acc += g * sample(v00, v01, v10, v11, f, e) * m[:, None]
     tl.store(into + (b * (K * K) + k) * channels + c, tl.sum(acc, axis=0), mask=c_live)

@@ -13,8 +13,8 @@ from .call import Spec, call_of
 __all__ = ['call', 'two_step_conv2d']
 
 
-def _empty_output(x: Tensor, weight: Tensor, dilation: Tensor) -> Tensor:
-    return torch.empty(x.shape[0], weight.shape[0], *dilation.shape[2:], dtype=x.dtype, device=x.device,
+def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
+    return torch.empty(x.shape[0], weight.shape[0], *steps.shape[2:], dtype=x.dtype, device=x.device,
                        memory_format=torch.channels_last)
 
 
@@ -27,18 +27,18 @@ def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups) -> Spec:
+def _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups) -> Spec:
     return Spec(
-        tuple(x.shape), x.dtype, tuple(dilation.shape), dilation.stride(), None if mask is None else mask.stride(),
+        tuple(x.shape), x.dtype, tuple(steps.shape), steps.stride(), None if mask is None else mask.stride(),
         tuple(weight.shape), low is not None or high is not None, act, base, gains_act, tuple(stride), tuple(padding),
-        groups, settings.workspace_bytes())
+        tuple(spacing), groups, settings.workspace_bytes())
 
 
 def _forward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -48,15 +48,16 @@ def _forward(
         save: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    y = _empty_output(x, weight, dilation)
+    y = _empty_output(x, weight, steps)
     nothing = x.new_empty(0), x.new_empty(0)
     if not y.numel():
         return y, *nothing
     bias, low, high = _in_a_row(bias, low, high)
-    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
-    tensors = nhwc(x), weight, bias, dilation, mask, low, high, y.permute(0, 2, 3, 1)
+    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
+    tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
     if call_of(spec).is_depthwise:
         depthwise.forward(spec, *tensors)
         return y, *nothing
@@ -69,7 +70,7 @@ def two_step_conv2d(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -79,6 +80,7 @@ def two_step_conv2d(
         save: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Adaptive dilated convolution in Triton, with the activations of AdaDR and AdaKern in the kernels that read them.
@@ -87,9 +89,10 @@ def two_step_conv2d(
         x: Map (B, C, H, W), best channels_last; another layout costs one copy.
         weight: (O, C/groups, k, k), in the dtype of x or float32.
         bias: (O,) or None.
-        dilation: (B, G, H', W'), any strides, half or float32. If act is not 0, the output of AdaDR's convolution, to
-            which the kernels apply the activation; if mask is None too, it also holds the channels of the mask, after
-            those of the dilation: (B, G + G*k*k, H', W').
+        steps: Dilations (B, G, H', W'), or with spacing offsets (B, G*k*k*2, H', W'), see :class:`ConvArgs`; any
+            strides, half or float32. If act is not 0, the output of AdaDR's convolution, to which the kernels apply the
+            activation; if mask is None too, it also holds the channels of the mask, after those of the dilation:
+            (B, G + G*k*k, H', W').
         mask: (B, G*k*k, H', W') or None, any strides. If act is not 0, the kernels take 2 * sigmoid of it.
         low, high: AdaKern's gains (B, C + O), first for the input channels, then for the output channels; or None if
             all are one. If the operator is depthwise, their product (B, C).
@@ -99,7 +102,8 @@ def two_step_conv2d(
         gains_act: Whether the kernels take 2 * sigmoid of low and high.
         save: Whether the gains need gradients: then the second and third result are made.
         stride: Of the rows and of the columns.
-        padding: Of the rows and of the columns, at dilation 1.
+        padding: Of the rows and of the columns, of dilations at dilation 1.
+        spacing: Of the rows and of the columns of taps that offsets move; empty for dilations.
         groups: Convolution groups.
 
     Returns:
@@ -107,15 +111,15 @@ def two_step_conv2d(
         which are empty unless they were asked for.
     """
     return _forward(
-        x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, stride, padding, groups)
+        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)
 
 
 @two_step_conv2d.register_fake
-def _(x, weight, bias, dilation, mask, low, high, act, base, gains_act, save, stride, padding, groups):
-    y = _empty_output(x, weight, dilation)
+def _(x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups):
+    y = _empty_output(x, weight, steps)
     if not save or (low is None and high is None) or _is_depthwise(x, weight, groups) or x.shape[0] == 0:
         return y, x.new_empty(0), x.new_empty(0)
-    part = x.new_empty(x.shape[0] * dilation.shape[2] * dilation.shape[3], weight.shape[0])
+    part = x.new_empty(x.shape[0] * steps.shape[2] * steps.shape[3], weight.shape[0])
     return y, part, torch.empty_like(part)
 
 
@@ -126,7 +130,7 @@ def _gradient(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -135,13 +139,14 @@ def _gradient(
         gains_act: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> List[Tensor]:
-    tensors = x, weight, bias, dilation, mask, low, high
+    tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
         return [x.new_empty(0) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
     bias, low, high = _in_a_row(bias, low, high)
-    spec = _spec(x, weight, dilation, mask, low, high, act, base, gains_act, stride, padding, groups)
+    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
     call = call_of(spec)
     fixed = torch.are_deterministic_algorithms_enabled()
     scale = _scale(spec, grad, weight, mask, low, high) if fixed else None
@@ -149,12 +154,12 @@ def _gradient(
         x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
     if call.is_depthwise:
         grads = depthwise.backward(
-            spec, nhwc(grad), nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
+            spec, nhwc(grad), nhwc(x), weight, bias, steps, mask, low, high, into, scale)
     else:
         parts = (high_part, low_part) if high_part.numel() else (None, None)
         with without_autocast(x):
             grads = dense.backward(
-                spec, nhwc(grad), parts, nhwc(x), weight, bias, dilation, mask, low, high, into, scale)
+                spec, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
@@ -168,7 +173,7 @@ def two_step_conv2d_backward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        dilation: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
@@ -177,15 +182,16 @@ def two_step_conv2d_backward(
         gains_act: bool,
         stride: List[int],
         padding: List[int],
+        spacing: List[int],
         groups: int,
 ) -> List[Tensor]:
-    """Gradients of :func:`two_step_conv2d` for x, weight, bias, dilation, mask, low and high; empty for None.
+    """Gradients of :func:`two_step_conv2d` for x, weight, bias, steps, mask, low and high; empty for None.
 
     Without the two parts of the output, the gradients of low and high are right for the input channels only.
     """
     return _gradient(
-        grad, high_part, low_part, x, weight, bias, dilation, mask, low, high, act, base, gains_act, stride, padding,
-        groups)
+        grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
+        spacing, groups)
 
 
 def _scale(
@@ -211,34 +217,34 @@ def _scale(
     return 2. ** 62 / (largest.clamp(min=1e-300) * (call.area * call.taps))
 
 
-def _gradients(x, weight, bias, dilation, mask, low, high) -> List[Tensor]:
+def _gradients(x, weight, bias, steps, mask, low, high) -> List[Tensor]:
     """Tensors for the gradients, not filled."""
     return [
         empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
-        x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(dilation),
+        x.new_empty(0) if bias is None else torch.empty_like(bias), empty_map(steps),
         x.new_empty(0) if mask is None else empty_map(mask),
         *(x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
           for t in (low, high))]
 
 
 @two_step_conv2d_backward.register_fake
-def _(grad, high_part, low_part, x, weight, bias, dilation, mask, low, high, act, base, gains_act, stride, padding,
-      groups):
-    return _gradients(x, weight, bias, dilation, mask, low, high)
+def _(grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
+      spacing, groups):
+    return _gradients(x, weight, bias, steps, mask, low, high)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, act, base, gains_act, _, stride, padding, groups = inputs
-    ctx.options = act, base, gains_act, stride, padding, groups
+    *tensors, act, base, gains_act, _, stride, padding, spacing, groups = inputs
+    ctx.options = act, base, gains_act, stride, padding, spacing, groups
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2], *tensors)
 
 
 def _backward(ctx, grad: Optional[Tensor], *_):
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     grads = two_step_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 7
+    return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
 
 
 two_step_conv2d.register_autograd(_backward, setup_context=_setup_context)
@@ -258,9 +264,9 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Optional[Tensor], *_):
         if grad is None:
-            return (None,) * 14
+            return (None,) * 15
         grads = _gradient(grad, *ctx.saved_tensors, *ctx.options)
-        return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 7
+        return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
 
 
 def call(*args: Any) -> Tensor:

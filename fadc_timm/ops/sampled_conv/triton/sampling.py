@@ -1,13 +1,15 @@
 """Bilinear sampling inside Triton kernels: positions, taps, corners; and its transpose.
 
-The tap (t, u), each in -r..r, reads at an integer centre plus (d*t, d*u). So d*t alone determines the offset of the
-first pixel and the weight of the second. An axis with t = 0 has no second pixel: its corners are never read. If t and u
-are constants of the compiler, as in unrolled loops, the compiler drops the code for these corners.
+A tap reads at a pixel plus a step, so the step alone determines on each axis how far the first of two pixels is away
+and the weight of the second. With offsets the step is the tap's offset. With a dilation d the tap (t, u), each in
+-r..r, has the step (d*t, d*u). Then an axis with t = 0 has no second pixel: its corners are never read. If t and u are
+constants of the compiler, as in unrolled loops, the compiler drops the code for these corners.
 """
 import triton
 import triton.language as tl
 
-__all__ = ['corners', 'dilation_of', 'dilation_slope', 'inside', 'sample', 'scatter', 'slopes', 'tap']
+__all__ = [
+    'corners', 'dilation_of', 'dilation_slope', 'dilations', 'inside', 'pixels', 'sample', 'scatter', 'slopes']
 
 # Larger steps are clamped to this, so that they fit into int32. They point outside of any map before and after.
 _FAR = tl.constexpr(2.0 ** 30)
@@ -40,13 +42,40 @@ def dilation_slope(o, base, ACT: tl.constexpr):
 
 
 @triton.jit
-def tap(d, t, centre):
+def dilations(steps, alive, base, OFFSETS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr):
+    """The dilation of each position (P,), whose address is steps; with OFFSETS, which are read tap by tap, zeros."""
+    d = tl.zeros(steps.shape, dtype=ACC)
+    if not OFFSETS:
+        d = dilation_of(tl.load(steps, mask=alive, other=0.).to(ACC), base, ACT)
+        d = tl.minimum(tl.maximum(d, -_FAR), _FAR) + (d - d)  # what is not finite is NaN, not far
+    return d
+
+
+@triton.jit
+def _neighbours(step, pixel):
     """The first pixel that a tap reads on an axis, and the weight of the second."""
-    step = d * t
     near = tl.minimum(tl.maximum(step, -_FAR), _FAR)
     whole = tl.floor(near)
-    # minimum and maximum drop NaN, but NaN must reach the output
-    return centre + whole.to(tl.int32), tl.where(step == step, near - whole, step)
+    # minimum and maximum drop NaN, but it must reach the output, and so must infinity as NaN
+    return pixel + whole.to(tl.int32), near - whole + (step - step)
+
+
+@triton.jit
+def pixels(steps, d, alive, row, col, k, s_c, spacing_h, spacing_w, K: tl.constexpr, OFFSETS: tl.constexpr,
+           ACC: tl.constexpr):
+    """Row and column of the first pixel of tap k, and the weights of the second of either axis.
+
+    row, col: The pixel of each position (P,), from which the tap starts.
+    """
+    if OFFSETS:
+        down = tl.load(steps + 2 * k * s_c, mask=alive, other=0.).to(ACC)
+        across = tl.load(steps + (2 * k + 1) * s_c, mask=alive, other=0.).to(ACC)
+        row, f = _neighbours(down, row + k // K * spacing_h)
+        col, e = _neighbours(across, col + k % K * spacing_w)
+    else:
+        row, f = _neighbours(d * (k // K - K // 2), row)
+        col, e = _neighbours(d * (k % K - K // 2), col)
+    return row, col, f, e
 
 
 @triton.jit
@@ -85,11 +114,11 @@ def sample(v00, v01, v10, v11, f, e):
 
 
 @triton.jit
-def slopes(v00, v01, v10, v11, f, e, t, u):
-    """Derivative of :func:`sample` with respect to the dilation, at the tap (t, u)."""
+def slopes(v00, v01, v10, v11, f, e):
+    """Derivatives of :func:`sample` with respect to the row and to the column."""
     down = (v10 - v00) + e[:, None] * ((v11 - v01) - (v10 - v00))
     across = (v01 - v00) + f[:, None] * ((v11 - v10) - (v01 - v00))
-    return t * down + u * across
+    return down, across
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The gradients of dilation, mask and gains: sums of the shares that the programs of a backward pass wrote."""
+"""The gradients of steps, mask and gains: sums of the shares that the programs of a backward pass wrote."""
 import functools
 from typing import List, Optional, Tuple
 
@@ -15,26 +15,26 @@ __all__ = ['gains_gradient', 'sampling_gradient']
 
 @functools.lru_cache(maxsize=1024)
 def _sampling_launch(
-        spec: Spec, parts: int, dilation_strides: Tuple[int, ...], mask_strides: Tuple[int, ...]) -> Launch:
+        spec: Spec, parts: int, step_strides: Tuple[int, ...], mask_strides: Tuple[int, ...]) -> Launch:
     from . import dense_kernels
     call = call_of(spec)
     return Launch(
-        dense_kernels.sampling_gradient, (cdiv(call.positions, 128), call.dilation_groups, call.taps + 1),
-        (call.positions, call.out_h, call.out_w, parts // call.dilation_groups, *call.strides, *dilation_strides,
+        dense_kernels.sampling_gradient, (cdiv(call.positions, 128), call.step_groups, call.taps + call.step_channels),
+        (call.positions, call.out_h, call.out_w, parts // call.step_groups, *call.strides, *step_strides,
          *mask_strides, spec.base),
-        (call.taps, call.has_mask, spec.act, spec.act > 0, call.acc, call.upcast, 128))
+        (call.taps, call.step_channels, call.has_mask, spec.act, spec.act > 0, call.acc, call.upcast, 128))
 
 
 def sampling_gradient(
-        call: Call, sampling: Tensor, dilation: Tensor, mask: Optional[Tensor]) -> List[Optional[Tensor]]:
-    """Gradients of the tensors dilation and mask, from sampling (blocks of channels, K*K + 1, positions)."""
-    grad_dilation, grad_mask = empty_map(dilation), None if mask is None else empty_map(mask)
-    masks, grad_masks = (mask_in(*pair, call.dilation_groups, call.joint)
-                         for pair in ((dilation, mask), (grad_dilation, grad_mask)))
+        call: Call, sampling: Tensor, steps: Tensor, mask: Optional[Tensor]) -> List[Optional[Tensor]]:
+    """Gradients of the tensors steps and mask, from sampling (blocks of channels, K*K + S, positions)."""
+    grad_steps, grad_mask = empty_map(steps), None if mask is None else empty_map(mask)
+    masks, grad_masks = (mask_in(*pair, call.step_groups, call.joint)
+                         for pair in ((steps, mask), (grad_steps, grad_mask)))
     triton_support.launch(
-        _sampling_launch(call.spec, len(sampling), grad_dilation.stride(), grad_masks.stride()), sampling, dilation,
-        masks, grad_dilation, grad_masks)
-    return [grad_dilation, grad_mask]
+        _sampling_launch(call.spec, len(sampling), grad_steps.stride(), grad_masks.stride()), sampling, steps,
+        masks, grad_steps, grad_masks)
+    return [grad_steps, grad_mask]
 
 
 @functools.lru_cache(maxsize=1024)
