@@ -7,6 +7,7 @@ from typing import Any, List
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from ..models._family import list_architectures
 from ..models.cost import model_cost
 from ._common import CommandError
 
@@ -14,8 +15,9 @@ __all__ = ['add_parser']
 
 
 def _list(args: argparse.Namespace) -> int:
-    archs = timm.list_models('*_fadc')
-    names = timm.list_models('*_fadc', include_tags=True) if args.tags else archs
+    bases = {a.name: a.base for a in list_architectures()}
+    archs = [n for n in timm.list_models() if n in bases]
+    names = [n for n in timm.list_models(include_tags=True) if n.partition('.')[0] in bases] if args.tags else archs
 
     def matching(pattern: str) -> List[str]:  # what matches the architecture finds its tags too
         return [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.partition('.')[0], pattern)]
@@ -25,14 +27,14 @@ def _list(args: argparse.Namespace) -> int:
         close = difflib.get_close_matches(args.filter, archs, n=3, cutoff=0.5)
         hint = f"close matches: {', '.join(close)}" if close else f'there are {len(archs)} models'
         raise CommandError(f"no FADC model matches '{args.filter}'; {hint}")
-    n, b = max(map(len, names)), max(4, *(len(name.partition('.')[0]) - len('_fadc') for name in names))
+    n, b = max(map(len, names)), max(4, *(len(bases[name.partition('.')[0]]) for name in names))
     print(f"{'name':{n}}  {'base':{b}}  {'params (M)':>10}  {'GMACs':>8}  {'input':>7}  weights", flush=True)
     for name in names:
         arch, cfg = name.partition('.')[0], get_pretrained_cfg(name) or PretrainedCfg()
         params, gmacs, _ = model_cost(arch, cfg.num_classes, tuple(cfg.input_size))
         weights = 'in the package' if cfg.file else cfg.hf_hub_id or '-'
-        base, size = arch[:-len('_fadc')], 'x'.join(map(str, cfg.input_size[1:]))
-        print(f'{name:{n}}  {base:{b}}  {params:10.2f}  {gmacs:8.2f}  {size:>7}  {weights}', flush=True)
+        size = 'x'.join(map(str, cfg.input_size[1:]))
+        print(f'{name:{n}}  {bases[arch]:{b}}  {params:10.2f}  {gmacs:8.2f}  {size:>7}  {weights}', flush=True)
     return 0
 
 

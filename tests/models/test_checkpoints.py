@@ -140,6 +140,44 @@ def test_channels_last_weights(base, tmp_path):
         assert error(loaded(photos()), expected) < 2e-6  # 4.2e-7
 
 
+@pytest.mark.parametrize('ada_dr, sampling', [(True, 'dilation'), (False, 'fixed')])
+@torch.no_grad()
+def test_local_dir_of_an_older_version(ada_dr, sampling, tmp_path):
+    """With the option `ada_dr` in config.json, which is `sampling` today. In a call it is an error, here too."""
+    model = create_fadc('test_resnet_fadc', sampling=sampling, num_classes=7)
+    save_for_hf(model, tmp_path, model_args={}, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['model_args'] = dict(ada_dr=ada_dr)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    name = f'local-dir:{tmp_path}'
+    loaded = timm.create_model(name, pretrained=True).eval()
+    assert {m.sampling for m in fad_convs(loaded).values()} == {sampling}
+    assert torch.equal(loaded(photos()), model(photos()))
+    features = timm.create_model(name, pretrained=True, features_only=True).eval()
+    assert torch.equal(features(photos())[-1], model.forward_intermediates(photos(), intermediates_only=True)[-1])
+    other = timm.create_model(name, sampling='deform')  # the call's comes first
+    assert {m.sampling for m in fad_convs(other).values()} == {'deform'}
+    for call in (dict(model_name='test_resnet_fadc'), dict(model_name='test_resnet_fadc', pretrained=True)):
+        with pytest.raises(TypeError, match='sampling'):
+            timm.create_model(**call, ada_dr=ada_dr)
+
+
+@pytest.mark.parametrize('suffix', ['_dcn', '_dcn_fadc'])
+@torch.no_grad()
+def test_deformable_checkpoint(suffix, tmp_path):
+    """Of a deformable model, through a file and a folder; of another variant it is refused."""
+    name = f'test_resnet{suffix}'
+    model, path = create_fadc(name), tmp_path / 'checkpoint.pth'
+    save(model.state_dict(), path)
+    assert torch.equal(load(with_tag('test_resnet', suffix), path)(photos()), model(photos()))
+    assert error(model(photos()), load(with_tag('test_resnet', suffix), trained('test_resnet'))(photos())) > 0.1
+    save_for_hf(model, tmp_path / 'folder', model_args={}, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
+    assert torch.equal(loaded(photos()), model(photos()))
+    with pytest.raises(RuntimeError, match=r'unexpected keys: .*conv1\.free_offsets\.'):
+        load(with_tag('test_resnet', '_fadc'), path)
+
+
 @pytest.mark.parametrize('base, own', [
     ('test_resnet', {}), ('test_convnext', {}), ('resnet50c', THIN), ('convnext_atto', dict(depths=(1, 1, 2, 1)))])
 @torch.no_grad()
