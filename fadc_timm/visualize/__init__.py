@@ -1,11 +1,13 @@
-"""Pictures of what FADC layers do to an image: dilation maps and band weights; spectra of features and kernels.
+"""Pictures of what FADC layers do to an image: dilation maps, taps and band weights; spectra of features and kernels.
 
 Only the functions that draw import matplotlib, so that importing fadc_timm does not take longer.
 """
 from ._common import save
 from .dilation import LayerRecord, StageSummary, collect, figure, summarize, table
 from .spectrum import LayerSpectra, collect_spectra, first_of_stages, spectrum_figure, spectrum_table
+from .taps import LayerTaps, StageTaps, draw_taps, select_taps, taps_of
 
 __all__ = [
-    'LayerRecord', 'LayerSpectra', 'StageSummary', 'collect', 'collect_spectra', 'figure', 'first_of_stages', 'save',
-    'spectrum_figure', 'spectrum_table', 'summarize', 'table']
+    'LayerRecord', 'LayerSpectra', 'LayerTaps', 'StageSummary', 'StageTaps', 'collect', 'collect_spectra', 'draw_taps',
+    'figure', 'first_of_stages', 'save', 'select_taps', 'spectrum_figure', 'spectrum_table', 'summarize', 'table',
+    'taps_of']
