@@ -1,12 +1,12 @@
 """Frequency-Adaptive Dilated Convolution (FADC, CVPR 2024) for timm.
 
-Importing this package registers `<base>_fadc` models with timm.
+Importing this package registers `<base>_fadc`, `<base>_dcn` and `<base>_dcn_fadc` models with timm.
 """
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from . import layers, losses, ops
-from .layers import AdaDR, AdaKern, FADConv2d, FreqSelect
+from .layers import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
 from .models import LiftReport, lift_model, param_groups
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __version__ = '0.1.0.dev0'
 
 __all__ = [
-    'AdaDR', 'AdaKern', 'FADConv2d', 'FreqSelect', 'LiftReport', 'checkpoints', 'hub', 'layers', 'lift_model', 'load',
-    'losses', 'official', 'ops', 'param_groups', 'save', 'visualize']
+    'AdaDR', 'AdaKern', 'FADConv2d', 'FreeOffsets', 'FreqSelect', 'LiftReport', 'checkpoints', 'hub', 'layers',
+    'lift_model', 'load', 'losses', 'official', 'ops', 'param_groups', 'save', 'visualize']
 
 # Modules, and functions of them, that Python imports at their first use: building a model needs none of them.
 _LAZY = {

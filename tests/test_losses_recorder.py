@@ -112,7 +112,7 @@ def test_recorder_refuses():
         raise KeyError
     assert not any(m._forward_hooks for m in model.modules())
 
-    layer = FADConv2d(3, 3, 3, padding=1, ada_dr=False)
+    layer = FADConv2d(3, 3, 3, padding=1, sampling='fixed')
     with record_dilations(layer) as records:
         layer(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match='no layer with AdaDR ran'):

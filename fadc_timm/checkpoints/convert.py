@@ -1,4 +1,8 @@
-"""Convert local checkpoints (of a base, an FADC model or the authors' code) to FADC models; account for every key."""
+"""Convert local checkpoints to FADC models, and account for every key.
+
+They are of a base, of an FADC model, of the authors' code, or of mmdetection or mmsegmentation with deformable
+convolutions.
+"""
 import argparse
 import pickle
 import re
@@ -13,11 +17,12 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..models._checkpoint import why_unreadable
-from ..models._family import fadc_keys, family_of
+from ..models._family import architecture_of, fadc_keys, family_of
 from .official import convert_checkpoint
 
 __all__ = [
-    'Checkpoint', 'Converted', 'RELEASES', 'convert', 'pretrained_cfg', 'read_checkpoint', 'report', 'summary']
+    'AUTHORS', 'Checkpoint', 'Converted', 'OPENMMLAB', 'RELEASES', 'TIMM', 'convert', 'pretrained_cfg',
+    'read_checkpoint', 'report', 'summary']
 
 StateDict = Dict[str, Tensor]
 
@@ -31,20 +36,26 @@ _EMA, _RAW = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
 _WITHIN = ('backbone.timm_model.', 'encoder.model.')
 
 
+# Who wrote a checkpoint.
+TIMM, AUTHORS, OPENMMLAB = 'timm', "the authors' code", 'mmdetection or mmsegmentation'
+
+
 class Checkpoint(NamedTuple):
     """What a file holds.
 
     state_dict: Tensors by their names, without the prefixes of wrappers. From a segmentation network only the backbone.
     entry: The file's key that the tensors were under; empty where the file holds the tensors themselves.
     left: The file's other keys.
+    meta: What the file says about itself under `meta`, as mmdetection and mmsegmentation do.
     """
     state_dict: StateDict
     entry: str
     left: List[str]
+    meta: Mapping[str, Any] = {}
 
     @property
     def official(self) -> bool:
-        """Whether the authors' code wrote it: mmsegmentation puts a backbone under this prefix, timm never does."""
+        """Whether the authors' code, mmdetection or mmsegmentation wrote it: they have this prefix, timm never has."""
         return any(key.startswith('backbone.') for key in self.state_dict)
 
 
@@ -56,12 +67,14 @@ class Converted(NamedTuple):
     taken: The model's keys whose values come from the checkpoint, each with the checkpoint's keys that it came from.
     added: The model's keys that keep their initial values, with which FADC is the identity.
     left: Keys of the checkpoint that were not used.
+    writer: Who wrote the checkpoint.
     """
     model: nn.Module
     model_args: Dict[str, Any]
     taken: Dict[str, List[str]]
     added: List[str]
     left: List[str]
+    writer: str
 
 
 def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
@@ -115,7 +128,8 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     if prefix is not None:
         left += [k for k in state_dict if not k.startswith(prefix)]
         state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    return Checkpoint(state_dict, entry, left)
+    meta = content.get('meta')
+    return Checkpoint(state_dict, entry, left, meta if entry and isinstance(meta, Mapping) else {})
 
 
 def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
@@ -136,16 +150,18 @@ def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
     return found
 
 
-def _adapt(state_dict: StateDict, model: nn.Module, official: bool) -> Tuple[StateDict, Dict[str, Set[str]]]:
+def _adapt(checkpoint: Checkpoint, model: nn.Module) -> Tuple[StateDict, Dict[str, Set[str]]]:
     """The model's state dict from a checkpoint, and for each of its keys the checkpoint's keys that it was made of.
 
     Conversions rename, reshape, join and scale tensors, and autograd follows all of these.
     """
-    leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in state_dict.items()}
+    leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in checkpoint.state_dict.items()}
     names = {id(v): k for k, v in leaves.items()}
-    adapt = convert_checkpoint if official else family_of(model).checkpoint_filter_fn
     with torch.enable_grad():
-        out = adapt(dict(leaves), model)
+        if checkpoint.official:
+            out = convert_checkpoint(dict(state_dict=leaves, meta=checkpoint.meta), model)
+        else:
+            out = family_of(model).checkpoint_filter_fn(dict(leaves), model)
         origins = {k: _origins(v, names) for k, v in out.items()}
     return {k: v.detach() for k, v in out.items()}, origins
 
@@ -156,6 +172,13 @@ def _create(name: str, num_classes: Optional[int], model_args: Dict[str, Any]) -
     if not fadc_keys(model):
         raise ValueError(f'{name} is no FADC model of this package; they are listed by: fadc-timm list')
     return model
+
+
+def _is_deformable(name: str, model_args: Mapping[str, Any]) -> bool:
+    """Whether a model has deformable convolutions."""
+    arch = architecture_of(name)
+    options = {**(arch.variant.options if arch is not None else {}), **model_args}
+    return options.get('sampling') == 'deform'
 
 
 def _classifier(model: nn.Module) -> str:
@@ -173,22 +196,25 @@ def convert(
     """Lift a checkpoint into an FADC model with as many classes as the checkpoint has.
 
     Args:
-        checkpoint: Of timm's base or FADC model, or of the authors' code.
-        name: The FADC model, `<arch>_fadc` or `<arch>_fadc.<tag>`.
+        checkpoint: Of timm's base or FADC model, of the authors' code; or, for a model with deformable convolutions,
+            of mmdetection or mmsegmentation with such.
+        name: A model of this package, such as `<arch>_fadc` or `<arch>_dcn.<tag>`.
         model_args: Arguments of `timm.create_model`.
         release: Which release of the authors' code wrote the checkpoint; ignored for timm's.
 
     Raises:
+        NotImplementedError: The checkpoint's configuration says what no model of timm computes.
         RuntimeError: Keys are missing or left over, or shapes differ; the message names them.
         ValueError: `name` is no FADC model.
     """
     official = checkpoint.official
     args = dict(model_args or {})
-    if official:
+    writer = TIMM if not official else OPENMMLAB if _is_deformable(name, args) else AUTHORS
+    if writer == AUTHORS:
         args = dict(padding_mode='replicate', dilation_act=RELEASES[release], **args)
     num_classes = args.pop('num_classes', 0 if official else None)
     model = _create(name, num_classes, args)
-    state_dict, origins = _adapt(checkpoint.state_dict, model, official)
+    state_dict, origins = _adapt(checkpoint, model)
     weight = state_dict.get(_classifier(model))
     classes = 0 if weight is None else weight.shape[0]
     if num_classes is None and classes != getattr(model, 'num_classes', None):
@@ -199,18 +225,19 @@ def convert(
     used = {source for sources in taken.values() for source in sources}
     return Converted(
         model.eval(), args, taken, [k for k in own if k not in taken],
-        [k for k in checkpoint.state_dict if k not in used])
+        [k for k in checkpoint.state_dict if k not in used], writer)
 
 
-def pretrained_cfg(name: str, official: bool) -> Dict[str, Any]:
-    """What config.json says of converted weights. It claims a tag only if the name has one."""
+def pretrained_cfg(name: str, converted: Converted) -> Dict[str, Any]:
+    """What config.json says of converted weights. It claims a tag only if the name has one and timm wrote them."""
     out: Dict[str, Any] = {}
-    if official:
-        # the authors' backbones see images normalised as timm's default does
-        out.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), tag=None, license=None)
-        out.update(paper_ids='arXiv:2403.05369', origin_url='https://github.com/Linwei-Chen/FADC', description=None)
-    elif '.' not in name:
+    if converted.writer != TIMM or '.' not in name:
         out.update(dict.fromkeys(('tag', 'license', 'paper_ids', 'origin_url', 'description', 'notes', 'label_names')))
+    if converted.writer != TIMM:
+        # these backbones see images normalised as timm's default does
+        out.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    if converted.writer == AUTHORS:
+        out.update(paper_ids='arXiv:2403.05369', origin_url='https://github.com/Linwei-Chen/FADC')
     return out
 
 
@@ -235,13 +262,12 @@ def _grouped(keys: List[str], most: int = 8) -> str:
 
 def summary(checkpoint: Checkpoint, converted: Converted) -> List[str]:
     """How many keys were taken, added and left, and of what the left ones were."""
-    kind = "the authors' code" if checkpoint.official else 'timm'
     under = f', its tensors under {checkpoint.entry!r}' if checkpoint.entry else ''
     fadc = set(fadc_keys(converted.model))
     other = [key for key in converted.added if key not in fadc]
     left = [*converted.left, *checkpoint.left]
     lines = [
-        f'A checkpoint of {kind}{under}.',
+        f'A checkpoint of {converted.writer}{under}.',
         f'taken  {len(converted.taken)} tensors of the model',
         f'added  {len(converted.added) - len(other)} tensors of FADC, which start as the identity']
     if other:

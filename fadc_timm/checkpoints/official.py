@@ -1,10 +1,15 @@
-"""The authors' FADC: their layers rebuilt, and their checkpoints converted.
+"""The authors' FADC, and deformable convolution as mmcv has it: layers rebuilt, and checkpoints converted.
 
-Their code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in three
-ways: the names; some of our convolutions join several of theirs; their mask is sigmoid(o) and ours 2*sigmoid(o), so the
-weights are halved.
+The authors' code: https://github.com/Linwei-Chen/FADC, releases of April and December 2024. The conventions differ in
+three ways: the names; some of our convolutions join several of theirs; their mask is sigmoid(o) and ours 2*sigmoid(o),
+so the weights are halved.
+
+mmdetection's and mmsegmentation's `dcn=dict(type='DCNv2')` is mmcv's layer, whose `conv_offset` is the convolution of
+our FreeOffsets, output by output: the offsets (y, x) of every tap, then the mask before its sigmoid. Its mask is
+sigmoid(o) too; `type='DCN'` (version 1) has no mask.
 """
 import logging
+import re
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
@@ -133,17 +138,51 @@ def _matrix(t: Tensor) -> Tensor:
     return t.flatten(1) if t.dim() > 1 else t
 
 
+def _check_offsets(weight: Tensor, layer: FADConv2d) -> None:
+    """Raise unless mmcv's conv_offset (outputs, C, k, k) has the offsets and the mask that the layer wants."""
+    assert layer.free_offsets is not None
+    if layer.free_offsets.dw is not None:
+        raise NotImplementedError('A depthwise deformable convolution predicts its offsets in another way than mmcv.')
+    wanted = layer.free_offsets.conv.weight.shape
+    if weight.shape != wanted:
+        outputs, taps = weight.shape[0], layer.kernel_size[0] ** 2
+        versions = [f'{outputs // n} offset groups with modulated={modulated}'
+                    for n, modulated in ((3 * taps, True), (2 * taps, False)) if outputs % n == 0]
+        raise RuntimeError(
+            f'conv_offset.weight has shape {tuple(weight.shape)} = {" or ".join(versions) or "another kernel"}; '
+            f'the layer has {layer.free_offsets.extra_repr()} and wants {tuple(wanted)}.')
+
+
+def _convert_deformable(keys: _Keys, layer: FADConv2d) -> StateDict:
+    """A deformable convolution of mmcv. AdaKern and FreqSelect, which it lacks, keep their values in the layer."""
+    assert layer.free_offsets is not None
+    out = {k: v for k, v in layer.state_dict().items() if k.startswith(('ada_kern.', 'freq_select.'))}
+    # mmcv's mask sigmoid(o) is half of ours, and the operator is linear in the weight
+    out['weight'] = keys.take('weight') / (2 if layer.free_offsets.modulated else 1)
+    if layer.bias is not None:
+        out['bias'] = keys.take('bias')
+    for p in ('weight', 'bias'):
+        out[f'free_offsets.conv.{p}'] = keys.take(f'conv_offset.{p}')
+    keys.check(f'a deformable layer ({layer.extra_repr()})')
+    _check_offsets(out['free_offsets.conv.weight'], layer)
+    return out
+
+
 def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDict:
-    """Convert the state dict of one of the authors' layers to one for an FADConv2d. Gradients flow through.
+    """Convert the state dict of one of the authors' layers, or of a deformable convolution of mmcv, to one for an
+    FADConv2d. Gradients flow through.
 
     Args:
-        state_dict: The state dict, with the authors' names.
-        layer: The layer that the result is for.
+        state_dict: The state dict, with the names of the authors or of mmcv.
+        layer: The layer that the result is for; for mmcv's it has `sampling='deform'`.
 
     Raises:
-        RuntimeError: Keys are missing or left over; the message names them.
+        NotImplementedError: The layer is a depthwise deformable convolution.
+        RuntimeError: Keys are missing or left over, or the offsets have another number; the message names them.
     """
     keys = _Keys(state_dict)
+    if layer.free_offsets is not None:
+        return _convert_deformable(keys, layer)
     # their mask sigmoid(o) is half of ours, and the operator is linear in the weight
     out = {'weight': keys.take('weight') / (1 if layer.ada_dr is None else 2)}
     if layer.bias is not None:
@@ -220,19 +259,36 @@ def _rename_stem(key: str, conv1_is_deep: bool) -> str:
     return f'bn1.{rest}' if index == '7' else f'conv1.{index}.{rest}'
 
 
+def _is_caffe(state_dict: Mapping[str, Any]) -> bool:
+    """Whether the configuration in a checkpoint of mmdetection says that the strides are in the 1x1 convolutions."""
+    meta = state_dict.get('meta')
+    texts = [meta[k] for k in ('config', 'cfg') if isinstance(meta.get(k), str)] if isinstance(meta, Mapping) else []
+    return any(re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) for text in texts)
+
+
 def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
-    """Convert an mmsegmentation checkpoint of the authors to a state dict for a timm model.
+    """Convert a checkpoint of the authors, or one of mmdetection or mmsegmentation with deformable convolutions, to a
+    state dict for a timm model.
+
+    Where the model has `sampling='deform'` the checkpoint is one with `dcn=dict(type='DCNv2')`, or with
+    `modulated=False` one of `type='DCN'`. AdaKern and FreqSelect, which it lacks, keep their values in the model.
 
     Args:
         state_dict: The checkpoint, with or without its outer 'state_dict'. Heads are ignored; the log says how many.
-        model: An FADC ResNet. Its classifier, which no segmentation checkpoint has, keeps its values.
+        model: An FADC ResNet. Its classifier, which no such checkpoint has, keeps its values. Strides are in its 3x3
+            convolutions, as with `style='pytorch'`; tensors alone do not tell a checkpoint of `style='caffe'`.
 
     Returns:
         A state dict that loads strictly.
 
     Raises:
-        RuntimeError: Keys are missing or left over; the message names them.
+        NotImplementedError: The checkpoint's configuration says `style='caffe'`.
+        RuntimeError: Keys are missing or left over, or offsets have another number; the message names them.
     """
+    if _is_caffe(state_dict):
+        raise NotImplementedError(
+            "The checkpoint has style='caffe', strides in its 1x1 convolutions; timm's networks have them in the 3x3 "
+            "convolutions, as style='pytorch'.")
     backbone, heads = _strip(state_dict)
     _logger.info('Ignored %d tensors outside of the backbone.', heads)
     own = model.state_dict()
@@ -240,6 +296,9 @@ def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> State
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
     out: StateDict = {}
     for name, layer in layers.items():
+        # before version 2 of mmcv's layers the convolution stood beside them: conv2_offset
+        before = {f'{name}_offset.{p}': f'{name}.conv_offset.{p}' for p in ('weight', 'bias')}
+        backbone.update({new: backbone.pop(old) for old, new in before.items() if old in backbone})
         inside = {k: backbone.pop(k) for k in list(backbone) if k.startswith(f'{name}.')}
         try:
             converted = convert_layer({k.removeprefix(f'{name}.'): v for k, v in inside.items()}, layer)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
-from ..models._family import Family, family_of
+from ..models._family import Family, architecture_of, family_of
 from ..models.lift import liftable_names
 from ..models.lifted import ARCHITECTURE, layer_options, lifted_layers
 from .convert import convert, read_checkpoint
@@ -65,7 +65,8 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
         return ARCHITECTURE, dict(args, base=architecture, lifted=lifted)
     stages = _stages_of(model, family)
     if stages is None or len(lifted) > 1:
-        return ARCHITECTURE, dict(args, base=architecture.removesuffix('_fadc'), lifted=lifted)
+        own = architecture_of(architecture)
+        return ARCHITECTURE, dict(args, base=own.base if own is not None else architecture, lifted=lifted)
     return architecture, dict(args, fadc_stages=list(stages), **lifted[0]['options'])
 
 
@@ -177,13 +178,13 @@ def load_checkpoint(path: Union[str, Path], name: Optional[str] = None) -> nn.Mo
             raise ValueError(f"A checkpoint does not say which model it is of: '{path}' wants the model's name.")
         return convert(read_checkpoint(path), name).model
     model = load(path).eval()
-    architecture = architecture_of(model)
+    architecture = architecture_name(model)
     if name is not None and name.partition('.')[0] != architecture:
         raise ValueError(f"The folder '{path}' holds the model {architecture}, not {name}.")
     return model
 
 
-def architecture_of(model: nn.Module) -> str:
+def architecture_name(model: nn.Module) -> str:
     """The name by which timm knows a model."""
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     return cfg.get('architecture') or type(model).__name__

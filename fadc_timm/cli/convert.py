@@ -16,14 +16,16 @@ _CONVERT = '''Lift a local checkpoint to an FADC model, in a folder for `timm.cr
     fadc-timm convert resnet50_a1_0-14fe96d1.pth --model resnet50_fadc.a1_in1k --out lifted
     fadc-timm convert output/train/model_best.pth.tar --model resnet50_fadc --out tuned
     fadc-timm convert upernet_r50_fadc.pth --model resnet50c_fadc --out converted
+    fadc-timm convert faster_rcnn_r50_dconv_c3-c5.pth --model resnet50_dcn --model-kwargs modulated=False --out dcn
 
 SOURCE is a checkpoint of timm's base or FADC model (.safetensors, or a pickle such as timm's train script writes, of
 which the averaged weights are taken), of mmsegmentation or segmentation_models_pytorch with such a backbone, or an
-mmsegmentation checkpoint of the authors' code. The command accounts for every key: taken (with its name in the model),
-added (at its initial value: FADC as the identity), or left. It prints how many, and writes all of them into a file
-beside the folder. A model name with a tag says that the weights are that tag's, and its licence and labels go into
-config.json; without a tag only its preprocessing does. --mean, --std, --img-size, --crop-pct, --labels and --license
-record what your own weights were trained with.
+mmsegmentation checkpoint of the authors' code. For a model with deformable convolutions it may be a checkpoint of
+mmdetection or mmsegmentation with `dcn=dict(type='DCNv2')`, or of `type='DCN'`, for `modulated=False`. The command
+accounts for every key: taken (with its name in the model), added (at its initial value: FADC as the identity), or left.
+It prints how many, and writes all of them into a file beside the folder. A model name with a tag says that the weights
+are that tag's, and its licence and labels go into config.json; without a tag only its preprocessing does. --mean,
+--std, --img-size, --crop-pct, --labels and --license record what your own weights were trained with.
 
 Exit status: 0, or 2 where the checkpoint cannot be converted; the folder that was there is then as it was.'''
 
@@ -52,15 +54,15 @@ def _own_cfg(args: argparse.Namespace, channels: int) -> Dict[str, Any]:
 
 def _convert(args: argparse.Namespace) -> int:
     from ..checkpoints import convert, fixed_logits, is_model_folder, read_checkpoint, reload, write_folder
-    from ..checkpoints.convert import pretrained_cfg, report, summary
+    from ..checkpoints.convert import AUTHORS, pretrained_cfg, report, summary
     keys = args.keys or args.out.parent / f'{args.out.resolve().name}.keys.txt'
     try:
         if args.out.exists() and not is_model_folder(args.out):
             raise FileExistsError(f'{args.out} exists and is no folder of a model.')
         checkpoint = read_checkpoint(args.source, use_ema=not args.no_ema)
-        if args.release and not checkpoint.official:
-            raise ValueError("--release is for checkpoints of the authors' code, and this is none")
         converted = convert(checkpoint, args.model, args.model_kwargs, args.release or 'december2024')
+        if args.release and converted.writer != AUTHORS:
+            raise ValueError("--release is for checkpoints of the authors' code, and this is none")
         size = tuple(converted.model.pretrained_cfg['input_size'])  # type: ignore[index]  # a dictionary, not a module
         size = (converted.model_args.get('in_chans', size[0]), *size[1:])
 
@@ -69,7 +71,7 @@ def _convert(args: argparse.Namespace) -> int:
             if not torch.equal(a, b):
                 raise RuntimeError('loaded again, the model computes something else')
 
-        cfg = {**pretrained_cfg(args.model, checkpoint.official), **_own_cfg(args, size[0])}
+        cfg = {**pretrained_cfg(args.model, converted), **_own_cfg(args, size[0])}
         write_folder(converted.model, args.out, pretrained_cfg=cfg, model_args=converted.model_args, check=check)
         text = '\n'.join(report(checkpoint, converted)) + '\n'
         write_atomically(keys, lambda part: part.write_text(text, encoding='utf-8'))
@@ -85,7 +87,7 @@ def add_parser(commands: Any) -> None:
         'convert', help='lift a local checkpoint to an FADC model, in a folder',
         formatter_class=argparse.RawDescriptionHelpFormatter, description=_CONVERT)
     p.add_argument('source', type=Path, metavar='SOURCE', help='.safetensors, .pth, .pth.tar, .bin')
-    p.add_argument('--model', required=True, metavar='NAME', help='<arch>_fadc or <arch>_fadc.<tag>')
+    p.add_argument('--model', required=True, metavar='NAME', help='a model of `fadc-timm list`, tag optional')
     p.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write')
     p.add_argument('--no-ema', action='store_true', help='the weights themselves, where there are averaged ones')
     p.add_argument('--release', choices=('april2024', 'december2024'),

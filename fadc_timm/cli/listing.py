@@ -7,6 +7,7 @@ from typing import Any, List
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from ..models._family import list_architectures
 from ..models.cost import listed_cost
 from ._common import CommandError
 
@@ -14,8 +15,9 @@ __all__ = ['add_parser']
 
 
 def _list(args: argparse.Namespace) -> int:
-    archs = timm.list_models('*_fadc')
-    names = timm.list_models('*_fadc', include_tags=True) if args.tags else archs
+    bases = {a.name: a.base for a in list_architectures()}
+    archs = [n for n in timm.list_models() if n in bases]
+    names = [n for n in timm.list_models(include_tags=True) if n.partition('.')[0] in bases] if args.tags else archs
 
     def matching(pattern: str) -> List[str]:  # what matches the architecture finds its tags too
         return [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.partition('.')[0], pattern)]
@@ -30,7 +32,7 @@ def _list(args: argparse.Namespace) -> int:
         arch, cfg = name.partition('.')[0], get_pretrained_cfg(name) or PretrainedCfg()
         params, gmacs, _ = listed_cost(arch, cfg.num_classes, tuple(cfg.input_size))
         weights = 'in the package' if cfg.file else cfg.hf_hub_id or '-'
-        rows.append((name, arch.removesuffix('_fadc'), f'{params:.2f}', f'{gmacs:.2f}',
+        rows.append((name, bases[arch], f'{params:.2f}', f'{gmacs:.2f}',
                      'x'.join(map(str, cfg.input_size[1:])), cfg.license or '-', weights))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""`fadc-timm visualize`: dilation maps and band weights for images, or power spectra, as tables and pictures."""
+"""`fadc-timm visualize`: dilation maps or taps, and band weights, for images, or power spectra: tables and pictures."""
 import argparse
 import difflib
 import os
@@ -38,13 +38,13 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
 
 def _load_folder(folder: str, name: Optional[str]) -> Tuple[nn.Module, str]:
     """The FADC model in a folder, and the name of its architecture, which is that of `name` if there is one."""
-    from ..checkpoints.saved import architecture_of, load_checkpoint
+    from ..checkpoints.saved import architecture_name, load_checkpoint
     from ..models._family import fadc_keys
     try:
         model = load_checkpoint(folder, name)
     except Exception as e:  # the folder can hold anything
         raise CommandError(f"cannot load the model in '{folder}': {first_line(e)}") from e
-    own = architecture_of(model)
+    own = architecture_name(model)
     if not fadc_keys(model):
         raise CommandError(f"the model {own} in '{folder}' has no FADC layers; `fadc-timm convert` adds them")
     return model, own
@@ -206,7 +206,7 @@ def _visualize(args: argparse.Namespace) -> int:
 
 def add_parser(commands: Any) -> None:
     p = commands.add_parser(
-        'visualize', help='dilation maps and band weights for images, or spectra, as a table and a PNG',
+        'visualize', help='dilation maps or taps, and band weights, for images, or spectra, as a table and a PNG',
         description='Draw the dilation maps and FreqSelect band weights that a model chooses for an image; or power '
                     'spectra of features before and after FreqSelect, and of kernels before and after AdaKern.')
     p.add_argument('image', nargs='*', metavar='IMAGE', help='image files; default: the photograph in the package')

@@ -6,7 +6,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from .._writing import markdown_table
-from ..models._family import family_of
+from ..models._family import Architecture, architecture_of, family_of
 from ..models.cost import Cost, model_cost
 
 __all__ = ['Base', 'Built', 'HubConfig', 'Metric', 'build_card', 'citation_chapter', 'usage']
@@ -47,7 +47,7 @@ class Metric(NamedTuple):
 class HubConfig(NamedTuple):
     """A model to publish.
 
-    model: `<arch>_fadc.<tag>` as registered with timm; also the name of the configuration file.
+    model: Name and tag as registered with timm, such as `<base>_fadc.<tag>`; also the name of the configuration file.
     repository: Our repository on the Hub, `owner/name`; the name is the model's.
     base: The base whose weights are lifted; None for the package's own weights.
     made: How the model was made, in one sentence. For lifted weights it begins with 'base weights, identity FADC'.
@@ -83,12 +83,6 @@ class Built(NamedTuple):
     error: Optional[float]
 
 
-_FADC = '''@inproceedings{chen2024frequency,
-  title     = {Frequency-Adaptive Dilated Convolution for Semantic Segmentation},
-  author    = {Chen, Linwei and Gu, Lin and Zheng, Dezhi and Fu, Ying},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2024}
-}'''
 _TIMM = '''@misc{rw2019timm,
   author       = {Ross Wightman},
   title        = {PyTorch Image Models},
@@ -160,9 +154,16 @@ def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shap
     return text.rstrip()
 
 
-def citation_chapter(*of_base: str) -> str:
-    """The chapter with the BibTeX entries of FADC, of the base's paper if it is known, and of timm."""
-    return '## Citation\n' + '\n'.join(f'```bibtex\n{c}\n```' for c in (_FADC, *of_base, _TIMM))
+def citation_chapter(*entries: str) -> str:
+    """The chapter with BibTeX entries, and timm's behind them."""
+    return '## Citation\n' + '\n'.join(f'```bibtex\n{c}\n```' for c in (*entries, _TIMM))
+
+
+def _registered(config: HubConfig) -> Architecture:
+    arch = architecture_of(config.model)
+    if arch is None:
+        raise ValueError(f'{config.model} is no FADC model of this package; they are listed by: fadc-timm list')
+    return arch
 
 
 def _front_matter(config: HubConfig) -> str:
@@ -170,7 +171,7 @@ def _front_matter(config: HubConfig) -> str:
         license=config.licence,
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'transformers', 'fadc', 'dilated-convolution'],
+        tags=['image-classification', 'timm', 'transformers', *_registered(config).variant.tags],
         datasets=list(config.datasets),
         base_model=config.base.repository if config.base else None)
     return f'---\n{data.to_yaml()}\n---'
@@ -186,17 +187,17 @@ def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[
     theirs = 'base' if config.base else 'plain'
     header = ['model', 'M params', 'GMACs', 'M activations', *(f'{name} [%]' for name in names)]
     rows = []
-    for name, c, of in ((arch.removesuffix('_fadc'), base_cost, theirs), (arch, cost, 'model')):
+    for name, c, of in ((_registered(config).base, base_cost, theirs), (arch, cost, 'model')):
         rows.append([f'`{name}`', f'{c.params:.2f}', f'{c.gmacs:.2f}', f'{c.activations:.2f}', *(
             _figure([m for m in config.metrics if m.name == n], of) or 'not measured' for n in names)])
     text = markdown_table(header, rows)
     if error is not None:
         text += (
-            '\n\nThe FADC layers are at their identity, where they compute what the convolutions did that they stand '
+            '\n\nThe layers are at their identity, where they compute what the convolutions did that they stand '
             f"for: on a fixed input the logits are the base's with a relative error of {error:.1e}. The figures of the "
-            'base are as published, and were not measured again with FADC. The layers are there to be trained.')
+            'base are as published, and were not measured again with them. The layers are there to be trained.')
     elif config.metrics:
-        text += f'\n\n`{arch.removesuffix("_fadc")}` is the plain network, trained in the same way.'
+        text += f'\n\n`{_registered(config).base}` is the plain network, trained in the same way.'
     sources = sorted({f'{m.dataset}: {m.source}' for m in config.metrics})
     return text + '\n\nSources of the figures:\n' + '\n'.join(f'- {s}' for s in sources) if sources else text
 
@@ -211,7 +212,7 @@ def _details(config: HubConfig, built: Built, cost: Cost, cfg: Dict[str, Any]) -
         f'  - Activations (M): {cost.activations:.2f}',
         f'  - Image size: {size[0]} x {size[1]}',
         '- **Papers:**',
-        '  - Frequency-Adaptive Dilated Convolution for Semantic Segmentation: https://arxiv.org/abs/2403.05369',
+        *(f'  - {paper.title}: {paper.address}' for paper in _registered(config).variant.papers),
     ]
     papers = cfg.get('paper_ids') or ()
     papers = [papers] if isinstance(papers, str) else papers
@@ -240,7 +241,7 @@ def build_card(config: HubConfig, built: Built) -> str:
         built: The model. Parameters, GMACs, activations and the shapes of feature maps are for its input size.
     """
     arch = config.model.partition('.')[0]
-    base = arch.removesuffix('_fadc')
+    base, variant = _registered(config).base, _registered(config).variant
     registered = get_pretrained_cfg(config.model)
     assert registered is not None
     cfg = registered.to_dict()
@@ -256,11 +257,10 @@ def build_card(config: HubConfig, built: Built) -> str:
     features = built.model.num_features
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
-        f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of the {family.kernel} convolutions of '
-        'its stages 2 to 4: layers that predict their dilation at every position. How it was made: '
-        f'{config.made}.',
+        f'`{base}` with {variant.name} in place of the {family.kernel} convolutions of its stages 2 to 4: '
+        f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
-        citation_chapter(family.citation),
+        citation_chapter(*(paper.citation for paper in variant.papers), family.citation),
     ]) + '\n'

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 from ..checkpoints import load
-from ..models._family import family_of
+from ..models._family import FADC, architecture_of, family_of
 from ..models.cost import module_cost
 from ..models.lifted import lifted_layers
 from .card import citation_chapter, usage
@@ -39,10 +39,11 @@ def _layers(model: nn.Module) -> List[str]:
     return lines
 
 
-def _citation(model: nn.Module) -> Tuple[str, ...]:
+def _of_base(model: nn.Module) -> Tuple[str, ...]:
+    """The BibTeX entry of the base's paper; none of a lifted network, whose papers are not known."""
     try:
         return (family_of(model).citation,)
-    except ValueError:  # a lifted network
+    except ValueError:
         return ()
 
 
@@ -74,6 +75,8 @@ def folder_card(
     """
     model = load(folder).eval()
     cfg: Any = model.pretrained_cfg
+    arch = architecture_of(cfg['architecture'])
+    base, variant = (cfg['architecture'], FADC) if arch is None else (arch.base, arch.variant)
     size = timm.data.resolve_model_data_config(model)['input_size']
     x = torch.zeros(1, *size)
     num_classes = int(getattr(model, 'num_classes', 0))
@@ -82,10 +85,9 @@ def folder_card(
     task = 'image-classification' if num_classes else 'image-feature-extraction'
     data = ModelCardData(
         license=licence, library_name='timm', pipeline_tag=task, base_model=base_model, datasets=list(datasets) or None,
-        tags=[task, 'timm', 'transformers', 'fadc', 'dilated-convolution'])
-    base = cfg['architecture'].removesuffix('_fadc')
+        tags=[task, 'timm', 'transformers', *variant.tags])
     details = [
-        f'- **Network:** `{base}` of timm {timm.__version__} with FADC layers',
+        f'- **Network:** `{base}` of timm {timm.__version__}; replaced convolutions:',
         *_layers(model),
         f'- **Params (M):** {cost.params:.2f}',
         f'- **GMACs:** {cost.gmacs:.2f}',
@@ -99,15 +101,13 @@ def folder_card(
         details.append(f'- **Original weights of the base:** {cfg["origin_url"]}')
     if cfg.get('label_names'):
         details.append(f'- **Classes:** {", ".join(cfg["label_names"])}')
-    details.append('- **Paper:** Frequency-Adaptive Dilated Convolution for Semantic Segmentation: '
-                   'https://arxiv.org/abs/2403.05369')
+    details += [f'- **Paper:** {paper.title}: {paper.address}' for paper in variant.papers]
     title = f'---\n{data.to_yaml()}\n---\n# Model card for {repository.rpartition("/")[2]}'
-    summary = (f'`{base}` with Frequency-Adaptive Dilated Convolution (FADC) in place of some of its convolutions: '
-               'layers that predict their dilation at every position.')
+    summary = f'`{base}` with {variant.name} in place of some of its convolutions: {variant.effect}.'
     return '\n\n'.join([
         title, summary, *([about.strip()] if about.strip() else []),
         '## Model Details\n' + '\n'.join(details),
         usage(repository, num_classes, _shape(embedding(x)), _shape(embedding.forward_features(x)),
               _feature_shapes(folder, x)),
-        citation_chapter(*_citation(model)),
+        citation_chapter(*(paper.citation for paper in variant.papers), *_of_base(model)),
     ]) + '\n'

@@ -1,24 +1,70 @@
-"""Frequency-Adaptive Dilated Convolution: FreqSelect, AdaDR and AdaKern around the operator.
+"""Frequency-Adaptive Dilated Convolution: FreqSelect, AdaDR (or free offsets) and AdaKern around the operator.
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
+from functools import wraps
 from inspect import signature
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, TypeVar, Union, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops import adaptive_dilated_conv2d, list_backends
+from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
 from .ada_kern import AdaKern
+from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
 
-__all__ = ['OPTIONS', 'FADConv2d']
+__all__ = ['OPTIONS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
+
+SAMPLINGS = ('dilation', 'deform', 'fixed')
+
+_Init = TypeVar('_Init', bound=Callable[..., None])
+
+
+def refuse_old_options(options: Mapping[str, Any]) -> None:
+    """Raise where an option has a name that it no longer has.
+
+    Raises:
+        TypeError: The message names the option of today.
+    """
+    if 'ada_dr' in options:
+        raise TypeError(f"ada_dr={options['ada_dr']!r} is now the option sampling: 'dilation' is with AdaDR, 'fixed' "
+                        'without it.')
+
+
+def _with_old_options_refused(init: _Init) -> _Init:
+    """A constructor that says what became of an argument which it no longer has."""
+    @wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_old_options(kwargs)
+        init(self, *args, **kwargs)
+
+    return cast(_Init, wrapped)
+
+
+def read_options(stored: Mapping[str, Any]) -> Dict[str, Any]:
+    """Options from a stored configuration, under the names of today: `ada_dr` became `sampling`.
+
+    Args:
+        stored: The options, or arguments of a model with options among them. `sampling` comes before `ada_dr`.
+
+    Raises:
+        ValueError: ada_dr is neither true nor false.
+    """
+    options = dict(stored)
+    if 'ada_dr' in options:
+        ada_dr = options.pop('ada_dr')
+        if not isinstance(ada_dr, bool):
+            raise ValueError(
+                f'ada_dr, which is sampling today, must be true or false in a stored configuration, got {ada_dr!r}.')
+        options.setdefault('sampling', 'dilation' if ada_dr else 'fixed')
+    return options
 
 
 def _one_int(name: str, value: Any, minimum: int) -> int:
@@ -38,10 +84,13 @@ class FADConv2d(nn.Conv2d):
     """A convolution whose dilation, kernel and input spectrum adapt to the input, in place of an `nn.Conv2d`.
 
     `weight` and `bias` are those of the plain convolution, and at the start the output is its output, up to the `eps`
-    of AdaDR. In graphs of torch.fx, of timm's feature extractors too, it is a leaf.
+    of AdaDR. With `sampling='deform'` it is a deformable convolution with FreqSelect and AdaKern, and there is no eps;
+    without these two it is deformable convolution v2. In graphs of torch.fx, of timm's feature extractors too, it is a
+    leaf.
     """
     qconfig = None  # torch.ao.quantization would swap what is inside of the leaf, and then drop its observers
 
+    @_with_old_options_refused
     def __init__(
             self,
             in_channels: int,
@@ -58,10 +107,12 @@ class FADConv2d(nn.Conv2d):
             lowfreq_att: bool = False,
             spatial_group: int = 1,
             kernel_decompose: str = 'both',
-            ada_dr: bool = True,
+            sampling: str = 'dilation',
             dilation_act: str = 'abs',
             dilation_groups: int = 1,
             eps: float = 1e-5,
+            offset_groups: int = 1,
+            modulated: bool = True,
             backend: Optional[str] = None,
             device=None,
             dtype=None,
@@ -77,20 +128,24 @@ class FADConv2d(nn.Conv2d):
             groups: Convolution groups; where they equal both channel counts, the kernel is depthwise.
             bias: Add a bias.
             padding_mode: 'zeros', or 'replicate': replicated for the padding at dilation 1 (k // 2 pixels, where the
-                convolution keeps the size) and zero beyond, as in the authors' code.
+                convolution keeps the size) and zero beyond, as in the authors' code; with every sampling alike.
             freq_select: Use FreqSelect.
             bands: FreqSelect's split frequencies, fractions 1/f of Nyquist.
             lowfreq_att: FreqSelect weighs the lowest band too.
             spatial_group: FreqSelect's groups of channels, above 64 one per channel.
             kernel_decompose: The parts of the kernel with AdaKern's gains: 'both', 'low', 'high' or 'none'.
-            ada_dr: Use AdaDR, else the dilation stays the base dilation and there is no mask.
+            sampling: Where the taps lie: 'dilation' is AdaDR's dilation per position; 'deform' is an offset per
+                position and tap, see :class:`FreeOffsets`; with 'fixed' they stay at the base dilation without a mask.
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
             dilation_groups: AdaDR's groups of channels.
             eps: AdaDR's distance from the base dilation at the start, in pixels.
+            offset_groups: Groups of channels with free offsets of their own.
+            modulated: With free offsets, a mask too (deformable convolution v2), else none (v1).
             backend: Backend of the operator, None to choose by device, dtype and shape. 'triton' goes for FreqSelect
                 too.
 
         Raises:
+            TypeError: An argument is none of these.
             ValueError: A value is outside of what is said above; the message names it.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -100,9 +155,10 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
         if padding_mode not in ('zeros', 'replicate'):
             raise ValueError(f"padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}.")
-        for name, on in (('freq_select', freq_select), ('ada_dr', ada_dr)):
-            if not isinstance(on, bool):
-                raise ValueError(f'{name} must be true or false, got {on!r}.')
+        if not isinstance(freq_select, bool):
+            raise ValueError(f'freq_select must be true or false, got {freq_select!r}.')
+        if sampling not in SAMPLINGS:
+            raise ValueError(f'sampling must be one of {SAMPLINGS}, got {sampling!r}.')
         if backend is not None and backend not in list_backends():
             raise ValueError(f'backend must be None or one of {", ".join(list_backends())}, got {backend!r}.')
         super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
@@ -111,8 +167,10 @@ class FADConv2d(nn.Conv2d):
         else:
             p = _one_int('padding', self.padding, 0)
         # where a kernel of dilation 1 must be centred for the output to have the plain convolution's size
-        self.inner_padding = p - (k // 2) * (d - 1)
+        self.outer_padding = (k // 2) * (d - 1)
+        self.inner_padding = p - self.outer_padding
         self.pads_itself = padding_mode == 'replicate' and self.inner_padding > 0
+        self.sampling = sampling
         self.backend = backend
         depthwise = groups > 1 and groups == in_channels == out_channels
         self.freq_select = FreqSelect(in_channels, bands, lowfreq_att, spatial_group, **dd) if freq_select else None
@@ -120,10 +178,14 @@ class FADConv2d(nn.Conv2d):
         if kernel_decompose != 'none':
             self.ada_kern = AdaKern(in_channels, out_channels, kernel_decompose, depthwise, **dd)
         self.ada_dr = None
-        if ada_dr:
+        self.free_offsets = None
+        padding = 0 if self.pads_itself else self.inner_padding
+        if sampling == 'dilation':
             self.ada_dr = AdaDR(
-                in_channels, k, s, 0 if self.pads_itself else self.inner_padding, d, dilation_groups, dilation_act,
-                depthwise, eps, **dd)
+                in_channels, k, s, padding, d, dilation_groups, dilation_act, depthwise, eps, **dd)
+        elif sampling == 'deform':
+            self.free_offsets = FreeOffsets(
+                in_channels, k, s, padding + self.outer_padding, d, offset_groups, modulated, depthwise, **dd)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **cfg: Any) -> 'FADConv2d':
@@ -161,8 +223,8 @@ class FADConv2d(nn.Conv2d):
         self.reset_fadc_parameters()
 
     def reset_fadc_parameters(self) -> None:
-        """Make FreqSelect, AdaKern and AdaDR the identity again; weight and bias stay."""
-        for name in ('freq_select', 'ada_kern', 'ada_dr'):
+        """Make FreqSelect, AdaKern, AdaDR and the free offsets the identity again; weight and bias stay."""
+        for name in ('freq_select', 'ada_kern', 'ada_dr', 'free_offsets'):
             module = getattr(self, name, None)  # nn.Conv2d resets its parameters before there are modules
             if module is not None:
                 module.reset_parameters()
@@ -186,8 +248,10 @@ class FADConv2d(nn.Conv2d):
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
             padding = 0
+        if self.free_offsets is not None:
+            return self._deform(x, gains, padding + self.outer_padding)
         if self.ada_dr is None:
-            return self._plain(x, gains, padding)
+            return self._plain(x, gains, padding + self.outer_padding)
         dilation, mask = self.ada_dr(x)
         if torch.jit.is_scripting():
             return scripted_conv2d(
@@ -228,9 +292,30 @@ class FADConv2d(nn.Conv2d):
             x, self.weight, dilation, mask, self.bias, gains=gains, stride=self.stride[0], padding=padding,
             groups=self.groups, backend=self.backend)
 
+    def _deform(self, x: Tensor, gains: Gains, padding: int) -> Tensor:
+        """The deformable convolution, under the gains."""
+        assert self.free_offsets is not None
+        offset, mask = self.free_offsets(x)
+        if torch.jit.is_scripting():
+            return scripted_conv2d(
+                x, self.weight, offset, mask, self.bias, gains, self.stride[0], padding, self.groups, self.dilation[0])
+        return self._deform_operator(x, offset, mask, gains, padding)
+
+    @torch.jit.unused
+    def _deform_operator(
+            self,
+            x: Tensor,
+            offset: Tensor,
+            mask: Optional[Tensor],
+            gains: Gains,
+            padding: int,
+    ) -> Tensor:
+        return deform_conv2d(
+            x, self.weight, offset, mask, self.bias, gains=gains, stride=self.stride[0], padding=padding,
+            dilation=self.dilation[0], groups=self.groups, backend=self.backend)
+
     def _plain(self, x: Tensor, gains: Gains, padding: int) -> Tensor:
-        """The convolution at the base dilation, under the gains; padding is that of dilation 1."""
-        padding = padding + (self.kernel_size[0] // 2) * (self.dilation[0] - 1)
+        """The convolution at the base dilation, under the gains."""
         if self.ada_kern is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         low_in, low_out, high_in, high_out = gains

@@ -21,6 +21,8 @@ class LayerCall(NamedTuple):
     gains: AdaKern's, `(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))`, None for ones.
     dilation: (B, G, H', W') AdaDR's, in pixels of the input map, or None where there is none.
     output: (B, O, H', W').
+    offset: (B, G*2*k*k, H', W') free offsets, (y, x) per tap in pixels of the input map, or None where there are none.
+    mask: (B, G*k*k, H', W') the modulation of the taps that came with the dilation or the offsets, or None.
     """
     name: str
     layer: FADConv2d
@@ -29,6 +31,8 @@ class LayerCall(NamedTuple):
     gains: Gains
     dilation: Optional[Tensor]
     output: Tensor
+    offset: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
 
 
 @contextmanager
@@ -58,15 +62,17 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         nonlocal count
         count += 1
         seen, parts[name] = parts[name], {}
-        dilation = seen['ada_dr'][0] if 'ada_dr' in seen else None
+        dilation, of_dilation = seen.get('ada_dr', (None, None))
+        offset, of_offset = seen.get('free_offsets', (None, None))
         callback(LayerCall(
-            name, module, args[0], seen.get('freq_select', args[0]), seen.get('ada_kern', NO_GAINS), dilation, output))
+            name, module, args[0], seen.get('freq_select', args[0]), seen.get('ada_kern', NO_GAINS), dilation, output,
+            offset, of_dilation if offset is None else of_offset))
 
     handles = []
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(partial(call, name)))
-            for part in ('freq_select', 'ada_kern', 'ada_dr'):
+            for part in ('freq_select', 'ada_kern', 'ada_dr', 'free_offsets'):
                 module = getattr(layer, part)
                 if module is not None:
                     handles.append(module.register_forward_hook(partial(keep, name, part)))

@@ -25,7 +25,8 @@ class _Part(NamedTuple):
 _PARTS = {
     'freq_select': _Part('FreqSelect', 'freq_select', 'bands, lowfreq_att and spatial_group'),
     'ada_kern': _Part('AdaKern', 'kernel_decompose', 'kernel_decompose'),
-    'ada_dr': _Part('AdaDR', 'ada_dr', 'dilation_groups'),
+    'ada_dr': _Part('AdaDR', 'sampling', 'dilation_groups'),
+    'free_offsets': _Part('free offsets', 'sampling', 'offset_groups and modulated'),
 }
 
 
@@ -123,7 +124,7 @@ class LoadsBase:
     """For the classes of FADC models: `load_state_dict`, and with it `checkpoint_path=`, takes a base's checkpoint."""
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As that of `nn.Module`, except for a strict load from the base: FADC is the identity then, and a line says so."""
+        """As that of `nn.Module`, except that FADC is the identity after a strict load of the base, with a warning."""
         added = fadc_keys(self)
         if strict and added and not any(key in state_dict for key in added):
             state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)

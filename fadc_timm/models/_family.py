@@ -1,13 +1,14 @@
 """Deriving a family from timm's: architectures, pretrained tags and Hub ids come from timm's registry.
 
-`<base>_fadc` is built by the base's own entry point and lifted; a checkpoint of the base loads into it.
+`<base>_fadc` is built by the base's own entry point and lifted; a checkpoint of the base loads into it. A family may
+have more variants, such as `<base>_dcn`: another ending of the name, and other options of the layers.
 """
 import difflib
 import re
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
 import torch
@@ -22,14 +23,85 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..layers import FADConv2d
-from ..layers.fad_conv import OPTIONS
+from ..layers.fad_conv import OPTIONS, read_options, refuse_old_options
 from ._checkpoint import check_source, settle_head
 from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
-__all__ = ['Family', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of']
+__all__ = [
+    'DCN', 'DCN_FADC', 'FADC', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_of', 'create',
+    'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of', 'list_architectures']
 
 StateDict = Dict[str, Tensor]
+
+
+class Paper(NamedTuple):
+    """A paper: its title, its address, and its BibTeX entry."""
+    title: str
+    address: str
+    citation: str
+
+
+class Variant(NamedTuple):
+    """What is lifted into each base of a family.
+
+    suffix: What the base's name gets.
+    options: Of FADConv2d, where they differ from its defaults.
+    name: In words, as the entry points and the model card have it.
+    effect: What its layers do, as the model card says it.
+    tags: Its tags on the Hub.
+    papers: The papers on it.
+    """
+    suffix: str
+    options: Dict[str, Any]
+    name: str
+    effect: str
+    tags: Tuple[str, ...]
+    papers: Tuple[Paper, ...]
+
+
+_FADC_PAPER = Paper(
+    'Frequency-Adaptive Dilated Convolution for Semantic Segmentation', 'https://arxiv.org/abs/2403.05369',
+    '''@inproceedings{chen2024frequency,
+  title     = {Frequency-Adaptive Dilated Convolution for Semantic Segmentation},
+  author    = {Chen, Linwei and Gu, Lin and Zheng, Dezhi and Fu, Ying},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}''')
+_DCN_PAPER = Paper(
+    'Deformable ConvNets v2: More Deformable, Better Results', 'https://arxiv.org/abs/1811.11168',
+    '''@inproceedings{zhu2019deformable,
+  title     = {Deformable {ConvNets} v2: More Deformable, Better Results},
+  author    = {Zhu, Xizhou and Hu, Han and Lin, Stephen and Dai, Jifeng},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2019}
+}''')
+
+FADC = Variant(
+    suffix='_fadc',
+    options={},
+    name='Frequency-Adaptive Dilated Convolution (FADC)',
+    effect='layers that predict their dilation at every position',
+    tags=('fadc', 'dilated-convolution'),
+    papers=(_FADC_PAPER,),
+)
+DCN = Variant(
+    suffix='_dcn',
+    options=dict(sampling='deform', freq_select=False, kernel_decompose='none'),
+    name='modulated deformable convolution (DCNv2)',
+    effect='layers that predict an offset and a weight for each tap at every position',
+    tags=('deformable-convolution',),
+    papers=(_DCN_PAPER,),
+)
+DCN_FADC = Variant(
+    suffix='_dcn_fadc',
+    options=dict(sampling='deform'),
+    name="modulated deformable convolution (DCNv2) with FADC's AdaKern and FreqSelect",
+    effect='layers that predict an offset and a weight for each tap at every position, and adapt their kernel and the '
+           'spectrum of their input to the image',
+    tags=('fadc', 'deformable-convolution'),
+    papers=(_DCN_PAPER, _FADC_PAPER),
+)
 
 
 class Family(NamedTuple):
@@ -45,6 +117,7 @@ class Family(NamedTuple):
     citation: BibTeX entry of the paper on the base.
     headless_tags: Pretrained tags whose weights end before the head.
     head_norm: Name of the module before the classifier that these weights lack too, or None.
+    variants: What is lifted into each base.
     """
     module: str
     base_cls: Type[nn.Module]
@@ -56,6 +129,7 @@ class Family(NamedTuple):
     citation: str
     headless_tags: Tuple[str, ...] = ()
     head_norm: Optional[str] = None
+    variants: Tuple[Variant, ...] = (FADC,)
 
     def bases(self) -> List[str]:
         """Names of timm's architectures of the family."""
@@ -66,25 +140,52 @@ def derive_default_cfgs(
         family: Family,
         own: Optional[Dict[str, Dict[str, PretrainedCfg]]] = None,
 ) -> Dict[str, DefaultCfg]:
-    """Default configurations of `<base>_fadc`: the tags of the base in their order, and its weights, Hub ids included.
+    """Default configurations of our architectures: the tags of the base in their order, and its weights, Hub ids
+    included.
 
     Args:
         family: The family.
-        own: For a base, tags with weights of our own, which come before the base's.
+        own: For an architecture, tags with weights of our own, which come before the base's.
     """
     out = {}
     for base in family.bases():
-        cfgs = dict((own or {}).get(base, {}))
-        for name, cfg in get_arch_pretrained_cfgs(base).items():
-            cfgs[name.partition('.')[2]] = replace(cfg, architecture=None, tag=None)
-        if cfgs:
-            has_weights = any(cfg.has_weights for cfg in cfgs.values())
-            out[f'{base}_fadc'] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)
+        of_base = {name.partition('.')[2]: cfg for name, cfg in get_arch_pretrained_cfgs(base).items()}
+        for variant in family.variants:
+            arch = base + variant.suffix
+            cfgs = dict((own or {}).get(arch, {}))
+            cfgs.update((tag, replace(cfg, architecture=None, tag=None)) for tag, cfg in of_base.items())
+            if cfgs:
+                has_weights = any(cfg.has_weights for cfg in cfgs.values())
+                out[arch] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)
     return out
 
 
-# The families of which entry points were derived.
-_families: List[Family] = []
+class Architecture(NamedTuple):
+    """An architecture of this package.
+
+    name: As registered with timm.
+    base: timm's architecture that is lifted.
+    family: The family of the base.
+    variant: What is lifted into the base.
+    """
+    name: str
+    base: str
+    family: Family
+    variant: Variant
+
+
+# The architectures by their names.
+_architectures: Dict[str, Architecture] = {}
+
+
+def list_architectures() -> List[Architecture]:
+    """All architectures of this package, by family and variant, in the order of their bases."""
+    return list(_architectures.values())
+
+
+def architecture_of(name: str) -> Optional[Architecture]:
+    """The architecture of a model of this package, whose name may have a tag; None for any other name."""
+    return _architectures.get(name.partition('.')[0])
 
 
 def family_of(model: nn.Module) -> Family:
@@ -93,7 +194,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: The model is of none of our families.
     """
-    for family in _families:
+    for family in {id(a.family): a.family for a in _architectures.values()}.values():
         if isinstance(model, family.fadc_cls):
             return family
     raise ValueError(f'{type(model).__name__} is no FADC model of this package; they are listed by: fadc-timm list')
@@ -107,29 +208,29 @@ def _check_stages(family: Family, fadc_stages: Sequence[bool]) -> Tuple[str, ...
     return tuple(name for name, on in zip(family.stages, fadc_stages, strict=True) if on)
 
 
-def _unknown_argument(base: str, name: str) -> str:
+def _unknown_argument(arch: Architecture, name: str) -> str:
     ours = ('fadc_stages', *OPTIONS)
     close = difflib.get_close_matches(name, ours, n=1)
-    return (f'{base}_fadc has no argument {name!r}{f"; the closest is {close[0]!r}" if close else ""}. '
-            f'Beside the arguments of {base} it has {", ".join(ours)}.')
+    return (f'{arch.name} has no argument {name!r}{f"; the closest is {close[0]!r}" if close else ""}. '
+            f'Beside the arguments of {arch.base} it has {", ".join(ours)}.')
 
 
 def _build_lifted(
-        family: Family,
-        base: str,
+        arch: Architecture,
         fadc_stages: Sequence[bool] = DEFAULT_STAGES,
         **kwargs: Any,
 ) -> nn.Module:
     """Build the base by its own entry point, lift it, and make it one of our class."""
+    base, family = arch.base, arch.family
     stages = _check_stages(family, fadc_stages)
-    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    options = {**arch.variant.options, **{name: kwargs.pop(name) for name in OPTIONS if name in kwargs}}
     try:
         model = model_entrypoint(base)(pretrained=False, **kwargs)
     except TypeError as e:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if found is None or found[1] not in kwargs:
             raise
-        raise TypeError(_unknown_argument(base, found[1])) from e
+        raise TypeError(_unknown_argument(arch, found[1])) from e
     if type(model) is not family.base_cls:
         raise TypeError(f'timm builds {base} as {type(model).__name__}, not as {family.base_cls.__name__}.')
     model.__class__ = family.fadc_cls
@@ -138,12 +239,30 @@ def _build_lifted(
     return model
 
 
-def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build `<base>_fadc`.
+def _with_stored_options(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments in which options from a config.json have the names of today. timm mixes them with those of the call.
+
+    Raises:
+        TypeError: An option of an old name does not come from a config.json.
+    """
+    stored: Mapping[str, Any] = kwargs.get('pretrained_model_args') or {}
+    if not stored:  # older timm does not tell what it read, except that it read a configuration
+        cfg = kwargs.get('pretrained_cfg')
+        cfg = cfg if isinstance(cfg, dict) else vars(cfg) if isinstance(cfg, PretrainedCfg) else {}
+        if cfg.get('source') in ('hf-hub', 'local-dir') and not hasattr(timm.models, 'resolve_model_input_args'):
+            stored = kwargs
+    refuse_old_options({k: v for k, v in kwargs.items() if k not in stored})
+    kwargs = read_options(kwargs)
+    if 'pretrained_model_args' in kwargs:
+        kwargs['pretrained_model_args'] = read_options(stored)
+    return kwargs
+
+
+def create(arch: Architecture, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build an architecture of this package.
 
     Args:
-        family: The family of the base.
-        base: Name of timm's architecture.
+        arch: The architecture.
         pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
         **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of FADConv2d.
 
@@ -155,10 +274,12 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
         TypeError: There is no argument of a name; the message names FADC's options.
         ValueError: An option has a value that is not one of its own.
     """
+    family, name = arch.family, arch.name
+    kwargs = _with_stored_options(kwargs)
     if kwargs.get('pretrained_cfg') in family.headless_tags:
         # as timm does for its ConvNeXt V2
         kwargs.setdefault('pretrained_strict', False)
-    name, features_only = f'{base}_fadc', bool(kwargs.get('features_only'))
+    features_only = bool(kwargs.get('features_only'))
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         state_dict = family.checkpoint_filter_fn(state_dict, model)
@@ -168,7 +289,7 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
 
     def build(pretrained: bool) -> nn.Module:
         return build_model_with_cfg(
-            partial(_build_lifted, family, base), name, pretrained, pretrained_filter_fn=filter_fn,
+            partial(_build_lifted, arch), name, pretrained, pretrained_filter_fn=filter_fn,
             feature_cfg=dict(family.feature_cfg), **kwargs)
 
     if not pretrained:
@@ -183,16 +304,21 @@ def create(family: Family, base: str, pretrained: bool = False, **kwargs: Any) -
 
 
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
-    """An entry point `<base>_fadc(pretrained=False, **kwargs)` for each base, to be registered with timm."""
-    _families.append(family)
-    for base in family.bases():
-        def entrypoint(pretrained: bool = False, *, _base: str = base, **kwargs: Any) -> nn.Module:
-            return create(family, _base, pretrained, **kwargs)
+    """An entry point `<base>_fadc(pretrained=False, **kwargs)` for each base, to be registered with timm; likewise for
+    the other variants.
+    """
+    for variant in family.variants:
+        for base in family.bases():
+            arch = Architecture(base + variant.suffix, base, family, variant)
+            _architectures[arch.name] = arch
 
-        entrypoint.__name__ = entrypoint.__qualname__ = f'{base}_fadc'
-        entrypoint.__module__ = family.fadc_cls.__module__
-        entrypoint.__doc__ = f"timm's {base} with FADC convolutions in its stages 2 to 4."
-        yield entrypoint
+            def entrypoint(pretrained: bool = False, *, _arch: Architecture = arch, **kwargs: Any) -> nn.Module:
+                return create(_arch, pretrained, **kwargs)
+
+            entrypoint.__name__ = entrypoint.__qualname__ = arch.name
+            entrypoint.__module__ = family.fadc_cls.__module__
+            entrypoint.__doc__ = f"timm's {base} with {variant.name} in its stages 2 to 4."
+            yield entrypoint
 
 
 def fadc_keys(model: nn.Module) -> List[str]:

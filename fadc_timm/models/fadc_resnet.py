@@ -1,7 +1,10 @@
 """FADC ResNet: timm's ResNet family with FADC in place of the 3x3 convolutions of stages 2 to 4.
 
+Also with deformable convolution there (`<base>_dcn`), and with AdaKern and FreqSelect around it (`<base>_dcn_fadc`).
+
 Papers:
 * `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
+* `Deformable ConvNets v2: More Deformable, Better Results` - https://arxiv.org/abs/1811.11168
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385, and those of timm's resnet.py
 """
 from pathlib import Path
@@ -14,7 +17,7 @@ from torch import nn
 
 from ..layers import FADConv2d
 from ._adapt import LoadsBase, adapt_checkpoint
-from ._family import Family, StateDict, derive_default_cfgs, derive_entrypoints
+from ._family import DCN, DCN_FADC, FADC, Family, StateDict, derive_default_cfgs, derive_entrypoints
 
 __all__ = ['FADCResNet']
 
@@ -59,12 +62,13 @@ _family = Family(
     feature_cfg={},
     kernel='3x3',
     citation=_CITATION,
+    variants=(FADC, DCN, DCN_FADC),
 )
 
 _WEIGHTS = Path(__file__).parent.parent / 'weights'
 
 default_cfgs = derive_default_cfgs(_family, own={
-    'test_resnet': {
+    'test_resnet_fadc': {
         'bluemarble_climate': _cfg(
             file=str(_WEIGHTS / 'test_resnet_fadc.bluemarble_climate.safetensors'),
             num_classes=6,

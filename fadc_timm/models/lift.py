@@ -6,14 +6,14 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Se
 
 from torch import nn
 
-from ..layers import AdaDR, AdaKern, FADConv2d, FreqSelect
-from ..layers.fad_conv import OPTIONS
+from ..layers import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
+from ..layers.fad_conv import OPTIONS, refuse_old_options
 
 __all__ = ['DEFAULT_STAGES', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
 
 _logger = logging.getLogger(__name__)
 
-_FADC = (FADConv2d, FreqSelect, AdaKern, AdaDR)
+_FADC = (FADConv2d, FreqSelect, AdaKern, AdaDR, FreeOffsets)
 
 # Stages 2 to 4, as in the paper.
 DEFAULT_STAGES = (False, True, True, True)
@@ -160,7 +160,7 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
         model: Any network of convolutions. Its other modules and the names of its parameters stay as they are.
         stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
             or names of modules, which select everything inside of them.
-        **cfg: Options of FADConv2d.
+        **cfg: Options of FADConv2d; `sampling='deform'` makes deformable convolutions.
 
     Returns:
         Which convolutions were replaced, and which were left and why.
@@ -174,6 +174,7 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'lift_model wants a module, got {type(model).__name__}.')
+    refuse_old_options(cfg)
     unknown = sorted(set(cfg) - set(OPTIONS))
     if unknown:
         raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')

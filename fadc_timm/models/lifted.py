@@ -8,7 +8,7 @@ from timm.models import build_model_with_cfg, is_model, model_entrypoint, regist
 from torch import Tensor, nn
 
 from ..layers import FADConv2d
-from ..layers.fad_conv import OPTIONS
+from ..layers.fad_conv import OPTIONS, read_options
 from ._checkpoint import check_keys, check_source, check_values, settle_head
 from ._download import checked_download
 from .lift import lift_model
@@ -29,13 +29,15 @@ def layer_options(layer: FADConv2d) -> Dict[str, Any]:
     options: Dict[str, Any] = dict(
         padding_mode=layer.padding_mode, freq_select=layer.freq_select is not None,
         kernel_decompose=layer.ada_kern.kernel_decompose if layer.ada_kern is not None else 'none',
-        ada_dr=layer.ada_dr is not None)
-    fs, dr = layer.freq_select, layer.ada_dr
+        sampling=layer.sampling)
+    fs, dr, offsets = layer.freq_select, layer.ada_dr, layer.free_offsets
     if fs is not None:
         groups = _PER_CHANNEL if fs.spatial_group == fs.in_channels else fs.spatial_group
         options.update(bands=list(fs.bands), lowfreq_att=fs.lowfreq_att, spatial_group=groups)
     if dr is not None:
         options.update(dilation_act=dr.dilation_act, dilation_groups=dr.dilation_groups)
+    if offsets is not None:
+        options.update(offset_groups=offsets.offset_groups, modulated=offsets.modulated)
     return options
 
 
@@ -58,7 +60,7 @@ def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Di
         layers = group['layers'] if names is None else [names[n] for n in group['layers'] if n in names]
         if not layers:
             continue
-        report = lift_model(model, layers, **group['options'])
+        report = lift_model(model, layers, **read_options(group['options']))
         lost = sorted(set(layers) - set(report.replaced))
         if lost:
             raise RuntimeError(f'{type(model).__name__} has no convolutions that can be lifted at: {", ".join(lost)}.')

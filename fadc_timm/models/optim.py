@@ -4,7 +4,7 @@ from typing import Any, Collection, Dict, List
 
 from torch import nn
 
-from ..layers import AdaDR, AdaKern, FreqSelect
+from ..layers import AdaDR, AdaKern, FreeOffsets, FreqSelect
 
 __all__ = ['param_groups']
 
@@ -37,7 +37,7 @@ def param_groups(
         model: A network with FADC, lifted ones and ones inside of other modules included. Without FADC all of its
             parameters get `lr`.
         lr: Learning rate of the network.
-        fadc_scale: Times `lr` for the parameters of FreqSelect, AdaKern and AdaDR.
+        fadc_scale: Times `lr` for the parameters of FreqSelect, AdaKern, AdaDR and free offsets.
         weight_decay: Weight decay.
         also: Names of further parameters that get the rate of FADC's.
 
@@ -59,7 +59,8 @@ def param_groups(
     if unknown:
         raise ValueError(f'{type(model).__name__} has no parameters {", ".join(unknown)}.')
     added = {id(parameters[name]) for name in also}
-    added |= {id(p) for m in model.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR)) for p in m.parameters()}
+    parts = FreqSelect, AdaKern, AdaDR, FreeOffsets
+    added |= {id(p) for m in model.modules() if isinstance(m, parts) for p in m.parameters()}
     groups = []
     for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model)):
         for rate, is_added in ((lr, False), (lr * fadc_scale, True)):

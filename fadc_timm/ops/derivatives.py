@@ -9,9 +9,13 @@ from .runtime import is_transformed, without_autocast
 __all__ = ['formula_gradients', 'once', 'wants_formula']
 
 
-def wants_formula() -> bool:
-    """Within a backward pass: whether its result is to be differentiated (`create_graph=True`), or is one of many."""
-    return torch.is_grad_enabled() or is_transformed()
+def wants_formula(grad: Tensor) -> bool:
+    """Within a backward pass: whether its result is to be differentiated (`create_graph=True`), or is one of many.
+
+    Args:
+        grad: The gradient that came in; `is_grads_batched=True` makes it one of many.
+    """
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def formula_gradients(
@@ -39,7 +43,7 @@ def formula_gradients(
 
 
 def _refuse(name: str, grad: Tensor) -> None:
-    if wants_formula():
+    if wants_formula(grad):
         raise NotImplementedError(
             f"The backend {name!r} has no second derivatives, and cannot take many gradients at once: choose "
             "'grid_sample' or 'reference', as by fadc_timm.ops.set_backend('grid_sample').")

@@ -1,4 +1,4 @@
-"""Pictures of what FADC layers do to an image: dilation maps and band weights; spectra of features and kernels.
+"""Pictures of what FADC layers do to an image: dilation maps, taps and band weights; spectra of features and kernels.
 
 Only the functions that draw import matplotlib, so that importing fadc_timm does not take longer.
 """
@@ -13,8 +13,9 @@ from .spectrum import (
     spectrum_figure,
     spectrum_table,
 )
+from .taps import LayerTaps, StageTaps, draw_taps, select_taps, taps_of
 
 __all__ = [
-    'LayerRecord', 'LayerSpectra', 'StageSummary', 'all_constant', 'all_unchanged', 'collect', 'collect_spectra',
-    'figure', 'first_of_stages', 'read_image', 'save', 'spectrum_figure', 'spectrum_table', 'summarize', 'table',
-    'to_rgb']
+    'LayerRecord', 'LayerSpectra', 'LayerTaps', 'StageSummary', 'StageTaps', 'all_constant', 'all_unchanged', 'collect',
+    'collect_spectra', 'draw_taps', 'figure', 'first_of_stages', 'read_image', 'save', 'select_taps', 'spectrum_figure',
+    'spectrum_table', 'summarize', 'table', 'taps_of', 'to_rgb']

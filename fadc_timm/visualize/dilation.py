@@ -1,5 +1,7 @@
 """What the FADC layers of a model do to one image: dilation maps and FreqSelect band weights, as numbers and a picture.
 
+Of deformable layers it shows where their taps lie in place of the dilation.
+
     records = collect(model, x)                     # one record per call of an FADConv2d, in the order they run
     stages = summarize(records)                     # one entry per stage
     save(figure(photo, stages), 'fadc.png')
@@ -20,6 +22,7 @@ from torch import nn
 from ..layers.hooks import LayerCall
 from ._common import GREY, INK, fitted, run_watched, stage_name, stride_of, wrapped
 from .images import to_rgb
+from .taps import LayerTaps, StageTaps, draw_taps, select_taps, taps_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +44,7 @@ class LayerRecord:
         dilation: (B, G, H', W') in pixels of the layer's input map; the layer's base dilation where it has no AdaDR.
         bands: FreqSelect's frequency bands, () where the layer has no FreqSelect.
         weights: (B, M, S, H, W) FreqSelect band weights at the layer's input, or None.
+        taps: Where the taps of a deformable layer lie, or None.
     """
     name: str
     stage: str
@@ -49,6 +53,7 @@ class LayerRecord:
     dilation: torch.Tensor
     bands: Tuple[int, ...]
     weights: Optional[torch.Tensor]
+    taps: Optional[LayerTaps] = None
 
 
 @dataclass
@@ -62,6 +67,7 @@ class StageSummary:
         dilation_range: Smallest and largest dilation over all layers, before any averaging.
         weights: Band ('1/2-1', in units of Nyquist) to (H', W') map, high to low frequency; {} without FreqSelect.
         weight_ranges: Band to its smallest and largest weight over all layers, before any averaging.
+        taps: The taps of the last layer, if it is deformable, or None.
     """
     name: str
     stride: int
@@ -71,6 +77,7 @@ class StageSummary:
     dilation_range: Tuple[float, float]
     weights: Dict[str, np.ndarray]
     weight_ranges: Dict[str, Tuple[float, float]]
+    taps: Optional[StageTaps] = None
 
 
 def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
@@ -103,7 +110,7 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
         weights = None if fs is None else fs.band_weights(call.x).float().cpu()
         records.append(LayerRecord(
             call.name, stage_name(call.name), stride_of(call.output, x), (channels, height, width),
-            dilation.float().cpu(), () if fs is None else fs.bands, weights))
+            dilation.float().cpu(), () if fs is None else fs.bands, weights, taps_of(call)))
 
     run_watched(model, x, keep)
     return records
@@ -140,7 +147,9 @@ def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSumma
         ranges = {label: (min(w[i].min().item() for w in same), max(w[i].max().item() for w in same))
                   for i, label in enumerate(labels)}
         last, names = rs[-1], [r.name for r in rs]
-        out.append(StageSummary(stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges))
+        taps = None if last.taps is None else select_taps(last.name, last.taps, index)
+        out.append(StageSummary(
+            stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges, taps))
     return out
 
 
@@ -149,19 +158,24 @@ def _is_constant(low: float, high: float) -> bool:
 
 
 def all_constant(stages: Sequence[StageSummary]) -> bool:
-    """Whether no map of any stage varies over the image, as in a model that starts as its base."""
-    return all(_is_constant(float(m.min()), float(m.max())) for s in stages for m in (s.dilation, *s.weights.values()))
+    """Whether no map of any stage varies over the image, and no tap is moved, as in a model that starts as its base."""
+    maps = (m for s in stages for m in ((s.dilation,) if s.taps is None else ()) + tuple(s.weights.values()))
+    return (all(_is_constant(float(m.min()), float(m.max())) for m in maps)
+            and all(s.taps is None or _is_constant(0., s.taps.lengths[1]) for s in stages))
 
 
 def table(stages: Sequence[StageSummary]) -> str:
-    """The stages as a text table: layers, output, stride, mean dilation (its range over the layers), band weights."""
+    """The stages as a text table: layers, output, stride, mean dilation (its range over the layers), band weights. Of
+    deformable layers the offsets of the last one take the place of the dilation.
+    """
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))
     rows = [['stage', 'layers', 'output', 'stride', 'dilation (min to max)', *(f'w {label}' for label in labels)]]
     for s in stages:
         low, high = s.dilation_range
         rows.append([
             s.name, str(len(s.layers)), 'x'.join(map(str, s.shape)), str(s.stride),
-            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})',
+            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})' if s.taps is None else
+            f'offsets {s.taps.lengths[0]:.2f} (to {s.taps.lengths[1]:.2f})',
             *(f'{s.weights[label].mean():.2f}' if label in s.weights else '-' for label in labels)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -201,7 +215,8 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note: str = '') -> 'Figure':
-    """Draw the image, and for each stage the dilation map and the band weights.
+    """Draw the image, and for each stage the dilation map, or where the taps of a deformable layer lie, and the band
+    weights.
 
     Args:
         image: What the model saw: a PIL image of any mode, or an (H, W) or (H, W, 3) array, uint8 or float in [0, 1].
@@ -280,11 +295,19 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     weights = None
     for column, s in enumerate(stages, 1):
         count = '1 layer' if len(s.layers) == 1 else f'average of {len(s.layers)} layers'
-        ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}',
-                   f'{count}; {_caption(s.dilation, *s.dilation_range)}')
-        mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
+        if s.taps is None:
+            ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}',
+                       f'{count}; {_caption(s.dilation, *s.dilation_range)}')
+            mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
+            label, extend = 'dilation, pixels of the layer\'s input map', 'both'
+        else:
+            text = f'{s.taps.layer}; offsets: mean {s.taps.lengths[0]:.2f}, to {s.taps.lengths[1]:.2f} pixels'
+            ax = panel(column, head, f'{s.name}: taps, stride {s.stride}', text)
+            ax.imshow(grey, cmap='gray', vmin=-0.3, vmax=1.3, extent=extent)
+            mapped = draw_taps(ax, s.taps, photo.shape[1], photo.shape[0])
+            label, extend = 'mask of the tap; line: its offset', 'neither'
         ax = axes(margin + column * (w + gap), head + caption + h + 0.12, w, 0.12)
-        colour_bar(mapped, ax, 'dilation, pixels of the layer\'s input map', ticks=MaxNLocator(5), extend='both')
+        colour_bar(mapped, ax, label, ticks=MaxNLocator(5), extend=extend)
         for row, label in enumerate(labels, 1):
             if label in s.weights:
                 ax = panel(column, rows[row], f'{s.name}: band {label}',

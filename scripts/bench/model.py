@@ -279,7 +279,7 @@ def select_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', nargs='+', help='<base>_fadc')
+    parser.add_argument('--model', nargs='+', help='<base>_fadc or another architecture of this package')
     parser.add_argument('--what', nargs='+', choices=WHAT, help='quantities')
     parser.add_argument('--batch', type=int, help='with --size: a case of your own (default: 4)')
     parser.add_argument('--size', type=int, help='with --batch: a case of your own (default: 224)')

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fadc_timm import FADConv2d
+from fadc_timm.models._family import architecture_of
 from fadc_timm.ops import set_backend
 from scripts.bench.today import make_today
 
@@ -87,6 +88,14 @@ def _leave_identity(layer: FADConv2d, x: Tensor) -> None:
             dr.mask_dw.reset_parameters()
             n = torch.ones(dr.mask_pw.out_channels)
             _draw(dr.mask_pw, dr.mask_dw(x), 0.3 * torch.randn_like(n), n)
+    if layer.free_offsets is not None:
+        free = layer.free_offsets
+        mean, std = 0.3 * torch.randn(free.conv.out_channels), torch.ones(free.conv.out_channels)
+        std[:free.num_offsets] = 0.6  # of the offsets, in pixels
+        if free.dw is not None:
+            free.dw.reset_parameters()
+            x = free.dw(x)
+        _draw(free.conv, x, mean, std)
 
 
 @torch.no_grad()
@@ -94,8 +103,9 @@ def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
     """Move every FADC parameter of a network, or of a layer, off the identity, modestly, as after training.
 
     Dilations then vary over the positions, between about d - 0.5 (where the activation admits it) and d + 2 pixels;
-    gains, masks and band weights lie around one, most of them between 0.5 and 1.5. The parameters are drawn layer by
-    layer, in the order of running, to fit the layer's input for a random image.
+    free offsets by about 0.6 pixels around means of about 0.3. Gains, masks and band weights lie around one, most of
+    them between 0.5 and 1.5. The parameters are drawn layer by layer, in the order of running, to fit the layer's input
+    for a random image.
 
     Args:
         model: On the CPU, in float32. Weights and biases of its convolutions stay.
@@ -140,14 +150,15 @@ def make_models(name: str, variants: Any, seed: int = 0) -> dict[str, nn.Module]
     activations and gradients are those of a network in training.
 
     Args:
-        name: An architecture `<base>_fadc`.
+        name: An architecture of this package, such as `<base>_fadc`.
         variants: Which of the four; 'triton' is the FADC network with Triton's kernels.
         seed: Of all weights.
     """
-    if not name.endswith('_fadc'):
-        raise ValueError(f'The model must be a <base>_fadc, got {name!r}.')
+    arch = architecture_of(name)
+    if arch is None:
+        raise ValueError(f'The model must be one of this package, such as <base>_fadc, got {name!r}.')
     torch.manual_seed(seed)
-    plain = timm.create_model(name.removesuffix('_fadc'))
+    plain = timm.create_model(arch.base)
     for key, p in plain.named_parameters():
         if (p == 0).all() and key.endswith('weight') or key.endswith('.gamma'):
             p.fill_(0.3)

@@ -3,7 +3,7 @@
 What makes it what it is: a convolution of its own for each band map, for the offsets and for the mask; a complex FFT of
 the whole map, shifted, masked and transformed back for each band; a trunk and heads for each part of the kernel; a
 kernel for each sample, so that the batch is folded into groups; and a pair of offsets for each tap, for
-`torchvision.ops.deform_conv2d`.
+`torchvision.ops.deform_conv2d`. Without AdaKern there is one kernel for all samples, and nothing is folded.
 """
 import copy
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
 
 __all__ = ['TodayFADConv2d', 'make_today']
 
@@ -26,10 +26,17 @@ def _parameter(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format))
 
 
-def _conv(weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
+def _conv(
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+) -> nn.Conv2d:
     """A convolution with copies of the given parameters; weight (O, C/groups, k, k)."""
     conv = nn.Conv2d(
-        weight.shape[1] * groups, weight.shape[0], weight.shape[-1], stride, padding, groups=groups,
+        weight.shape[1] * groups, weight.shape[0], weight.shape[-1], stride, padding, dilation, groups,
         bias=bias is not None)
     conv.weight = _parameter(weight)
     conv.bias = None if bias is None else _parameter(bias)
@@ -141,6 +148,23 @@ class TodayAdaDR(nn.Module):
         return offset.reshape(b, -1, h, w), 2 * torch.sigmoid(self.mask(x))
 
 
+class TodayFreeOffsets(nn.Module):
+    """As TodayAdaDR, with free offsets: one convolution for these and the mask, as in mmcv. The mask may be None."""
+
+    def __init__(self, module: FreeOffsets) -> None:
+        super().__init__()
+        self.offsets = module.num_offsets
+        parts = [] if module.dw is None else [module.dw]
+        self.conv = nn.Sequential(*(
+            _conv(m.weight, m.bias, m.stride[0], int(m.padding[0]), m.dilation[0], m.groups)
+            for m in (*parts, module.conv)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.conv(x)
+        offset, mask = y[:, :self.offsets], y[:, self.offsets:]
+        return offset, 2 * torch.sigmoid(mask) if mask.shape[1] else None
+
+
 class TodayFADConv2d(nn.Module):
     """The function of a `FADConv2d`, from copies of its parameters."""
 
@@ -150,11 +174,11 @@ class TodayFADConv2d(nn.Module):
             layer: The layer to copy.
 
         Raises:
-            ValueError: The layer has no AdaDR, and so no deformable convolution.
+            ValueError: The layer has neither AdaDR nor free offsets, and so no deformable convolution.
         """
         super().__init__()
-        if layer.ada_dr is None:
-            raise ValueError('A FADConv2d without AdaDR has no deformable convolution.')
+        if layer.sampling == 'fixed':
+            raise ValueError('A FADConv2d without AdaDR or free offsets has no deformable convolution.')
         self.weight = _parameter(layer.weight)
         self.bias = None if layer.bias is None else _parameter(layer.bias)
         self.stride, self.dilation, self.groups = layer.stride[0], layer.dilation[0], layer.groups
@@ -165,7 +189,12 @@ class TodayFADConv2d(nn.Module):
         parts = [] if layer.ada_kern is None else list(range(layer.ada_kern.parts))
         self.parts = nn.ModuleList(TodayGains(layer.ada_kern, i) for i in parts if layer.ada_kern is not None)
         self.decompose = None if layer.ada_kern is None else layer.ada_kern.kernel_decompose
-        self.ada_dr = TodayAdaDR(layer.ada_dr)
+        self.positions: nn.Module
+        if layer.ada_dr is not None:
+            self.positions = TodayAdaDR(layer.ada_dr)
+        else:
+            assert layer.free_offsets is not None
+            self.positions = TodayFreeOffsets(layer.free_offsets)
         self.train(layer.training)
 
     def _kernels(self, x: Tensor) -> Tensor:
@@ -191,15 +220,15 @@ class TodayFADConv2d(nn.Module):
         """x (B, C, H, W) to (B, O, H', W')."""
         if self.freq_select is not None:
             x = self.freq_select(x)
-        kernels = self._kernels(x)
+        kernels = self._kernels(x) if self.parts else self.weight[None]
         if self.replicate:
             x = F.pad(x, [self.replicate] * 4, mode='replicate')
-        offset, mask = self.ada_dr(x)
+        offset, mask = self.positions(x)
         b, _, h, w = x.shape
-        out = offset.shape[2:]
+        out, n = offset.shape[2:], 1 if self.parts else b  # samples with kernels of their own become groups of one
         y = deform_conv2d(
-            _full(x.reshape(1, -1, h, w)), _full(offset.reshape(1, -1, *out)), _full(kernels.flatten(0, 1)), None,
-            self.stride, self.padding, self.dilation, _full(mask.reshape(1, -1, *out)))
+            _full(x.reshape(n, -1, h, w)), _full(offset.reshape(n, -1, *out)), _full(kernels.flatten(0, 1)), None,
+            self.stride, self.padding, self.dilation, None if mask is None else _full(mask.reshape(n, -1, *out)))
         y = y.reshape(b, -1, *out)
         return (y if self.bias is None else y + self.bias[:, None, None]).to(x.dtype)
 

@@ -6,26 +6,31 @@
 It writes `fadc_timm/data/costs.csv`, in some minutes. --check writes nothing, and fails where the file differs.
 """
 import argparse
+import fnmatch
 import sys
 from collections.abc import Iterator
 
-import timm
 from timm.models import get_arch_pretrained_cfgs
 
-import fadc_timm  # noqa: F401  registers the models
+from fadc_timm.models._family import list_architectures
 from fadc_timm.models.cost import TABLE, Cost, model_cost
 from scripts.results import write_csv
 
 COLUMNS = ('architecture', 'classes', 'input', 'params', 'macs', 'activations')
 
 
-def keys(pattern: str = '*_fadc') -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Architecture, classes and input size of the models and tags that match, each followed by its base's."""
-    for name in timm.list_models(pattern):
-        found = {(cfg.num_classes, tuple(cfg.input_size)) for cfg in get_arch_pretrained_cfgs(name).values()}
+def keys(pattern: str = '*') -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Architecture, classes and input size of the models and tags that match, each base before what is lifted of it."""
+    seen = set()
+    for arch in list_architectures():
+        if not fnmatch.fnmatch(arch.name, pattern):
+            continue
+        found = {(cfg.num_classes, tuple(cfg.input_size)) for cfg in get_arch_pretrained_cfgs(arch.name).values()}
         for classes, size in sorted(found):
-            yield name, classes, size
-            yield name.removesuffix('_fadc'), classes, size
+            for name in (arch.base, arch.name):
+                if (name, classes, size) not in seen:
+                    seen.add((name, classes, size))
+                    yield name, classes, size
 
 
 def row(arch: str, classes: int, size: tuple[int, ...], cost: Cost) -> dict[str, str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
-import fadc_timm  # noqa: F401  registers the models
 from fadc_timm._writing import markdown_table, write_atomically
+from fadc_timm.models._family import list_architectures
 from fadc_timm.models.cost import listed_cost
 from scripts.bench import tables as speed_tables
 from scripts.results import RESULTS
@@ -30,8 +30,11 @@ ROOT = Path(__file__).parents[2]
 def zoo() -> str:
     """All architectures with their cost, beside their base's."""
     rows = []
-    for name in timm.list_models('*_fadc'):
-        base = name.removesuffix('_fadc')
+    bases = {a.name: a.base for a in list_architectures()}
+    for name in timm.list_models():
+        if name not in bases:
+            continue
+        base = bases[name]
         cfg = get_pretrained_cfg(name, allow_unregistered=False)
         assert cfg is not None
         size = tuple(cfg.input_size)

@@ -6,8 +6,8 @@ Environment:
 
 timm's tests get their models in three ways, and each is redirected:
     `list_models()` while the tests are collected      -> lists the selected architectures only
-    names written into a parametrisation ('resnet18')  -> 'resnet18_fadc' where that is selected, else dropped
-    names written into the body of a test              -> likewise, by renaming inside `create_model`
+    names written into a parametrisation ('resnet18')  -> 'resnet18_fadc' and other variants that are selected, or none
+    names written into the body of a test              -> the first of these, by renaming inside `create_model`
 Everything else, tests of other families above all, is deselected.
 """
 import fnmatch
@@ -18,7 +18,7 @@ import os
 import pytest
 import timm
 
-SUFFIX = '_fadc'
+SUFFIXES = ('_fadc', '_dcn', '_dcn_fadc')
 
 # The only tests that could be about our models and do not run, with the reason.
 NOT_RUN = {
@@ -54,15 +54,12 @@ def _select_models() -> set[str]:
 MODELS = _select_models()
 
 
-def _ours(name: object) -> str | None:
-    """The selected model that a name in timm's tests stands for: itself, or its namesake with our suffix."""
+def _ours(name: object) -> list[str]:
+    """The selected models that a name in timm's tests stands for: itself, or its namesakes with our suffixes."""
     if not isinstance(name, str):  # the placeholder of an empty parametrisation
-        return None
+        return []
     arch, dot, tag = name.partition('.')
-    for candidate in (arch, arch + SUFFIX):
-        if candidate in MODELS:
-            return candidate + dot + tag
-    return None
+    return [candidate + dot + tag for candidate in (arch, *(arch + s for s in SUFFIXES)) if candidate in MODELS]
 
 
 def _list_models(
@@ -70,7 +67,7 @@ def _list_models(
     # `module` names timm's families that support a feature; ours are kept in modules of other names and support them
     # all. What timm excludes (too big for its runners) is excluded here under our names too.
     excluded = [exclude_filters] if isinstance(exclude_filters, str) else exclude_filters
-    excluded = [f + suffix for f in excluded if f for suffix in ('', SUFFIX)]
+    excluded = [f + suffix for f in excluded if f for suffix in ('', *SUFFIXES)]
     names = _timm_list_models(
         filter, pretrained=pretrained, exclude_filters=excluded, name_matches_cfg=name_matches_cfg,
         include_tags=include_tags)
@@ -95,8 +92,7 @@ def _rename_in_mark(mark: pytest.Mark) -> pytest.Mark:
     for value in call['argvalues']:
         is_param = isinstance(value, _ParameterSet)
         row = list(value.values) if is_param else list(value) if len(names) > 1 else [value]
-        name = _ours(row[names.index('model_name')])
-        if name:
+        for name in _ours(row[names.index('model_name')]):
             row[names.index('model_name')] = name
             rows.append(pytest.param(*row, marks=value.marks if is_param else ()))
     # `ids` are left out: they would name timm's models, one for each row there was
@@ -115,14 +111,15 @@ def _rename_in_body(request, monkeypatch):
     if 'model_name' not in request.fixturenames:
         create = request.module.create_model
         monkeypatch.setattr(
-            request.module, 'create_model', lambda name, *args, **kwargs: create(_ours(name) or name, *args, **kwargs))
+            request.module, 'create_model',
+            lambda name, *args, **kwargs: create((_ours(name) or [name])[0], *args, **kwargs))
 
 
 def _keep(item) -> bool:
     if item.originalname in NOT_RUN:
         return False
     if 'model_name' in item.fixturenames:
-        return _ours(item.callspec.params['model_name']) is not None
+        return bool(_ours(item.callspec.params['model_name']))
     return any(_ours(const) for const in item.function.__code__.co_consts)
 
 

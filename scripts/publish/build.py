@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fadc_timm.checkpoints.folder import WEIGHTS, fixed_logits, reload
 from fadc_timm.hub import Base, Built, HubConfig, Refused
 from fadc_timm.models._download import file_sha256
+from fadc_timm.models._family import architecture_of
 from scripts.publish.config import REDISTRIBUTABLE
 
 __all__ = ['build', 'format_logits', 'sample_logits', 'verify', 'why_not']
@@ -89,7 +90,9 @@ def build(config: HubConfig, cache_dir: str | None = None) -> Built:
     if config.base.sha256 not in (None, found.sha256):
         raise Refused(f'base.sha256: wanted {config.base.sha256}, {found.repository} has {found.sha256}')
     arch, _, tag = config.model.partition('.')
-    plain = create(f'{arch.removesuffix("_fadc")}.{tag}')
+    registered = architecture_of(arch)
+    assert registered is not None  # the configuration was checked against the registry
+    plain = create(f'{registered.base}.{tag}')
     error = relative_error(logits, fixed_logits(plain, _size(model)))
     if not error < LOSSLESS:
         raise Refused(f'logits: {error:.1e} from those of {found.repository}, relative; wanted less than {LOSSLESS}')

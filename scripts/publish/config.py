@@ -12,13 +12,14 @@ import yaml
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from fadc_timm.hub import Base, HubConfig, Metric
+from fadc_timm.layers.fad_conv import read_options
 
 __all__ = ['ConfigError', 'REDISTRIBUTABLE', 'check_config', 'parse_config', 'read_config']
 
 # Licences, by their names on the Hub, that grant redistribution, also of modified weights and for any use.
 REDISTRIBUTABLE = frozenset(('apache-2.0', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'mit'))
 
-IDENTITY = 'base weights, identity FADC'
+IDENTITY = 'base weights, identity '
 
 
 class ConfigError(ValueError):
@@ -64,7 +65,7 @@ _SENTENCE = _text(), 'a text'
 
 # Each key, what it may hold, and what to say that it should.
 _SCHEMA: dict[str, tuple[Check, str]] = {
-    'model': (_text(r'\w+_fadc\.\w+'), '<arch>_fadc.<tag>'),
+    'model': (_text(r'\w+_(fadc|dcn)\.\w+'), '<arch>_fadc.<tag> or <arch>_dcn.<tag>'),
     'repository': _REPOSITORY,
     'base': (_optional(_MAPPING[0]), 'a mapping or null'),
     'made': _SENTENCE,
@@ -124,6 +125,10 @@ def parse_config(text: str, name: str) -> HubConfig:
     problems = _problems(content, _SCHEMA)
     _refuse(name, problems)
     base, metrics = content['base'], content['metrics']
+    try:
+        content['model_args'] = read_options(content['model_args'])
+    except ValueError as e:
+        problems.append(f'model_args.{e}')
     if base is not None:
         problems += _problems(base, _BASE, 'base')
     for i, metric in enumerate(metrics):

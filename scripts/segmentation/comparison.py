@@ -29,6 +29,7 @@ SETTINGS = (
     Setting('adadr_adakern', 'adadr_adakern', '+ AdaDR + AdaKern'),
     Setting('fadc', 'fadc', '+ AdaDR + AdaKern + FreqSelect (FADC)'),
     Setting('dcnv2', 'dcnv2', 'deformable convolution v2'),
+    Setting('dcnv2_fadc', 'dcnv2_fadc', 'deformable convolution v2 + AdaKern + FreqSelect'),
     Setting('dilation2', 'dilation2', 'fixed dilation 2'),
 )
 REMEDIES = (

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of
 from scripts.segmentation.variants import apply_variant
 from scripts.segmentation.weights import find_init, load_backbone
 
@@ -20,6 +21,7 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     'segformer': lambda c: {'decoder_segmentation_channels': c},
     'pspnet': lambda c: {'psp_out_channels': c},
 }
+_VARIANTS = {FADC.suffix: 'fadc', DCN.suffix: 'dcnv2', DCN_FADC.suffix: 'dcnv2_fadc'}
 _SETS_STRIDE = ('deeplabv3', 'deeplabv3plus', 'pan')  # decoders that have an argument of their own for it
 
 
@@ -46,18 +48,21 @@ def import_smp() -> Any:
 
 
 def split_name(backbone: str, variant: str) -> tuple[str, str]:
-    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`.
+    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`, `resnet50_dcn` and
+    `resnet50_dcn_fadc` are that with `dcnv2` and `dcnv2_fadc`.
 
     Raises:
-        ValueError: timm has no such backbone; or an FADC model is to become another variant.
+        ValueError: timm has no such backbone; or a model of ours is to become another variant.
     """
     base, _, tag = backbone.partition('.')
     if tag:
         raise ValueError(f'{backbone!r} names a tag of weights: give --backbone {base} --init {tag}')
-    if base.endswith('_fadc'):
-        if variant not in ('plain', 'fadc'):
-            raise ValueError(f'{backbone} is the variant fadc: give --backbone {base.removesuffix("_fadc")}')
-        base, variant = base.removesuffix('_fadc'), 'fadc'
+    arch = architecture_of(base)
+    if arch is not None:
+        own = _VARIANTS[arch.variant.suffix]
+        if variant not in ('plain', own):
+            raise ValueError(f'{backbone} is the variant {own}: give --backbone {arch.base}')
+        base, variant = arch.base, own
     if not timm.is_model(base):
         close = ', '.join(timm.list_models(f'*{base}*')[:5])
         raise ValueError(f'timm has no model {base!r}{f"; close to it are {close}" if close else ""}')
@@ -80,7 +85,7 @@ def build(
     """Build a network. Variants of one seed have the same weights in the backbone, and the same decoder, at the start.
 
     Args:
-        backbone: timm's name, plain or `_fadc`.
+        backbone: timm's name, or that of one of our models.
         classes: Number of classes.
         variant: Variant of the backbone.
         decoder: A decoder of segmentation_models_pytorch, in lower case.

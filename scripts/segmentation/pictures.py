@@ -13,9 +13,11 @@ from scripts.segmentation.pairs import IGNORE
 
 DPI = 100
 GREY = 128
-# Inches: least and greatest long side of an image in a picture, room between images and for their titles, least width.
-PANEL = 3.6, 9.0
-GAP, TITLE, LEAST_WIDTH = 0.15, 0.3, 7.2
+FONT = 9  # points, 1/72 inch
+# Inches: least and greatest long side of an image in a picture, least width of the picture, and room: between images,
+# for their titles, between columns of the legend.
+PANEL, LEAST_WIDTH = (3.6, 9.0), 7.2
+GAP, TITLE, SPACE = 0.15, 0.3, 0.15
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -66,7 +68,7 @@ def prediction_figure(
     right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right' if labelled.any() else ''
     shown_truth = overlay(image, truth, palette)
     shown_truth[~labelled] = GREY
-    panels = {name: image, 'truth': shown_truth, f'prediction{right}': overlay(image, prediction, palette)}
+    panels = [(name, image), ('truth', shown_truth), (f'prediction{right}', overlay(image, prediction, palette))]
 
     labels = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
     entries = [(classes[i], palette[i] / 255) for i in labels]
@@ -80,23 +82,24 @@ def prediction_figure(
 
     def legend(columns: int) -> tuple[Legend, float, float]:
         """The legend, its width and its height in inches."""
-        made = fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=9, frameon=False,
-                          columnspacing=0, borderaxespad=0)
+        made = fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=FONT, frameon=False,
+                          columnspacing=SPACE * 72 / FONT, borderaxespad=0)
         box = made.get_window_extent(renderer)
         return made, box.width / DPI, box.height / DPI
 
     column, column_width, _ = legend(1)
     column.remove()
     across = max(3 * (scale * width + GAP), LEAST_WIDTH, column_width)
-    columns = min(int(across / column_width), len(handles))
-    _, _, below = legend(columns)
+    columns = min(int((across + SPACE) / (column_width + SPACE)), len(handles))
+    rows = -(-len(handles) // columns)
+    _, _, below = legend(-(-len(handles) // rows))
     tall = below + scale * height + TITLE
     fig.set_size_inches(across, tall)
-    for i, (title, pixels) in enumerate(panels.items()):
+    for i, (title, pixels) in enumerate(panels):
         left = across / 2 + (i - 1.5) * (scale * width + GAP) + GAP / 2
         ax = fig.add_axes((left / across, below / tall, scale * width / across, scale * height / tall))
         ax.imshow(pixels, interpolation='antialiased')
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=FONT)
         ax.set_axis_off()
     return fig
 

@@ -225,7 +225,7 @@ def open_for(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationDa
     """The data set that the command line, or else the checkpoint, names."""
     name = args.data or config['data']
     values = {key: getattr(args, key) for key in ('mask_values', 'ignore_values')}
-    if name == config['data'] and set(values.values()) == {None}:
+    if name == config['data'] and all(value is None for value in values.values()):
         values = {key: config.get(key) for key in values}
     return open_data(name, args.root, **values)
 

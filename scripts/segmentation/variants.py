@@ -10,18 +10,21 @@ from typing import Any
 from torch import nn
 
 from fadc_timm import lift_model
+from fadc_timm.layers.fad_conv import read_options
 from fadc_timm.models._family import fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES, NothingToLift
-from scripts.segmentation.deform import DeformConv2d
 
 # options of FADConv2d by variant
 FADC_VARIANTS: dict[str, dict[str, Any]] = {
     'adadr': {'kernel_decompose': 'none', 'freq_select': False},
     'adadr_adakern': {'freq_select': False},
     'fadc': {},
+    'dcnv2_fadc': {'sampling': 'deform'},
 }
-VARIANTS = ('plain', *FADC_VARIANTS, 'dcnv2', 'dilation2')
-_BARE = {'ada_dr': False, 'kernel_decompose': 'none', 'freq_select': False}
+_LIFTED: dict[str, dict[str, Any]] = {
+    **FADC_VARIANTS, 'dcnv2': {'sampling': 'deform', 'kernel_decompose': 'none', 'freq_select': False}}
+VARIANTS = ('plain', *_LIFTED, 'dilation2')
+_BARE = {'sampling': 'fixed', 'kernel_decompose': 'none', 'freq_select': False}
 
 
 def stage_names(net: nn.Module) -> list[tuple[bool, ...] | tuple[str, ...]]:
@@ -37,6 +40,14 @@ def stage_names(net: nn.Module) -> list[tuple[bool, ...] | tuple[str, ...]]:
     return [(name,) for name in names[1:]]
 
 
+def _read_old_offsets(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Rename what checkpoints of `dcnv2` had while its module belonged to the scripts; the outputs are the same."""
+    for name in ('weight', 'bias'):
+        old = f'{prefix}offset.{name}'
+        if old in state_dict:
+            state_dict[f'{prefix}free_offsets.conv.{name}'] = state_dict.pop(old)
+
+
 def apply_variant(
         net: nn.Module,
         variant: str,
@@ -48,8 +59,8 @@ def apply_variant(
     Args:
         net: Backbone of timm, with `feature_info`.
         variant: One of `VARIANTS`.
-        fadc: More options of FADConv2d, for the variants of FADC.
-        freq_select_stages: Stages, of 2 to 4, in which the variant `fadc` has FreqSelect.
+        fadc: More options of FADConv2d, for the variants of FADC; maybe from a configuration, under older names.
+        freq_select_stages: Stages, of 2 to 4, in which the variants `fadc` and `dcnv2_fadc` have FreqSelect.
 
     Returns:
         Names of the convolutions that are others now.
@@ -67,12 +78,14 @@ def apply_variant(
         return []
     stages = stage_names(net)
     names: list[str] = []
-    if variant in FADC_VARIANTS:
-        options = {**FADC_VARIANTS[variant], **(fadc or {})}
+    if variant in _LIFTED:
+        options = {**_LIFTED[variant], **read_options(fadc or {})}
         for number, stage in enumerate(stages, start=2):
             without = {} if number in freq_select_stages else {'freq_select': False}
             with suppress(NothingToLift):  # some networks have convolutions in some of their stages only
-                names += lift_model(net, stage, **options, **without).replaced
+                names += lift_model(net, stage, **{**options, **without}).replaced
+        for name in names if variant == 'dcnv2' else ():
+            net.get_submodule(name).register_load_state_dict_pre_hook(_read_old_offsets)
     else:
         trial = copy.deepcopy(net)
         for stage in stages:
@@ -80,14 +93,10 @@ def apply_variant(
                 names += lift_model(trial, stage, **_BARE).replaced
         for name in names:
             conv: Any = net.get_submodule(name)
-            parent, _, child = name.rpartition('.')
-            if variant == 'dcnv2':
-                setattr(net.get_submodule(parent), child, DeformConv2d.from_conv(conv))
-            else:
-                # that keeps the size: k // 2 pixels more for each pixel of dilation more
-                more = [k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation)]
-                conv.padding = tuple(p + m for p, m in zip(conv.padding, more))
-                conv.dilation = tuple(2 * d for d in conv.dilation)
+            # that keeps the size: k // 2 pixels more for each pixel of dilation more
+            more = [k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation)]
+            conv.padding = tuple(p + m for p, m in zip(conv.padding, more))
+            conv.dilation = tuple(2 * d for d in conv.dilation)
     if not names:
         raise ValueError(f'{type(net).__name__} has no convolutions in its stages 2 to 4 that {variant!r} replaces.')
     return names
@@ -95,5 +104,4 @@ def apply_variant(
 
 def added_keys(model: nn.Module) -> list[str]:
     """Names in the state dict of what a variant added to the plain network."""
-    deformed = [name for name, m in model.named_modules() if isinstance(m, DeformConv2d)]
-    return fadc_keys(model) + [f'{name}.offset.{p}' for name in deformed for p in ('weight', 'bias')]
+    return fadc_keys(model)

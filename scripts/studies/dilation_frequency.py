@@ -33,7 +33,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints.saved import architecture_of, load_checkpoint
+from fadc_timm.checkpoints.saved import architecture_name, load_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
 from fadc_timm.visualize import read_image, save
@@ -251,7 +251,7 @@ def states_of(name: str | None, checkpoint: Path | None) -> tuple[str, dict[str,
             reset = getattr(m, 'reset_parameters', None)
             if callable(reset):
                 reset()
-        return architecture_of(trained), {'trained': trained, 'initial': initial}
+        return architecture_name(trained), {'trained': trained, 'initial': initial}
     name = name or DEFAULT_MODEL
     trained = timm.create_model(name, pretrained=True) if checkpoint is None else load_checkpoint(checkpoint, name)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import nn
 import fadc_timm
 from fadc_timm import FADConv2d, FreqSelect, lift_model
 from fadc_timm.checkpoints import load_checkpoint, write_folder
-from fadc_timm.layers.fad_conv import OPTIONS
+from fadc_timm.layers.fad_conv import OPTIONS, SAMPLINGS
 from fadc_timm.models.lifted import STORED, layer_options, lifted_layers
 from tests.support.backbones import awaken, create_fadc, fad_convs, photos, trained
 from tests.support.cases import error
@@ -31,7 +31,8 @@ NETWORKS = {
     'regnetx_002': partial(lifted, 'regnetx_002', num_classes=7),
     'stages and options': partial(lifted, 'regnetx_002', ('s2', 's4'), lift=dict(
         bands=(2, 4), padding_mode='replicate', dilation_act='relu', kernel_decompose='low', spatial_group=8)),
-    'without parts': partial(lifted, 'regnetx_002', lift=dict(freq_select=False, kernel_decompose='none', ada_dr=True)),
+    'without parts': partial(lifted, 'regnetx_002', lift=dict(freq_select=False, kernel_decompose='none')),
+    'deformable': partial(lifted, 'regnetx_002', lift=dict(sampling='deform', offset_groups=2, modulated=False)),
     'efficientnet_b0': partial(lifted, 'efficientnet_b0', num_classes=3, in_chans=3),
     'densenet121': partial(lifted, 'densenet121', num_classes=3),
     'hrnet_w18_small': partial(lifted, 'hrnet_w18_small', ('stage4',), num_classes=3),
@@ -133,8 +134,8 @@ def test_a_family_that_was_lifted_further(tmp_path):
 
 
 def test_every_option_is_stored():
-    model = FADConv2d(4, 4, 3)
-    assert set(layer_options(model)) == set(STORED) == set(OPTIONS) - {'eps', 'backend'}
+    stored = {name for sampling in SAMPLINGS for name in layer_options(FADConv2d(4, 4, 3, sampling=sampling))}
+    assert stored == set(STORED) == set(OPTIONS) - {'eps', 'backend'}
 
 
 def test_what_cannot_be_saved(tmp_path):

@@ -1,4 +1,4 @@
-"""FreqSelect, AdaKern, AdaDR and FADConv2d against their definitions, written out in float64."""
+"""FreqSelect, AdaKern, AdaDR, FreeOffsets and FADConv2d against their definitions, written out in float64."""
 import copy
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fadc_timm import AdaDR, AdaKern, FreqSelect
-from fadc_timm.ops import adaptive_dilated_conv2d
+from fadc_timm import AdaDR, AdaKern, FreeOffsets, FreqSelect
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d
 from tests.support.cases import DTYPES, error
 from tests.support.layer_cases import EXACT, FAD_CONV, SIZES, assert_same, grads, ids, make
 from tests.support.off_identity import off_identity
@@ -71,8 +71,23 @@ def oracle_ada_dr(m, x, padding):
     return dilation, 2 * torch.sigmoid(mask)
 
 
+def oracle_free_offsets(m, x, padding):
+    """mmcv's order: the offsets of all groups and taps, y before x, then the masks; nothing of it is chunked there."""
+    last = m.conv if m.dw is None else m.dw
+    k, groups, args = last.kernel_size[0], m.offset_groups, dict(stride=last.stride, dilation=m.dilation)
+    x = F.pad(x, [padding] * 4)
+    if m.dw is not None:
+        x = F.conv2d(x, m.dw.weight, groups=x.shape[1], **args)
+        o = torch.einsum('oc,bchw->bohw', m.conv.weight[:, :, 0, 0], x) + m.conv.bias[:, None, None]
+    else:
+        o = F.conv2d(x, m.conv.weight, m.conv.bias, **args)
+    n = 2 * groups * k * k
+    assert o.shape[1] == n + groups * k * k * m.modulated
+    return o[:, :n], (2 / (1 + (-o[:, n:]).exp()) if m.modulated else None)
+
+
 def oracle_fad_conv(m, x):
-    """FreqSelect, AdaKern before any padding, replication, AdaDR, the operator's own oracle."""
+    """FreqSelect, AdaKern before any padding, replication, AdaDR or free offsets, the operator's own oracle."""
     if m.freq_select is not None:
         x = oracle_freq_select(m.freq_select, x)
     gains = oracle_ada_kern(m.ada_kern, x) if m.ada_kern is not None else None
@@ -81,6 +96,11 @@ def oracle_fad_conv(m, x):
     padding -= r * (d - 1)
     if m.padding_mode == 'replicate' and padding > 0:
         x, padding = F.pad(x, [padding] * 4, mode='replicate'), 0
+    if m.free_offsets is not None:
+        offset, mask = oracle_free_offsets(m.free_offsets, x, padding + r * (d - 1))
+        return deform_conv2d(
+            x, m.weight, offset, mask, m.bias, gains=gains, stride=m.stride[0], padding=padding + r * (d - 1),
+            dilation=d, groups=m.groups, backend='reference')
     if m.ada_dr is not None:
         dilation, mask = oracle_ada_dr(m.ada_dr, x, padding)
     else:
@@ -233,6 +253,37 @@ def test_ada_dr_range(dilation_act, lowest):
         assert (dilation == lowest).float().mean() > 0.2
 
 
+# FreeOffsets
+
+
+@pytest.mark.parametrize('cfg', [
+    dict(), dict(kernel_size=5, offset_groups=2, dilation=2), dict(stride=2, modulated=False), dict(padding=0),
+    dict(kernel_size=1, padding=2), dict(depthwise=True, kernel_size=5, stride=2, offset_groups=3)], ids=ids)
+def test_free_offsets(cfg):
+    m = off_identity(FreeOffsets(6, **cfg, dtype=torch.float64))
+    x = torch.randn(2, 6, 11, 9, dtype=torch.float64, requires_grad=True)
+    k, g = cfg.get('kernel_size', 3), cfg.get('offset_groups', 1)
+    offset, mask = m(x)
+    expected = oracle_free_offsets(m, x, cfg.get('padding', cfg.get('dilation', 1) * (k // 2)))
+    assert offset.shape[1] == 2 * g * k * k and (mask is None) == (not cfg.get('modulated', True))
+    assert mask is None or mask.shape[1] == g * k * k
+    inputs = [x, *m.parameters()]
+    y, y_expected = (torch.cat([t for t in ts if t is not None], 1) for ts in ((offset, mask), expected))
+    assert_same((offset, mask, *grads(y, inputs)), (*expected, *grads(y_expected, inputs)), EXACT)
+
+
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_free_offsets_at_start(depthwise):
+    m = FreeOffsets(4, offset_groups=2, depthwise=depthwise)
+    x = torch.randn(2, 4, 7, 6)
+    for _ in range(2):
+        offset, mask = m(x)
+        assert torch.equal(offset, torch.zeros(2, 36, 7, 6)) and torch.equal(mask, torch.ones(2, 18, 7, 6))
+        off_identity(m)
+        assert m(x)[0].abs().max() > 0.1
+        m.reset_parameters()
+
+
 # FADConv2d
 
 
@@ -270,7 +321,7 @@ def test_replicate_is_padding_by_hand():
 def test_without_ada_dr_is_ada_dr_at_start(padding_mode, kernel_decompose):
     """The dilation of either is the base dilation, whatever else is on."""
     cfg = dict(padding=2, dilation=2, padding_mode=padding_mode, kernel_decompose=kernel_decompose, stride=2)
-    without = off_identity(make(**cfg, ada_dr=False))
+    without = off_identity(make(**cfg, sampling='fixed'))
     m = make(**cfg, eps=0.)
     assert [k for k in m.load_state_dict(without.state_dict(), strict=False).missing_keys if 'ada_dr' not in k] == []
     x = torch.randn(2, 4, 10, 9)

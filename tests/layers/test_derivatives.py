@@ -234,9 +234,9 @@ def test_gradient_penalty_of_a_network(name):
 @pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc'])
 def test_gradients_per_sample(name):
     """What Opacus and influence functions take: vmap of grad, with functional_call."""
-    m = off_identity(timm.create_model(name, pretrained=False)).double().eval()
+    m = off_identity(timm.create_model(name, pretrained=False)).eval()
     parameters = {k: p.detach() for k, p in m.named_parameters()}
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(3, 3, 32, 32)
 
     def loss(parameters, x):
         return functional_call(m, parameters, (x[None],)).square().mean()
@@ -246,7 +246,7 @@ def test_gradients_per_sample(name):
         m.zero_grad()
         loss(dict(m.named_parameters()), x[i]).backward()
         for k, p in m.named_parameters():
-            torch.testing.assert_close(each[k][i], p.grad, rtol=1e-6, atol=1e-10)
+            torch.testing.assert_close(each[k][i], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item() + 1e-7)
 
 
 @pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from timm.layers.split_batchnorm import SplitBatchNorm2d, convert_splitbn_model
 from torch import nn
+from torchvision.ops import deform_conv2d
 
-from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect
-from fadc_timm.layers.fad_conv import OPTIONS
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
+from fadc_timm.layers.fad_conv import OPTIONS, SAMPLINGS, read_options
 from tests.support.cases import error
 from tests.support.layer_cases import AT_START, EXACT, FAD_CONV, ids, make
 from tests.support.off_identity import off_identity
@@ -50,7 +51,8 @@ def test_identity_at_start(cfg):
 
 
 @pytest.mark.parametrize('options', [
-    dict(kernel_decompose='low'), dict(kernel_decompose='none'), dict(freq_select=False), dict(ada_dr=False),
+    dict(kernel_decompose='low'), dict(kernel_decompose='none'), dict(freq_select=False), dict(sampling='fixed'),
+    dict(sampling='deform'), dict(sampling='deform', offset_groups=4, modulated=False, kernel_decompose='none'),
     dict(dilation_act='relu'), dict(dilation_act='zero'), dict(dilation_groups=4),
     dict(lowfreq_att=True, spatial_group=8), dict(bands=(2, 3, 4, 5)),
     dict(backend='grid_sample'), dict(backend='torchvision')], ids=ids)
@@ -88,6 +90,75 @@ def test_output_size(cfg):
                 m(x)
             continue
         assert m(x).shape == replicate(x).shape == shape
+
+
+# deformable
+
+
+@pytest.mark.parametrize('backend', [None, 'reference', 'gather', 'torchvision'])
+@pytest.mark.parametrize('options', [
+    dict(), dict(freq_select=False, kernel_decompose='none'), dict(modulated=False, offset_groups=4)], ids=ids)
+@pytest.mark.parametrize('cfg', [CONVS[0], CONVS[1], CONVS[12], CONVS[-3], CONVS[-1]], ids=ids)
+def test_deformable_is_the_convolution_exactly(cfg, options, backend):
+    """To the last bit: all products and sums of these integers are exact, so no order of summation matters."""
+    conv = plain_conv(cfg, torch.float64)
+    with torch.no_grad():
+        taps = conv.kernel_size[0] ** 2
+        for p in conv.parameters():
+            p.copy_(torch.randint(-9, 10, p.shape))
+        # the mean over the taps is an integer
+        conv.weight[:, :, 0, 0] += taps - conv.weight.sum((2, 3)) % taps
+    x = torch.randint(-9, 10, (2, 8, 19, 18)).double()
+    m = FADConv2d.from_conv(conv, sampling='deform', backend=backend, **options)
+    assert torch.equal(m(x), conv(x))
+
+
+def test_without_the_modules_it_is_dcn_v2():
+    """torchvision's operator, with the offsets and the mask of one convolution; v1 without the mask."""
+    bare = dict(padding=2, dilation=2, stride=2, sampling='deform', freq_select=False, kernel_decompose='none')
+    m = off_identity(FADConv2d(4, 6, 3, **bare, offset_groups=2))
+    assert {n.partition('.')[0] for n in m.state_dict()} == {'weight', 'bias', 'free_offsets'}
+    x = torch.randn(2, 4, 12, 11)
+    o = m.free_offsets.conv(x)
+    args = dict(stride=2, padding=2, dilation=2)
+    expected = deform_conv2d(x, o[:, :36], m.weight, m.bias, mask=2 * o[:, 36:].sigmoid(), **args)
+    assert error(m(x), expected) < 2e-6
+    v1 = FADConv2d(4, 6, 3, **bare, offset_groups=2, modulated=False)
+    v1.load_state_dict({k: v[:36] if 'free_offsets' in k else v for k, v in m.state_dict().items()})
+    assert error(v1(x), deform_conv2d(x, o[:, :36], m.weight, m.bias, **args)) < 2e-6
+
+
+@pytest.mark.parametrize('backend', ['reference', 'gather', 'torchvision'])
+def test_slope_at_offset_zero(backend):
+    """Where the tap lies on a pixel: that towards the next pixel below and to the right, in the last ones towards 0."""
+    m = FADConv2d(1, 1, 1, bias=False, sampling='deform', modulated=False, freq_select=False, kernel_decompose='none',
+                  backend=backend, dtype=torch.float64)
+    torch.nn.init.ones_(m.weight)
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    offsets = []
+    m.free_offsets.register_forward_hook(lambda module, args, output: offsets.append(output[0]))
+    y = m(x)
+    slope, = torch.autograd.grad(y.sum(), offsets)
+    padded = nn.functional.pad(x, (0, 1, 0, 1))
+    assert torch.equal(y, x)
+    assert error(slope[:, :1], padded[:, :, 1:, :-1] - x) < EXACT and error(
+        slope[:, 1:], padded[:, :, :-1, 1:] - x) < EXACT
+    with torch.no_grad():  # the slope that a small step in this direction sees, and not the one of a step back
+        m.free_offsets.conv.bias[0] = 1e-3
+        assert error((m(x) - x) / 1e-3, slope[:, :1]) < 1e-9
+        m.free_offsets.conv.bias[0] = -1e-3
+        assert error((x - m(x)) / 1e-3, slope[:, :1]) > 0.1
+
+
+def test_options_of_older_versions():
+    """In a stored configuration; a call with them is an error."""
+    assert read_options(dict(ada_dr=True, eps=0.)) == dict(sampling='dilation', eps=0.)
+    assert read_options(dict(ada_dr=False)) == dict(sampling='fixed')
+    assert read_options(dict(ada_dr=False, sampling='deform')) == dict(sampling='deform')
+    with pytest.raises(ValueError, match="ada_dr, which is sampling today.*'no'"):
+        read_options(dict(ada_dr='no'))
+    with pytest.raises(TypeError, match='sampling'):
+        FADConv2d.from_conv(nn.Conv2d(4, 4, 3), ada_dr=True)
 
 
 # from_conv
@@ -138,11 +209,12 @@ def test_from_conv_refuses(conv, cfg, exception, message):
         FADConv2d.from_conv(conv, **cfg)
 
 
+@pytest.mark.parametrize('sampling', SAMPLINGS)
 @pytest.mark.parametrize('padding', [0, 1, 2])
-def test_from_conv_of_a_replicating_convolution(padding):
+def test_from_conv_of_a_replicating_convolution(padding, sampling):
     conv = nn.Conv2d(4, 6, 3, padding=padding, padding_mode='replicate')
     x = torch.randn(2, 4, 9, 8)
-    m = FADConv2d.from_conv(conv, eps=0.)
+    m = FADConv2d.from_conv(conv, eps=0., sampling=sampling)
     assert m.padding_mode == 'replicate'
     assert error(m(x), conv(x)) < 1e-6  # 1.5e-7
     assert FADConv2d.from_conv(conv, padding_mode='zeros').padding_mode == 'zeros'
@@ -179,6 +251,13 @@ BAD = [
     (dict(bands=(True, 2)), ValueError, 'bands.*True'),
     (dict(bands=4), ValueError, 'bands.*4'),
     (dict(eps=-1e-4), ValueError, 'eps.*-0.0001'),
+    (dict(sampling='deformable'), ValueError, "sampling must be one of .*'deformable'"),
+    (dict(sampling=None), ValueError, 'sampling .*None'),
+    (dict(sampling='deform', offset_groups=3), ValueError, 'offset_groups=3'),
+    (dict(sampling='deform', offset_groups=0), ValueError, 'offset_groups=0'),
+    (dict(sampling='deform', offset_groups=2.), ValueError, 'offset_groups.*2.0'),
+    (dict(sampling='deform', modulated=1), ValueError, 'modulated.*1'),
+    (dict(ada_dr=False), TypeError, "ada_dr=False is now the option sampling: .* 'fixed'"),
     (dict(backend='no_such'), ValueError, "backend.*'no_such'"),
 ]
 
@@ -191,9 +270,10 @@ def test_bad_arguments(cfg, exception, message):
 
 @pytest.mark.parametrize('make_module', [
     lambda: AdaKern(4, 4, 'none'), lambda: AdaDR(4, dilation_act='gelu'), lambda: FreqSelect(4, (0,)),
-    lambda: FreqSelect(4, spatial_group=3)])
+    lambda: FreqSelect(4, spatial_group=3), lambda: FreeOffsets(4, offset_groups=3),
+    lambda: FreeOffsets(4, modulated='yes')])
 def test_bad_arguments_of_the_modules(make_module):
-    with pytest.raises(ValueError, match='kernel_decompose|dilation_act|bands|spatial_group'):
+    with pytest.raises(ValueError, match='kernel_decompose|dilation_act|bands|spatial_group|offset_groups|modulated'):
         make_module()
 
 
@@ -231,11 +311,13 @@ def test_batch_1_trains(sync):
     assert norm.num_batches_tracked == before['num_batches_tracked'] + 1
 
 
+@pytest.mark.parametrize('sampling', SAMPLINGS)
 @pytest.mark.parametrize('depthwise', [False, True])
-def test_leaves_the_identity(depthwise):
+def test_leaves_the_identity(depthwise, sampling):
     """From the start, gradients reach everything but what is behind a zero head; after one step, everything."""
-    m = FADConv2d(4, 4, 3, padding=1, groups=4 if depthwise else 1)
-    behind_zero = {'ada_kern.fc.weight', 'ada_kern.norm.weight', 'ada_kern.norm.bias', 'ada_dr.mask_dw.weight'}
+    m = FADConv2d(4, 4, 3, padding=1, groups=4 if depthwise else 1, sampling=sampling)
+    behind_zero = {'ada_kern.fc.weight', 'ada_kern.norm.weight', 'ada_kern.norm.bias', 'ada_dr.mask_dw.weight',
+                   'free_offsets.dw.weight'}
     optimizer = torch.optim.SGD(m.parameters(), 0.1)
     x = torch.randn(4, 4, 12, 12)
     for expected in (behind_zero & {n for n, _ in m.named_parameters()}, set()):
@@ -310,8 +392,9 @@ def test_a_loop_that_draws_every_convolution():
     assert (m.ada_dr(x)[0] - 1).abs().max() < 1e-4 and torch.equal(m.weight, weight)
 
 
-def test_reset_fadc_parameters():
-    m = off_identity(FADConv2d(4, 6, 3, padding=1, groups=2, eps=0.))
+@pytest.mark.parametrize('sampling', SAMPLINGS)
+def test_reset_fadc_parameters(sampling):
+    m = off_identity(FADConv2d(4, 6, 3, padding=1, groups=2, eps=0., sampling=sampling))
     x = torch.randn(2, 4, 8, 7)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
     conv.load_state_dict({k: m.state_dict()[k] for k in ('weight', 'bias')})

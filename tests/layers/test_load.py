@@ -150,7 +150,7 @@ def test_memory_of_many_sizes():
 def test_axes_in_the_cache_are_few(one_thread):
     """More sizes than the cache holds: still right, and no more of them kept."""
     limit = fused._axis.cache_info().maxsize
-    m = FADConv2d(2, 2, 3, padding=1, ada_dr=False, kernel_decompose='none')
+    m = FADConv2d(2, 2, 3, padding=1, sampling='fixed', kernel_decompose='none')
     with torch.no_grad():
         m.freq_select.conv.weight.normal_()
     x = torch.randn(1, 2, 9, 5)

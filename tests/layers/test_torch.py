@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fadc_timm import AdaDR, AdaKern, FADConv2d, FreqSelect, lift_model
+from fadc_timm import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect, lift_model
 from fadc_timm.losses import high_frequency_power
 from fadc_timm.ops import list_backends
 from fadc_timm.ops.band_mix import functional
@@ -28,7 +28,10 @@ MODULES = {
     'AdaKern_depthwise': lambda **dd: AdaKern(4, 4, depthwise=True, **dd),
     'AdaDR': lambda **dd: AdaDR(4, 3, **dd),
     'AdaDR_depthwise': lambda **dd: AdaDR(4, 7, depthwise=True, **dd),
+    'FreeOffsets': lambda **dd: FreeOffsets(4, 3, **dd),
+    'FreeOffsets_depthwise': lambda **dd: FreeOffsets(4, 5, depthwise=True, **dd),
     'FADConv2d': lambda **dd: FADConv2d(4, 6, 3, padding=1, **dd),
+    'FADConv2d_deform': lambda **dd: FADConv2d(4, 6, 3, padding=1, sampling='deform', **dd),
     'FADConv2d_depthwise': lambda **dd: FADConv2d(4, 4, 7, padding=3, groups=4, **dd),
     'FADConv2d_replicate': lambda **dd: FADConv2d(4, 6, 5, 2, 2, padding_mode='replicate', **dd),
 }
@@ -55,7 +58,8 @@ def test_any_map(name, dtype):
         y, expected = as_tuple(m(x)), as_tuple(exact(x.double()))
         for a, e in zip(y, expected, strict=True):
             # positions are too fine for half dtypes
-            assert a.dtype == (torch.float32 if dtype in HALF and 'AdaDR' in name and a is y[0] else dtype)
+            fine = name.startswith(('AdaDR', 'FreeOffsets')) and a is y[0]
+            assert a.dtype == (torch.float32 if dtype in HALF and fine else dtype)
             assert error(a, e) < ROUNDING[dtype], (size, memory_format)
         for g in torch.autograd.grad(sum(t.float().sum() for t in y), [x, *m.parameters()], allow_unused=True):
             assert g is None or g.isfinite().all(), (size, memory_format)
@@ -120,7 +124,7 @@ def test_state_dict():
         f'ada_kern.norm.{n}' for n in ('running_mean', 'running_var', 'num_batches_tracked')}
     assert set(m.state_dict()) == {n for n, _ in m.named_buffers()} | {n for n, _ in m.named_parameters()}
     assert {n.partition('.')[0] for n in m.state_dict()} == {'weight', 'bias', 'freq_select', 'ada_kern', 'ada_dr'}
-    bare = FADConv2d(4, 6, 3, freq_select=False, kernel_decompose='none', ada_dr=False)
+    bare = FADConv2d(4, 6, 3, freq_select=False, kernel_decompose='none', sampling='fixed')
     assert set(bare.state_dict()) == {'weight', 'bias'}
 
 
@@ -143,11 +147,13 @@ def test_script(cfg, dtype):
     scripted = torch.jit.script(m)
     for shape in ((2, 4, 10, 9), (1, 4, 37, 33)):
         x = torch.randn(shape, dtype=dtype)
-        assert error(scripted(x), m(x)) < (2e-6 if dtype == torch.float32 else EXACT)  # 6.5e-7, 1.9e-15
+        # 3.7e-6 and 1.9e-15, over eight seeds
+        assert error(scripted(x), m(x)) < (5e-6 if dtype == torch.float32 else EXACT)
 
 
 @needs_dynamo
-@pytest.mark.parametrize('cfg, batch', [(FAD_CONV[4], 1), (FAD_CONV[6], 2), (FAD_CONV[9], 2)], ids=ids)
+@pytest.mark.parametrize('cfg, batch', [
+    (FAD_CONV[4], 1), (FAD_CONV[6], 2), (FAD_CONV[9], 2), (FAD_CONV[19], 2), (FAD_CONV[22], 1)], ids=ids)
 def test_compile(cfg, batch):
     """One graph, forward and backward, in training."""
     m = off_identity(make(**cfg))
@@ -209,7 +215,7 @@ SPLIT = {torch.bfloat16: 6e-3, torch.float16: 8e-4}  # 3.1e-3, 4.0e-4
 @pytest.mark.parametrize('dtype', HALF, ids=ids)
 def test_split_of_the_kernel_in_half(dtype):
     """Without AdaDR too, the kernel is split in float32: its rest is small beside its mean here."""
-    m = off_identity(FADConv2d(16, 16, 3, padding=1, bias=False, ada_dr=False, freq_select=False), 0.5).eval()
+    m = off_identity(FADConv2d(16, 16, 3, padding=1, bias=False, sampling='fixed', freq_select=False), 0.5).eval()
     with torch.no_grad():
         m.weight += 1 - m.weight.mean((2, 3), keepdim=True)
     m = m.to(dtype)
@@ -223,7 +229,7 @@ def test_split_of_the_kernel_in_half(dtype):
 
 
 @pytest.mark.parametrize('backend', [None, 'torchvision', 'grid_sample', 'reference'])
-@pytest.mark.parametrize('cfg', [{}, dict(groups=4), dict(ada_dr=False)], ids=str)
+@pytest.mark.parametrize('cfg', [{}, dict(groups=4), dict(sampling='fixed'), dict(sampling='deform')], ids=str)
 def test_backward_under_autocast(cfg, backend):
     """A gradient that is taken inside of the autocast block is the one that is taken outside of it."""
     m, x = off_identity(FADConv2d(4, 4, 3, padding=1, backend=backend, **cfg), 0.5), torch.randn(2, 4, 9, 8)
@@ -250,7 +256,7 @@ def test_backend_reaches_freq_select(monkeypatch):
         choose(x, backend)) or 'fused')
     x = torch.randn(1, 4, 8, 8)
     for backend in (None, 'gather', 'triton'):
-        FADConv2d(4, 4, 3, padding=1, ada_dr=False, backend=backend)(x)
+        FADConv2d(4, 4, 3, padding=1, sampling='fixed', backend=backend)(x)
     assert chosen == ['fused', 'fused', 'triton']
 
 
@@ -293,7 +299,8 @@ def test_tensor_subclass(cfg, backend):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize('cfg', [
     dict(padding=1), dict(padding=1, out_channels=1), dict(padding=1, groups=4, out_channels=4, spatial_group=2),
-    dict(padding=2, dilation=2, padding_mode='replicate', bias=False), dict(padding=1, ada_dr=False),
+    dict(padding=2, dilation=2, padding_mode='replicate', bias=False), dict(padding=1, sampling='fixed'),
+    dict(padding=1, sampling='deform'),
     dict(padding=1, kernel_decompose='none', freq_select=False)], ids=ids)
 def test_in_place_behind_a_layer(cfg, memory_format, backend):
     m = off_identity(make(**cfg, backend=backend)).train()

@@ -137,8 +137,8 @@ def test_checkpoint_path(base, tmp_path, caplog):
 
 @pytest.mark.parametrize('saved, made, messages', [
     ({}, dict(freq_select=False), ['weights have FreqSelect, and .* created without it: see .* freq_select']),
-    ({}, dict(freq_select=False, ada_dr=False, kernel_decompose='none'), [
-        'weights have FreqSelect', 'weights have AdaKern, .*kernel_decompose', 'weights have AdaDR, .* ada_dr']),
+    ({}, dict(freq_select=False, sampling='fixed', kernel_decompose='none'), [
+        'weights have FreqSelect', 'weights have AdaKern, .*kernel_decompose', 'weights have AdaDR, .* sampling']),
     (dict(freq_select=False), {}, ['model has FreqSelect, which the weights lack.*: see the option freq_select']),
     (dict(kernel_decompose='low'), dict(kernel_decompose='high'), ['different parts of AdaKern: .* kernel_decompose']),
     (dict(fadc_stages=(False, False, True, True)), {}, ['model has FADC in {1}, where .*: see fadc_stages']),
@@ -222,6 +222,44 @@ def test_channels_last_weights(base, tmp_path):
         save({k: v.contiguous() for k, v in state.items()} if path.suffix == '.safetensors' else state, path)
         loaded = load(name, path)
         assert error(loaded(photos()), expected) < 2e-6  # 4.2e-7
+
+
+@pytest.mark.parametrize('ada_dr, sampling', [(True, 'dilation'), (False, 'fixed')])
+@torch.no_grad()
+def test_local_dir_of_an_older_version(ada_dr, sampling, tmp_path):
+    """With the option `ada_dr` in config.json, which is `sampling` today. In a call it is an error, here too."""
+    model = create_fadc('test_resnet_fadc', sampling=sampling, num_classes=7)
+    save_for_hf(model, tmp_path, model_args={}, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['model_args'] = dict(ada_dr=ada_dr)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    name = f'local-dir:{tmp_path}'
+    loaded = timm.create_model(name, pretrained=True).eval()
+    assert {m.sampling for m in fad_convs(loaded).values()} == {sampling}
+    assert torch.equal(loaded(photos()), model(photos()))
+    features = timm.create_model(name, pretrained=True, features_only=True).eval()
+    assert torch.equal(features(photos())[-1], model.forward_intermediates(photos(), intermediates_only=True)[-1])
+    other = timm.create_model(name, sampling='deform')  # the call's comes first
+    assert {m.sampling for m in fad_convs(other).values()} == {'deform'}
+    for call in (dict(model_name='test_resnet_fadc'), dict(model_name='test_resnet_fadc', pretrained=True)):
+        with pytest.raises(TypeError, match='sampling'):
+            timm.create_model(**call, ada_dr=ada_dr)
+
+
+@pytest.mark.parametrize('suffix', ['_dcn', '_dcn_fadc'])
+@torch.no_grad()
+def test_deformable_checkpoint(suffix, tmp_path):
+    """Of a deformable model, through a file and a folder; of another variant it is refused."""
+    name = f'test_resnet{suffix}'
+    model, path = create_fadc(name), tmp_path / 'checkpoint.pth'
+    save(model.state_dict(), path)
+    assert torch.equal(load(with_tag('test_resnet', suffix), path)(photos()), model(photos()))
+    assert error(model(photos()), load(with_tag('test_resnet', suffix), trained('test_resnet'))(photos())) > 0.1
+    save_for_hf(model, tmp_path / 'folder', model_args={}, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
+    assert torch.equal(loaded(photos()), model(photos()))
+    with pytest.raises(RuntimeError, match=r'unexpected keys: .*conv1\.free_offsets\.'):
+        load(with_tag('test_resnet', '_fadc'), path)
 
 
 @pytest.mark.parametrize('base, own', [

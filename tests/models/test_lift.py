@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from fadc_timm import FADConv2d, LiftReport, lift_model
 from fadc_timm.models.lift import NothingToLift
-from tests.support.backbones import LOSSLESS, awaken, photos
+from tests.support.backbones import LOSSLESS, ROUNDING, awaken, photos
 from tests.support.cases import error
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -73,6 +73,21 @@ def test_depthwise():
     for name in lift(model).replaced:
         m = model.get_submodule(name)
         assert m.groups == m.in_channels and m.ada_dr.depthwise and m.ada_kern.low.out_features == m.in_channels
+
+
+@pytest.mark.parametrize('name, number', [('regnetx_002', 12), ('efficientnet_b0', 13), ('densenet121', 52)])
+def test_deformable(name, number):
+    """On any network, with the function unchanged but for rounding, and the options passed on."""
+    model = awaken(timm.create_model(name))
+    expected = model(photos())
+    report = lift(model, sampling='deform', freq_select=False, modulated=False, backend='torchvision')
+    layers = [model.get_submodule(n) for n in report.replaced]
+    assert len(layers) == number and error(model(photos()), expected) < ROUNDING
+    for m in layers:
+        assert m.sampling == 'deform' and m.freq_select is None and m.backend == 'torchvision'
+        assert not m.free_offsets.modulated and (m.free_offsets.dw is not None) == (m.groups == m.in_channels)
+    again = lift(model, (True, True, True, True), sampling='deform')
+    assert {again.left[f'{n}.free_offsets.conv'] for n in report.replaced} == {'a part of FADC'}
 
 
 def test_one_stage():
@@ -232,6 +247,8 @@ def test_mode_device_dtype():
     ((True, 's1'), {}, ValueError, r"stages must be booleans.*\(True, 's1'\)"),
     (['s1'], dict(dilation_akt='abs', band=2), TypeError, 'unknown options band, dilation_akt; FADConv2d has padding'),
     (['s1'], dict(kernel_size=5), TypeError, 'unknown options kernel_size'),
+    (['s1'], dict(ada_dr=True), TypeError, 'ada_dr=True is now the option sampling'),
+    (['s1', 's2'], dict(sampling='deform', offset_groups=24), ValueError, 's2.b1.conv2.conv: offset_groups=24 .*56'),
     (['s1'], dict(dilation_act='gelu'), ValueError, "s1.b1.conv2.conv: .*dilation_act.*'gelu'"),
     (['s1'], dict(padding_mode='mirror'), ValueError, "padding_mode.*'mirror'"),
     (['s1'], dict(backend='no_such'), ValueError, "backend.*'no_such'"),

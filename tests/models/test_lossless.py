@@ -11,6 +11,7 @@ from tests.support.backbones import (
     TINY,
     fad_convs,
     load,
+    module_of,
     photos,
     trained,
     with_tag,
@@ -23,9 +24,9 @@ VARIANTS = [{}, dict(num_classes=7, in_chans=1, output_stride=16), dict(features
 
 
 @torch.no_grad()
-def check_lossless(base, state, tolerance=LOSSLESS, options=None, **kwargs):
+def check_lossless(base, state, tolerance=LOSSLESS, options=None, suffix='_fadc', **kwargs):
     plain = load(with_tag(base), state, **kwargs)
-    fadc = load(with_tag(base, '_fadc'), state, **kwargs, **(options or {}))
+    fadc = load(with_tag(base, suffix), state, **kwargs, **(options or {}))
     assert fad_convs(fadc)
     x = photos()[:, torch.arange(kwargs.get('in_chans', 3)) % 3]
     expected, y = plain(x), fadc(x)
@@ -54,6 +55,15 @@ def test_lossless(base, variant):
 @pytest.mark.parametrize('base', TINY + SMALL)
 def test_lossless_variants(base, variant):
     check_lossless(base, trained(base), **variant)
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+@pytest.mark.parametrize('base', [base for base in REPRESENTATIVES if module_of(base) == 'resnet'])
+@pytest.mark.parametrize('suffix', ['_dcn', '_dcn_fadc'])
+def test_lossless_deformable(suffix, base, variant):
+    """There is no eps, so nothing is left but rounding."""
+    kwargs = REPRESENTATIVES[base]
+    check_lossless(base, trained(base, **kwargs), ROUNDING, suffix=suffix, **kwargs, **variant)
 
 
 @pytest.mark.sweep

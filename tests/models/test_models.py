@@ -234,7 +234,7 @@ LAST = dict(fadc_stages=(False, False, False, True))
 
 @needs_dynamo
 @pytest.mark.integration(package='torch', what='torch.compile, one graph: any batch and size, training too')
-@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize('base, kwargs', [
     ('test_resnet', LAST),
     pytest.param('resnet10t', {}, marks=pytest.mark.sweep),

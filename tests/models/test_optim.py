@@ -23,12 +23,13 @@ def settings(model, groups):
     return {n: settings_of.get(id(p)) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.parametrize('sampling', ['dilation', 'deform'])
 @pytest.mark.parametrize('base', [*SMALL, 'regnetx_002'])
-def test_groups(base):
+def test_groups(base, sampling):
     if base in SMALL:
-        model = timm.create_model(f'{base}_fadc')
+        model = timm.create_model(f'{base}_fadc', sampling=sampling)
     else:
-        fadc_timm.lift_model(model := timm.create_model(base))
+        fadc_timm.lift_model(model := timm.create_model(base), sampling=sampling)
     added = set(fadc_keys(model))
     for name, (rate, decay) in settings(model, param_groups(model, 1e-3, 0.2, 0.03)).items():
         assert rate == (2e-4 if name in added else 1e-3), name

@@ -11,7 +11,7 @@ from huggingface_hub import errors
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
 
 import fadc_timm  # noqa: F401  registers the models
-from tests.support.backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
+from tests.support.backbones import LOSSLESS, TINY, VARIANTS, create_fadc, photos, trained, with_tag
 from tests.support.cases import error
 from tests.support.hub_client import clients, load
 from tests.support.hub_server import TOKEN, Hub, oid_of
@@ -62,9 +62,10 @@ def blobs(cache):
 
 
 def test_pretrained_models_are_listed():
-    expected = {f'{arch}_fadc.{tag}' for module in ('resnet', 'convnext') for arch in timm.list_models(module=module)
+    expected = {f'{arch}{variant}.{tag}' for module, variants in VARIANTS.items()
+                for arch in timm.list_models(module=module) for variant in variants
                 for tag in (n.partition('.')[2] for n, c in get_arch_pretrained_cfgs(arch).items() if c.has_weights)}
-    listed = set(timm.list_pretrained('*_fadc*'))
+    listed = {name for name in timm.list_pretrained() if name.partition('.')[0].endswith(('_fadc', '_dcn'))}
     assert listed == expected | {'test_resnet_fadc.bluemarble_climate'} and len(listed) > 250
 
 

@@ -16,6 +16,7 @@ from tests.support.off_identity import off_identity
 PACKAGE = Path(fadc_timm.__file__).parent
 MODULES = ('resnet', 'convnext')
 BASES = [base for module in MODULES for base in timm.list_models(module=module)]
+VARIANTS = {'resnet': ('_fadc', '_dcn', '_dcn_fadc'), 'convnext': ('_fadc',)}  # what our names end with
 STAGES = {'resnet': [f'layer{i}.' for i in range(1, 5)], 'convnext': [f'stages.{i}.' for i in range(4)]}
 
 # One block a stage is enough to see a kind of block.

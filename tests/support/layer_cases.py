@@ -25,10 +25,17 @@ FAD_CONV = [
     dict(padding=1, dilation=2, padding_mode='replicate'),  # nothing left to replicate
     dict(padding=1, freq_select=False),
     dict(padding=2, dilation=2, kernel_decompose='none'),
-    dict(padding=2, dilation=2, stride=2, ada_dr=False),
-    dict(padding=2, dilation=2, ada_dr=False, bias=False, groups=4, out_channels=4, kernel_decompose='low'),
-    dict(padding='same', dilation=2, ada_dr=False, padding_mode='replicate'),
-    dict(padding='same', dilation=2, ada_dr=False, kernel_decompose='none', padding_mode='replicate'),
+    dict(padding=2, dilation=2, stride=2, sampling='fixed'),
+    dict(padding=2, dilation=2, sampling='fixed', bias=False, groups=4, out_channels=4, kernel_decompose='low'),
+    dict(padding='same', dilation=2, sampling='fixed', padding_mode='replicate'),
+    dict(padding='same', dilation=2, sampling='fixed', kernel_decompose='none', padding_mode='replicate'),
+    dict(padding=1, sampling='deform'),
+    dict(padding=1, sampling='deform', freq_select=False, kernel_decompose='none', bias=False),  # DCNv2
+    dict(sampling='deform', freq_select=False, kernel_decompose='none', modulated=False, stride=2),  # DCNv1
+    dict(padding=4, dilation=2, sampling='deform', offset_groups=2, groups=2, kernel_size=5, lowfreq_att=True),
+    dict(padding=3, sampling='deform', kernel_size=7, groups=4, out_channels=4, stride=2),  # depthwise
+    dict(padding=2, dilation=2, sampling='deform', padding_mode='replicate', kernel_decompose='high', modulated=False),
+    dict(kernel_size=1, sampling='deform', kernel_decompose='low', freq_select=False),
 ]
 
 

@@ -2,12 +2,12 @@
 import torch
 from torch import nn
 
-from fadc_timm import AdaDR, AdaKern, FreqSelect
+from fadc_timm import AdaDR, AdaKern, FreeOffsets, FreqSelect
 
 
 @torch.no_grad()
 def off_identity(module, std=1.0, statistics=True):
-    """Random values for all that FADC adds, so that bands, gains, dilations and masks are in play; in place.
+    """Random values for all that FADC adds, so that bands, gains, dilations, offsets and masks are in play; in place.
 
     The parameters of the convolutions themselves stay. The size does not follow the input, as that of
     `scripts.bench.subjects.leave_identity` does, which is for times.
@@ -17,7 +17,7 @@ def off_identity(module, std=1.0, statistics=True):
         std: Standard deviation of what a filter with inputs of deviation one puts out.
         statistics: Draw the running statistics of AdaKern's norms too.
     """
-    parts = [m for m in module.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR))]
+    parts = [m for m in module.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR, FreeOffsets))]
     for part in parts:
         for p in part.parameters():
             p.add_(torch.randn_like(p) * std / p[0].numel() ** 0.5)

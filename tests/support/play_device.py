@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-DEVICE = 'mps'
+DEVICE = torch.device('mps', 0)  # without a number, torch asks the device for its current one
 REFUSED = (torch.float64, torch.complex64, torch.complex128)
 SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_put', 'cumsum')
 
@@ -13,21 +13,30 @@ SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_put', 'cumsum')
 class PlayTensor(torch.Tensor):
     """A tensor that says that it is on the device, around one on the CPU.
 
-    Below Python it is on `meta`: another device than the CPU, for which autograd needs no thread of its own.
+    Below Python it is on the CPU, as autograd has no thread for other devices here.
     """
 
     @staticmethod
     def __new__(cls, inner):
         return torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device='meta', requires_grad=False)
+            device='cpu', requires_grad=False)
 
     def __init__(self, inner):
         self.inner = inner
 
     @property
     def device(self):
-        return torch.device(DEVICE)
+        return DEVICE
+
+    def to(self, *args, **kwargs):
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type == 'cpu':  # where it is already, below Python
+            return torch.ops.aten._to_copy.default(self, device=device)
+        return super().to(*args, **kwargs)
+
+    def cpu(self):
+        return self.to('cpu')
 
     def __repr__(self):
         return f'PlayTensor({self.inner})'
@@ -38,7 +47,7 @@ class PlayTensor(torch.Tensor):
 
 
 def _is_ours(device):
-    return device is not None and torch.device(device).type == DEVICE
+    return device is not None and torch.device(device).type == DEVICE.type
 
 
 def _run(func, args, kwargs):
@@ -51,8 +60,9 @@ def _run(func, args, kwargs):
         from torch._library.custom_ops import OPDEFS
         with _Mode():
             return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-    if mine and not moves and any(t.dim() for t in others):
-        raise RuntimeError(f'{func}: tensors are on {DEVICE} and on the CPU.')
+    indexes = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)  # lists of numbers may
+    if mine and not moves and not indexes and any(t.dim() for t in others):
+        raise RuntimeError(f'{func}: tensors are on {DEVICE.type} and on the CPU.')
     stays = _is_ours(device) if device is not None else (
         isinstance(args[0], PlayTensor) if func is torch.ops.aten.copy_.default else bool(mine))
     plain_args, plain_kwargs = tree_map(lambda t: t.inner if isinstance(t, PlayTensor) else t, (args, kwargs))
@@ -63,10 +73,10 @@ def _run(func, args, kwargs):
         return out
     for t in tree_leaves(out):
         if isinstance(t, torch.Tensor) and t.dtype in REFUSED:
-            raise TypeError(f'{func}: {DEVICE} has no {t.dtype}.')
+            raise TypeError(f'{func}: {DEVICE.type} has no {t.dtype}.')
     name = func._schema.name.partition('::')[2].rstrip('_')
     if name in SCATTERS and any(isinstance(t, torch.Tensor) and t.dtype == torch.int64 for t in tree_leaves(out)):
-        raise TypeError(f'{func}: {DEVICE} has no int64 sums.')
+        raise TypeError(f'{func}: {DEVICE.type} has no int64 sums.')
     if name and func._schema.is_mutable and mine and isinstance(out, torch.Tensor):
         return args[0] if out is args[0].inner else kwargs.get('out', args[0])  # what it worked on
     return tree_map(lambda t: PlayTensor(t) if isinstance(t, torch.Tensor) else t, out)
@@ -85,5 +95,10 @@ class _Mode(TorchDispatchMode):
 @contextmanager
 def play_device():
     """`torch.randn(2, device=DEVICE)`, `module.to(DEVICE)` and so on work within."""
-    with _Mode():
-        yield
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes parameters of another class
+    try:
+        with _Mode():
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

@@ -68,7 +68,7 @@ def test_collect_without_fadc_layers():
 
 def test_modules_switched_off_and_lowest_band():
     layers = [
-        FADConv2d(3, 4, 3, padding=2, dilation=2, ada_dr=False, bands=(2, 4), lowfreq_att=True),
+        FADConv2d(3, 4, 3, padding=2, dilation=2, sampling='fixed', bands=(2, 4), lowfreq_att=True),
         FADConv2d(4, 4, 3, padding=1, freq_select=False, dilation_groups=2),
     ]
     model = torch.nn.Sequential(OrderedDict(features=torch.nn.Sequential(*layers)))

@@ -46,7 +46,10 @@ def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.de
 @torch.inference_mode(False)
 def _opposites(sign: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a pair of one-sided frequencies adds of the opposite product, (2, 2, 1): see :meth:`_Plan.couple`."""
-    return torch.tensor([[-sign, sign], [sign, -sign]], dtype=dtype, device=device)[:, :, None]
+    out = torch.full((2, 2, 1), sign, dtype=dtype, device=device)
+    for i in range(2):
+        out[i, i].fill_(-sign)
+    return out
 
 
 class _Plan:
@@ -226,7 +229,7 @@ def _formula(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
 
 
 def _backward(ctx, grad: Tensor):
-    if wants_formula():
+    if wants_formula(grad):
         return *formula_gradients(lambda x, steps: _formula(x, steps, ctx.factors), ctx.saved_tensors, grad), None
     return *mix_low_passes_backward(grad, *ctx.saved_tensors, ctx.factors), None
 

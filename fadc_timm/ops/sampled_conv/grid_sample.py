@@ -65,7 +65,7 @@ class _GridSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if wants_formula():
+        if wants_formula(grad):
             return tuple(formula_gradients(_written_out, ctx.saved_tensors, grad))
         return torch.ops.aten.grid_sampler_2d_backward(
             grad, *ctx.saved_tensors, 0, 0, False, list(ctx.needs_input_grad))

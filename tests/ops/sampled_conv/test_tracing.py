@@ -4,7 +4,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends, set_backend
 from fadc_timm.ops.sampled_conv.scripted import scripted_conv2d
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
@@ -13,8 +13,8 @@ from tests.support.op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-TRACED = [CASE['everything'], CASE['depthwise'], CASE['dilation_groups_across'], CASE['offset'],
-          CASE['offset_depthwise'], CASE['offset_rectangular']]
+TRACED = [CASE['everything'], CASE['depthwise'], CASE['dilation_groups_across'], CASE['offset_rectangular'],
+          CASE['offset_depthwise']]
 
 
 @pytest.mark.parametrize('case', [*TRACED, CASE['stride2'], CASE['out_larger'], CASE['batch0_depthwise']], ids=ids)
@@ -108,7 +108,9 @@ def test_export_any_size():
     assert not any('fadc_timm' in name or 'torchvision' in name for name in called)
     for shape in ((2, 4, 16, 20), (1, 4, 7, 9), (5, 4, 33, 18)):
         x = torch.randn(shape)
-        assert cases.error(program.module()(x).detach(), model(x).detach().double()) < 1e-6
+        with set_backend('grid_sample'):
+            expected = model(x).detach()
+        assert cases.error(program.module()(x).detach(), expected.double()) < 1e-6
 
 
 @pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')

@@ -71,7 +71,7 @@ def test_today_shares_nothing_and_needs_ada_dr():
             p.zero_()
     assert torch.equal(model(x), before)
     with pytest.raises(ValueError, match='AdaDR'):
-        make_today(FADConv2d(4, 4, 3, ada_dr=False))
+        make_today(FADConv2d(4, 4, 3, sampling='fixed'))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ def test_there_is_a_configuration_for_each_model():
         *(f'resnet{n}' for n in ('18', '34', '50', '101', '152', '50c', '50d')), 'resnext50_32x4d', 'wide_resnet50_2',
         *(f'convnext_{n}' for n in ('atto', 'femto', 'pico', 'nano', 'tiny', 'small', 'base')), 'convnextv2_tiny'}
     models = {path.name.removesuffix('.yaml') for path in CONFIGS}
-    assert models == {f'{base}_fadc.{get_pretrained_cfg(base).tag}' for base in wanted} | {DEFAULT.stem}
+    resnets = {base for base in wanted if not base.startswith('convnext')}
+    names = {f'{base}_fadc' for base in wanted} | {f'{base}{v}' for base in resnets for v in ('_dcn', '_dcn_fadc')}
+    assert models == {f'{name}.{get_pretrained_cfg(name).tag}' for name in names} | {DEFAULT.stem}
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -47,7 +49,7 @@ BASE = dict(repository='timm/resnet18.a1_in1k', revision=None, sha256=None)
 
 
 @pytest.mark.parametrize('values, problem', [
-    (dict(model='resnet50'), "model: wanted <arch>_fadc.<tag>, got 'resnet50'"),
+    (dict(model='resnet50'), "model: wanted <arch>_fadc.<tag> or <arch>_dcn.<tag>, got 'resnet50'"),
     (dict(repository='x'), "repository: wanted owner/name, got 'x'"),
     (dict(licence=...), 'licence: missing, wanted a text'),
     (dict(license='mit'), 'license: unknown, known are model, repository, '),
@@ -56,6 +58,7 @@ BASE = dict(repository='timm/resnet18.a1_in1k', revision=None, sha256=None)
     (dict(datasets='imagenet-1k'), "datasets: wanted a list of at least one name, got 'imagenet-1k'"),
     (dict(metrics={}), 'metrics: wanted a list of mappings, got {}'),
     (dict(model_args=None), 'model_args: wanted a mapping, got None'),
+    (dict(model_args=dict(ada_dr='no')), "model_args.ada_dr, which is sampling today, must be true or false"),
     (dict(expected_logits=[1, 'a']), "expected_logits: wanted a list of numbers or null, got [1, 'a']"),
     (dict(expected_logits=[True]), 'expected_logits: wanted a list of numbers or null, got [True]'),
     (dict(base='timm/x'), "base: wanted a mapping or null, got 'timm/x'"),
@@ -71,6 +74,11 @@ def test_schema(values, problem):
     with pytest.raises(ConfigError) as e:
         parse_config(changed(**values), 'x.yaml')
     assert any(line.startswith(f'x.yaml: {problem}') for line in str(e.value).splitlines()), e.value
+
+
+def test_option_of_an_older_version():
+    config = parse_config(changed(model_args=dict(ada_dr=False, bands=[2])), 'x.yaml')
+    assert config.model_args == dict(sampling='fixed', bands=[2])
 
 
 def test_schema_of_the_file():

@@ -38,7 +38,8 @@ def test_mean_and_deviation():
 
 def test_settings():
     """The issue's rows; what a setting is compared with is there, and takes as many steps."""
-    assert [s.variant for s in SETTINGS] == ['plain', 'adadr', 'adadr_adakern', 'fadc', 'dcnv2', 'dilation2']
+    assert [s.variant for s in SETTINGS] == [
+        'plain', 'adadr', 'adadr_adakern', 'fadc', 'dcnv2', 'dcnv2_fadc', 'dilation2']
     assert len(BY_NAME) == len(SETTINGS) + len(REMEDIES) and len(REMEDIES) >= 3
     for setting in BY_NAME.values():
         assert BY_NAME[setting.against].variant == 'plain'

@@ -36,7 +36,8 @@ def test_prediction():
     legend, = fig.legends
     assert [text.get_text() for text in legend.get_texts()] == ['road', 'sky', 'tree', '(ignored)']
     assert np.allclose([patch.get_facecolor()[:3] for patch in legend.get_patches()[:3]], PALETTE / 255)
-    fig = prediction_figure('a', image, mask_of([1]), mask_of([1]), ('road', 'sky', 'tree'), PALETTE)
+    fig = prediction_figure('truth', image, mask_of([1]), mask_of([1]), ('road', 'sky', 'tree'), PALETTE)
+    assert [ax.get_title() for ax in fig.axes] == ['truth', 'truth', 'prediction, 100.0 % right']
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ['sky']
     fig = prediction_figure('a', image, mask_of([255]), mask_of([1]), ('road', 'sky', 'tree'), PALETTE)
     assert fig.axes[2].get_title() == 'prediction'

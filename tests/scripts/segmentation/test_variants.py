@@ -1,4 +1,6 @@
 """What the variants of scripts.segmentation.train put in place of a backbone's convolutions."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 import fadc_timm
 from fadc_timm.models.cost import module_cost
-from scripts.segmentation.deform import DeformConv2d
+from scripts.segmentation.model import split_name
 from scripts.segmentation.variants import VARIANTS, added_keys, apply_variant
 from tests.support.segmentation_cases import BACKBONES, backbone
 
@@ -25,11 +27,12 @@ def test_variant(name, variant):
     assert all(torch.equal(own[key], value) for key, value in state.items())
     added = set(own) - set(state)
     assert added == set(added_keys(net))
-    has = [any(f'.{part}.' in key for key in added) for part in ('ada_dr', 'ada_kern', 'freq_select', 'offset')]
-    assert has == [variant in ('adadr', 'adadr_adakern', 'fadc'), variant in ('adadr_adakern', 'fadc'),
-                   variant == 'fadc', variant == 'dcnv2']
-    if variant == 'fadc':
-        assert own.keys() == zoo.state_dict().keys()
+    has = [any(f'.{part}.' in key for key in added) for part in ('ada_dr', 'ada_kern', 'freq_select', 'free_offsets')]
+    assert has == [variant in ('adadr', 'adadr_adakern', 'fadc'), variant in ('adadr_adakern', 'fadc', 'dcnv2_fadc'),
+                   variant in ('fadc', 'dcnv2_fadc'), variant.startswith('dcnv2')]
+    of_zoo = {'fadc': '_fadc', 'dcnv2': '_dcn', 'dcnv2_fadc': '_dcn_fadc'}.get(variant)
+    if of_zoo is not None and timm.is_model(f'{name}{of_zoo}'):
+        assert own.keys() == timm.create_model(f'{name}{of_zoo}', features_only=True).state_dict().keys()
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected, features = plain.eval()(x), net.eval()(x)
@@ -58,6 +61,37 @@ def test_freq_select_stages():
                                     for n, m in net.named_modules())
 
 
+def test_names_of_our_models():
+    assert split_name('resnet50_dcn', 'plain') == ('resnet50', 'dcnv2')
+    assert split_name('resnet50_dcn_fadc', 'dcnv2_fadc') == ('resnet50', 'dcnv2_fadc')
+    assert split_name('resnet50_fadc', 'plain') == ('resnet50', 'fadc')
+    with pytest.raises(ValueError, match='resnet50_dcn is the variant dcnv2: give --backbone resnet50'):
+        split_name('resnet50_dcn', 'fadc')
+
+
+def test_options_of_an_older_configuration():
+    net = backbone()
+    apply_variant(net, 'fadc', {'ada_dr': False})
+    assert {m.sampling for m in net.modules() if isinstance(m, fadc_timm.FADConv2d)} == {'fixed'}
+
+
+def test_checkpoint_of_dcnv2_before():
+    """When its offsets came from a module of the scripts: `offset` beside the weight, with the same outputs."""
+    net, other = backbone(), backbone()
+    for n in (net, other):
+        apply_variant(n, 'dcnv2')
+    for m in net.modules():
+        if isinstance(m, fadc_timm.FreeOffsets):
+            nn.init.normal_(m.conv.weight, std=0.1)
+    old = {key.replace('free_offsets.conv', 'offset'): value for key, value in net.state_dict().items()}
+    assert any(key.endswith('conv2.offset.weight') for key in old)
+    copy.deepcopy(other).load_state_dict(old)
+    other.load_state_dict(old)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(net.eval()(x), other.eval()(x)))
+
+
 def test_backbone_cut_off():
     """As a decoder of depth 3 or 4 has it."""
     net = backbone(out_indices=(0, 1, 2, 3))
@@ -72,17 +106,3 @@ def test_backbone_cut_off():
 def test_variant_errors(args, message):
     with pytest.raises(ValueError, match=message):
         apply_variant(backbone(), *args)
-
-
-@pytest.mark.parametrize('args', [dict(stride=2, padding=1), dict(padding=2, dilation=2, groups=4, bias=False)])
-def test_deformable(args):
-    conv = nn.Conv2d(8, 8, 3, **args)
-    deformable = DeformConv2d.from_conv(conv)
-    x = torch.randn(2, 8, 9, 12)
-    y = deformable(x)
-    torch.testing.assert_close(y, conv(x), rtol=1e-5, atol=1e-5)
-    y.square().sum().backward()
-    assert deformable.weight is conv.weight and deformable.offset.weight.grad.abs().min() > 0
-    with torch.autocast('cpu', torch.bfloat16):
-        half = deformable(x)
-    torch.testing.assert_close(half.float(), y, rtol=2e-2, atol=2e-2)

@@ -252,7 +252,7 @@ def _formula(
 def _backward(ctx, grad: Optional[Tensor], _):
     grads, needed = {}, dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is not None:
-        if wants_formula():
+        if wants_formula(grad):
             found = formula_gradients(lambda *tensors: _formula(*tensors, *ctx.options), ctx.saved_tensors[1:], grad)
         else:
             found = sampled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)

@@ -1,0 +1,121 @@
+"""Where the taps of deformable convolutions lie, for some output positions, drawn on the image."""
+from dataclasses import dataclass
+from typing import Any, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layers.hooks import LayerCall
+
+__all__ = ['LayerTaps', 'StageTaps', 'draw_taps', 'select_taps', 'taps_of']
+
+_COLUMNS, _ROWS = 3, 2  # the output positions that are drawn
+_REST = '#ffffff'
+
+
+@dataclass
+class LayerTaps:
+    """Where the taps of one layer lie, in one forward pass; tensors are float32 on the CPU.
+
+    Attributes:
+        size: (H, W) of the layer's input map, whose pixels are the unit of the places. Pixel 0 has its centre at 0.
+        rest: (H', W', k*k, 2) (y, x) of each tap without its offset.
+        offset: (B, G, H', W', k*k, 2) (y, x).
+        mask: (B, G, H', W', k*k), ones where the layer has none.
+    """
+    size: Tuple[int, int]
+    rest: Tensor
+    offset: Tensor
+    mask: Tensor
+
+
+@dataclass
+class StageTaps:
+    """The taps of one layer for some output positions of one image, in units of the image's sides.
+
+    Attributes:
+        layer: Name of the layer.
+        rest: (N, k*k, 2) (x, y) from 0 to 1 of the taps without their offsets.
+        taps: (N, G*k*k, 2) likewise with their offsets.
+        mask: (N, G*k*k).
+        lengths: Mean and largest length of an offset of the layer, in pixels of its input map, over all positions.
+    """
+    layer: str
+    rest: np.ndarray
+    taps: np.ndarray
+    mask: np.ndarray
+    lengths: Tuple[float, float]
+
+
+def taps_of(call: LayerCall) -> Optional[LayerTaps]:
+    """The taps of a call of a deformable layer; None of any other."""
+    layer, offset = call.layer, call.offset
+    if offset is None:
+        return None
+    (k, _), (d, _), (stride, _) = layer.kernel_size, layer.dilation, layer.stride
+    batch, _, height, width = offset.shape
+    # without its offset a tap is where the plain convolution has it
+    padding = layer.inner_padding + layer.outer_padding
+    rows, cols = (torch.arange(n)[:, None] * stride - padding + torch.arange(k) * d for n in (height, width))
+    rest = torch.stack((rows[:, None, :, None].expand(height, width, k, k),
+                        cols[None, :, None, :].expand(height, width, k, k)), dim=-1).flatten(2, 3)
+    offset = offset.float().cpu().unflatten(1, (-1, k * k, 2)).permute(0, 1, 4, 5, 2, 3)
+    mask = torch.ones(offset.shape[:-1]) if call.mask is None else \
+        call.mask.float().cpu().unflatten(1, (-1, k * k)).permute(0, 1, 3, 4, 2)
+    height, width = call.selected.shape[-2:]
+    return LayerTaps((height, width), rest.float(), offset, mask)
+
+
+def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
+    """The taps for six output positions, spread over the map; for fewer where the map is smaller.
+
+    Places are scaled from the layer's input map to the image by the ratio of their sizes, as the dilation maps are.
+
+    Args:
+        name: Name of the layer.
+        taps: Its taps.
+        index: Which image of the batch.
+    """
+    height, width = taps.rest.shape[:2]
+    rows = sorted({(2 * i + 1) * height // (2 * _ROWS) for i in range(_ROWS)})
+    cols = sorted({(2 * i + 1) * width // (2 * _COLUMNS) for i in range(_COLUMNS)})
+    size = torch.tensor(taps.size, dtype=torch.float32)
+
+    def scaled(places: Tensor) -> np.ndarray:
+        """(y, x) in pixels (..., 2) to (x, y) in units of the image."""
+        return ((places + 0.5) / size).flip(-1).numpy()
+
+    offset, mask = taps.offset[index], taps.mask[index]
+    lengths = offset.norm(dim=-1)
+    rest = taps.rest[rows][:, cols].flatten(0, 1)
+    places = (taps.rest + offset)[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
+    weights = mask[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
+    return StageTaps(
+        name, scaled(rest), scaled(places), weights.numpy(), (lengths.mean().item(), lengths.max().item()))
+
+
+def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
+    """Draw taps as dots in the colour of their mask, each with a line from its place without the offset.
+
+    Args:
+        ax: Axes of matplotlib that show the image.
+        taps: From :func:`select_taps`.
+        width, height: Of the image, in units of the axes.
+
+    Returns:
+        What a colour bar of the mask is made of.
+    """
+    from matplotlib.collections import LineCollection
+
+    scale = np.array([width, height])
+    ends = taps.taps * scale
+    starts = np.tile(taps.rest * scale, (1, ends.shape[1] // taps.rest.shape[1], 1))
+    lines = np.stack((starts, ends), axis=2).reshape(-1, 2, 2)
+    ax.add_collection(LineCollection(lines, colors=_REST, linewidths=0.7, alpha=0.9))
+    ax.scatter(*(taps.rest * scale).reshape(-1, 2).T, s=3, color=_REST, linewidths=0)
+    dots = ax.scatter(
+        *ends.reshape(-1, 2).T, c=taps.mask.reshape(-1), cmap='plasma', vmin=0, vmax=2, s=13, edgecolors='#222222',
+        linewidths=0.3)
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    return dots
