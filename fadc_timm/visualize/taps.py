@@ -112,7 +112,7 @@ def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
     ends = taps.taps * scale
     starts = np.tile(taps.rest * scale, (1, ends.shape[1] // taps.rest.shape[1], 1))
     lines = np.stack((starts, ends), axis=2).reshape(-1, 2, 2)
-    ax.add_collection(LineCollection(lines, colors=_REST, linewidths=0.7, alpha=0.9))
+    ax.add_collection(LineCollection(list(lines), colors=_REST, linewidths=0.7, alpha=0.9))
     ax.scatter(*(taps.rest * scale).reshape(-1, 2).T, s=3, color=_REST, linewidths=0)
     dots = ax.scatter(
         *ends.reshape(-1, 2).T, c=taps.mask.reshape(-1), cmap='plasma', vmin=0, vmax=2, s=13, edgecolors='#222222',
