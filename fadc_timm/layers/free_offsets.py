@@ -75,16 +75,14 @@ class FreeOffsets(nn.Module):
         self.dw = nn.Conv2d(in_channels, in_channels, groups=in_channels, bias=False, **conv_args) \
             if depthwise else None
         # offsets and mask read the same tensor: one convolution, the offsets first, as mmcv's conv_offset has them
-        self.conv = nn.Conv2d(in_channels, outputs, 1, **dd) if depthwise \
+        self.conv = PredictorConv2d(in_channels, outputs, 1, **dd) if depthwise \
             else PredictorConv2d(in_channels, outputs, **conv_args)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to offsets of zero and a mask of ones."""
-        if self.dw is not None:
-            self.dw.reset_parameters()
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
+        for conv in (self.dw, self.conv):
+            if conv is not None:
+                conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """

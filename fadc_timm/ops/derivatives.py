@@ -42,8 +42,8 @@ def formula_gradients(
     return [next(grads) if t is not None and t.requires_grad else None for t in aliases]
 
 
-def _refuse(name: str, grad: Tensor) -> None:
-    if wants_formula(grad):
+def _refuse(name: str, grad: Optional[Tensor]) -> None:
+    if grad is not None and wants_formula(grad):
         raise NotImplementedError(
             f"The backend {name!r} has no second derivatives, and cannot take many gradients at once: choose "
             "'grid_sample' or 'reference', as by fadc_timm.ops.set_backend('grid_sample').")

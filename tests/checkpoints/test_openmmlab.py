@@ -136,11 +136,11 @@ def test_command(name, modulated, tmp_path, capsys):
     args = ['convert', str(tmp_path / 'x.pth'), '--model', name, '--out', str(tmp_path / 'out'), '--model-kwargs',
             'layers=(1, 1, 1, 1)', f'modulated={modulated}']
     assert main(args) == 0
-    out = capsys.readouterr().out
-    assert 'taken  backbone.layer2.0.conv2.conv_offset.weight -> layer2.0.conv2.free_offsets.conv.weight' in out
-    assert 'taken  backbone.layer2.0.conv2.weight -> layer2.0.conv2.weight' in out
-    assert 'A checkpoint of mmdetection or mmsegmentation under' in out and 'left   rpn_head.rpn_conv.weight' in out
-    assert ('added  layer4.0.conv2.ada_kern.fc.weight' in out) == name.endswith('_fadc')
+    assert "A checkpoint of mmdetection or mmsegmentation, its tensors under 'state_dict'." in capsys.readouterr().out
+    keys = (tmp_path / 'out.keys.txt').read_text()
+    assert 'taken  backbone.layer2.0.conv2.conv_offset.weight -> layer2.0.conv2.free_offsets.conv.weight' in keys
+    assert 'taken  backbone.layer2.0.conv2.weight -> layer2.0.conv2.weight' in keys and 'left   rpn_head.rpn_conv.weight' in keys
+    assert ('added  layer4.0.conv2.ada_kern.fc.weight' in keys) == name.endswith('_fadc')
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert {m.padding_mode for m in model.modules() if isinstance(m, FADConv2d)} == {'zeros'}
     assert all(close(a, b) for a, b in zip(features(model, photos()), features(theirs, photos()), strict=True))

@@ -107,7 +107,7 @@ def test_named_backend_says_why_it_cannot_run(breaks, monkeypatch):
     with no_copies():
         args = conv_args()
         with pytest.raises(NotImplementedError) as raised:
-            adaptive_dilated_conv2d(args.x, args.weight, args.dilation, backend='triton')
+            adaptive_dilated_conv2d(args.x, args.weight, args.steps, backend='triton')
         assert f"The backend 'triton' cannot run this call: {REASONS[breaks]}" in str(raised.value)
         with pytest.raises(NotImplementedError) as raised:
             mix_bands(args.x, args.x[:, None, :3], [2, 4, 8], 'triton')

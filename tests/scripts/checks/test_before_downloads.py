@@ -28,6 +28,6 @@ def test_train_default(monkeypatch, capsys):
 
 
 def test_dilation_frequency(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(dilation_frequency, 'trained_model', no_download)
+    monkeypatch.setattr(dilation_frequency, 'states_of', no_download)
     assert dilation_frequency.main(['--images', str(tmp_path / 'absent')]) == 2
     assert 'no image or folder' in capsys.readouterr().err
