@@ -177,7 +177,8 @@ def test_second_derivatives_of_a_layer(cfg):
                 torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize('backend', [None, 'gather', 'grid_sample', 'reference'])
+@pytest.mark.parametrize('backend', [
+    None, 'gather', 'grid_sample', pytest.param('reference', marks=pytest.mark.sweep)])
 def test_second_derivatives_numerically(backend):
     x, weight, dilation, mask, bias, *gains = arguments()
     inputs = [x[:1, :2, :3, :4], weight[:2, :2], dilation[:1, :, :3, :4], mask[:1, :, :3, :4], bias[:2],
