@@ -5,6 +5,7 @@ have more variants, such as `<base>_dcn`: another ending of the name, and other 
 """
 import difflib
 import re
+import warnings
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..layers import FADConv2d
-from ..layers.fad_conv import OPTIONS, read_options, refuse_old_options
+from ..layers.fad_conv import OPTIONS, read_options
 from ._checkpoint import check_source, settle_head
 from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
@@ -239,21 +240,17 @@ def _build_lifted(
     return model
 
 
-def _with_stored_options(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments in which options from a config.json have the names of today. timm mixes them with those of the call.
+def _with_options_of_today(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments in which the options have the names of today, as a config.json may have been written before.
 
-    Raises:
-        TypeError: An option of an old name does not come from a config.json.
+    timm mixes the options of a config.json with those of the call, and so does transformers.
     """
     stored: Mapping[str, Any] = kwargs.get('pretrained_model_args') or {}
-    if not stored:  # older timm does not tell what it read, except that it read a configuration
-        cfg = kwargs.get('pretrained_cfg')
-        cfg = cfg if isinstance(cfg, dict) else vars(cfg) if isinstance(cfg, PretrainedCfg) else {}
-        if cfg.get('source') in ('hf-hub', 'local-dir') and not hasattr(timm.models, 'resolve_model_input_args'):
-            stored = kwargs
-    refuse_old_options({k: v for k, v in kwargs.items() if k not in stored})
+    if 'ada_dr' in kwargs and 'ada_dr' not in stored:
+        warnings.warn("The option ada_dr is now sampling: 'dilation' is with AdaDR, 'fixed' without it.",
+                      FutureWarning, stacklevel=2)
     kwargs = read_options(kwargs)
-    if 'pretrained_model_args' in kwargs:
+    if stored:
         kwargs['pretrained_model_args'] = read_options(stored)
     return kwargs
 
@@ -275,7 +272,7 @@ def create(arch: Architecture, pretrained: bool = False, **kwargs: Any) -> nn.Mo
         ValueError: An option has a value that is not one of its own.
     """
     family, name = arch.family, arch.name
-    kwargs = _with_stored_options(kwargs)
+    kwargs = _with_options_of_today(kwargs)
     if kwargs.get('pretrained_cfg') in family.headless_tags:
         # as timm does for its ConvNeXt V2
         kwargs.setdefault('pretrained_strict', False)

@@ -1,4 +1,5 @@
 """A published folder in transformers: TimmWrapper and TimmBackbone."""
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_wrapper(folder: Path):
     wrapped = transformers.AutoModel.from_pretrained(folder).eval()
     features = model.forward_features(x)
     torch.testing.assert_close(wrapped(x).last_hidden_state, features, rtol=1e-5, atol=1e-5 * features.abs().max())
+
+
+@pytest.mark.filterwarnings('ignore:The option ada_dr:FutureWarning')
+@pytest.mark.parametrize('folder', ['test_convnext_fadc'], indirect=True)
+@torch.no_grad()
+def test_folder_of_an_older_version(folder: Path):
+    """With `ada_dr` in config.json, which is `sampling` today."""
+    x, expected = fixed_input((3, 160, 160)), reload(folder)
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args']['ada_dr'] = True
+    (folder / 'config.json').write_text(json.dumps(config))
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    torch.testing.assert_close(wrapped(x).logits, expected(x), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -227,7 +227,7 @@ def test_channels_last_weights(base, tmp_path):
 @pytest.mark.parametrize('ada_dr, sampling', [(True, 'dilation'), (False, 'fixed')])
 @torch.no_grad()
 def test_local_dir_of_an_older_version(ada_dr, sampling, tmp_path):
-    """With the option `ada_dr` in config.json, which is `sampling` today. In a call it is an error, here too."""
+    """With the option `ada_dr` in config.json, which is `sampling` today. In a call it is read too, with a warning."""
     model = create_fadc('test_resnet_fadc', sampling=sampling, num_classes=7)
     save_for_hf(model, tmp_path, model_args={}, safe_serialization=True)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -241,9 +241,9 @@ def test_local_dir_of_an_older_version(ada_dr, sampling, tmp_path):
     assert torch.equal(features(photos())[-1], model.forward_intermediates(photos(), intermediates_only=True)[-1])
     other = timm.create_model(name, sampling='deform')  # the call's comes first
     assert {m.sampling for m in fad_convs(other).values()} == {'deform'}
-    for call in (dict(model_name='test_resnet_fadc'), dict(model_name='test_resnet_fadc', pretrained=True)):
-        with pytest.raises(TypeError, match='sampling'):
-            timm.create_model(**call, ada_dr=ada_dr)
+    with pytest.warns(FutureWarning, match='ada_dr is now sampling'):
+        called = timm.create_model('test_resnet_fadc', ada_dr=ada_dr)
+    assert {m.sampling for m in fad_convs(called).values()} == {sampling}
 
 
 @pytest.mark.parametrize('suffix', ['_dcn', '_dcn_fadc'])

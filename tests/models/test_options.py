@@ -57,7 +57,6 @@ def test_options_reach_every_layer():
     (dict(dilation_akt='abs'), TypeError,
      r"_fadc has no argument 'dilation_akt'; the closest is 'dilation_act'\. Beside .* fadc_stages, padding_mode, "),
     (dict(nonsense=3), TypeError, r"no argument 'nonsense'\. Beside the arguments of test_\w+ it has fadc_stages, "),
-    (dict(ada_dr=False), TypeError, "ada_dr=False is now the option sampling"),
     (dict(sampling='deform', offset_groups=7), ValueError, 'offset_groups=7'),
     (dict(sampling='free'), ValueError, "sampling.*'free'"),
     (dict(dilation_act='gelu'), ValueError, "dilation_act.*'gelu'"),
