@@ -57,6 +57,7 @@ class HubConfig(NamedTuple):
     model_args: Arguments of `timm.create_model` that differ from the defaults.
     expected_logits: The logits of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the model
         was built once with its weights.
+    limits: What a user has to know before relying on it, a sentence or two each.
     """
     model: str
     repository: str
@@ -67,6 +68,7 @@ class HubConfig(NamedTuple):
     metrics: Tuple[Metric, ...]
     model_args: Dict[str, Any]
     expected_logits: Optional[Tuple[float, ...]]
+    limits: Tuple[str, ...] = ()
 
 
 class Built(NamedTuple):
@@ -260,6 +262,7 @@ def build_card(config: HubConfig, built: Built) -> str:
         f'`{base}` with {variant.name} in place of the {family.kernel} convolutions of its stages 2 to 4: '
         f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
+        *(['## Limits\n' + '\n'.join(f'- {limit}' for limit in config.limits)] if config.limits else []),
         usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
         citation_chapter(*(paper.citation for paper in variant.papers), family.citation),

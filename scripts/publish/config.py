@@ -74,6 +74,7 @@ _SCHEMA: dict[str, tuple[Check, str]] = {
     'metrics': (_list_of(_MAPPING[0]), 'a list of mappings'),
     'model_args': _MAPPING,
     'expected_logits': (_optional(_list_of(_number, 1)), 'a list of numbers or null'),
+    'limits': (_list_of(_SENTENCE[0]), 'a list of texts'),
 }
 _BASE: dict[str, tuple[Check, str]] = {
     'repository': _REPOSITORY,
@@ -122,6 +123,8 @@ def parse_config(text: str, name: str) -> HubConfig:
         content = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as e:
         raise ConfigError(f'{name}: no YAML: {" ".join(str(e).split())}') from None
+    if isinstance(content, dict):
+        content.setdefault('limits', [])  # the one key that may be left out
     problems = _problems(content, _SCHEMA)
     _refuse(name, problems)
     base, metrics = content['base'], content['metrics']
@@ -140,6 +143,7 @@ def parse_config(text: str, name: str) -> HubConfig:
         'base': None if base is None else Base(**base),
         'datasets': tuple(content['datasets']),
         'metrics': tuple(Metric(**metric) for metric in metrics),
+        'limits': tuple(content['limits']),
         'expected_logits': None if logits is None else tuple(map(float, logits)),
     })
 

@@ -69,6 +69,7 @@ BASE = dict(repository='timm/resnet18.a1_in1k', revision=None, sha256=None)
     (dict(metrics=[{**METRIC, 'of': 'us'}]), "metrics[0].of: wanted base, model or plain, got 'us'"),
     (dict(metrics=[{**METRIC, 'image_size': '224'}]), "metrics[0].image_size: wanted pixels, got '224'"),
     (dict(metrics=[{'name': 'top-1'}]), 'metrics[0].source: missing, wanted a text'),
+    (dict(limits='few'), "limits: wanted a list of texts, got 'few'"),
 ])
 def test_schema(values, problem):
     with pytest.raises(ConfigError) as e:

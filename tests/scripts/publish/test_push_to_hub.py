@@ -271,11 +271,12 @@ def test_card(hub, push, client, tmp_path):
     assert (data.library_name, data.license, data.datasets) == ('timm', 'apache-2.0', ['nasa-blue-marble'])
     assert data.pipeline_tag == 'image-classification' and {'timm', 'fadc', 'transformers'} <= set(data.tags)
     assert re.findall('^##+ .*', text, re.M) == [
-        '## Model Details', '## Model Usage', '### Image Classification', '### Feature Map Extraction',
+        '## Model Details', '## Limits', '## Model Usage', '### Image Classification', '### Feature Map Extraction',
         '### Image Embeddings', '## Model Comparison', '## Citation']
     cost = model_cost('test_resnet_fadc', 6, (3, 160, 160))
     stats = [f'Params (M): {cost.params:.2f}', f'GMACs: {cost.gmacs:.2f}', f'Activations (M): {cost.activations:.2f}']
-    for line in (*stats, 'Image size: 160 x 160', '`import fadc_timm`', '76.53 (160 px)', '73.02 (160 px)'):
+    for line in (*stats, 'Image size: 160 x 160', '`import fadc_timm`', '76.53 (160 px)', '73.02 (160 px)',
+                 'The weakest class is temperate.', 'neighbours', "NASA's Blue Marble"):
         assert line in text, line
 
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
