@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .runtime import is_transformed, without_autocast
 
-__all__ = ['formula_gradients', 'once', 'wants_formula']
+__all__ = ['formula_gradients', 'once', 'refuse_more', 'wants_formula']
 
 
 def wants_formula(grad: Tensor) -> bool:
@@ -42,15 +42,19 @@ def formula_gradients(
     return [next(grads) if t is not None and t.requires_grad else None for t in aliases]
 
 
-def _refuse(name: str, grad: Optional[Tensor]) -> None:
-    if grad is not None and wants_formula(grad):
+def refuse_more(name: str, *grads: Optional[Tensor]) -> None:
+    """Within the backward pass of a backend that has only first derivatives: raise where more is wanted."""
+    if any(grad is not None and wants_formula(grad) for grad in grads):
         raise NotImplementedError(
             f"The backend {name!r} has no second derivatives, and cannot take many gradients at once: choose "
             "'grid_sample' or 'reference', as by fadc_timm.ops.set_backend('grid_sample').")
 
 
 def once(y: Tensor, name: str) -> Tensor:
-    """The result of a backend that has only first derivatives: its backward pass raises where more is wanted."""
+    """The result of torch's own operator that has only first derivatives, with :func:`refuse_more` before its gradient.
+
+    A backward pass of ours calls :func:`refuse_more` itself.
+    """
     if y.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        y.register_hook(lambda grad: _refuse(name, grad))
+        y.register_hook(lambda grad: refuse_more(name, grad))
     return y

@@ -4,7 +4,6 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..derivatives import once
 from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_layout, without_autocast
 from ..settings import named_backend
 from ..triton_support import is_default_on
@@ -66,7 +65,7 @@ def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str
             f'The backend {backend!r} cannot mix these bands: it has no forward-mode derivatives and no rules for the '
             "transforms of torch.func; 'written_out' has.")
     if backend == 'triton':
-        return once(triton.forward(x, weights, factors), 'triton')
+        return triton.forward(x, weights, factors)
     exact, steps = _exact(x, weights, factors)
     with without_autocast(x):
         return fused.forward(exact, steps, factors) if backend == 'fused' else _written_out(exact, steps, factors)
@@ -119,5 +118,5 @@ def mix_predicted_bands(
     chosen = choose_backend(x, backend)
     if chosen == 'triton' and triton.why_not(x) is None and not is_transformed():
         y, means = triton.call(x, maps, factors, True)
-        return once(match_layout(y, x), 'triton'), once(means.sum(1), 'triton')
+        return match_layout(y, x), means.sum(1)
     return mix_bands(x, 2 * torch.sigmoid(maps), factors, chosen), None

@@ -7,7 +7,6 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from ..derivatives import once
 from ..runtime import is_exporting, is_transformed, match_layout
 from ..settings import check_name, named_backend
 from ..triton_support import is_default_on
@@ -333,4 +332,4 @@ def predicted_conv2d(
     y = triton.call(
         x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,
         [stride, stride], [padding, padding], [], groups)
-    return once(match_layout(y, x), 'triton')
+    return match_layout(y, x)

@@ -13,6 +13,7 @@ from .operator import call, mix_bands_triton
 
 __all__ = ['call', 'forward', 'mix_bands_triton', 'why_not']
 
+
 def forward(x: Tensor, weights: Tensor, factors: List[int]) -> Tensor:
     """The band mix of `mix_bands`; raises NotImplementedError with the reason where the kernels cannot run."""
     reason = why_not(x)

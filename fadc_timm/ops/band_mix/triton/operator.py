@@ -3,8 +3,8 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...derivatives import refuse_more
 from ...runtime import accumulation_dtype, empty_map, is_plain_eager, nhwc, without_autocast
 from ..low_pass import edges
 from .mix import backward, forward, means_shape, spec_of
@@ -102,6 +102,7 @@ def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor], grad_means: 
     x, maps, coefficients = ctx.saved_tensors
     if grad is None and grad_means is None:
         return None, None, None, None
+    refuse_more('triton', grad, grad_means)
     grad = torch.zeros_like(x) if grad is None else grad
     return *gradient(grad, grad_means, x, maps, coefficients, ctx.factors, ctx.act), None, None
 
@@ -124,7 +125,6 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor], _: Any):
         return _backward_with(_gradient, ctx, grad, grad_means)
 

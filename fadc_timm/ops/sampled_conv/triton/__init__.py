@@ -8,7 +8,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ...derivatives import once
 from ...runtime import match_layout
 from ...triton_support import why_not as why_not_map
 from ..arguments import ConvArgs, why_not_transformed
@@ -37,4 +36,4 @@ def forward(args: ConvArgs) -> Tensor:
     low, high = _gains(args, low_in, low_out), _gains(args, high_in, high_out)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
     y = call(args.x, args.weight, args.bias, args.steps, args.mask, low, high, 0, 1., False, save, *args.geometry())
-    return once(match_layout(y, args.x), 'triton')
+    return match_layout(y, args.x)

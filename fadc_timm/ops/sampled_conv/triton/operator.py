@@ -3,9 +3,9 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import settings
+from ...derivatives import refuse_more
 from ...runtime import empty_map, is_plain_eager, nhwc, without_autocast
 from . import dense, depthwise
 from .call import Spec, call_of
@@ -14,8 +14,7 @@ __all__ = ['call', 'two_step_conv2d']
 
 
 def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
-    return torch.empty(x.shape[0], weight.shape[0], *steps.shape[2:], dtype=x.dtype, device=x.device,
-                       memory_format=torch.channels_last)
+    return empty_map(x, (x.shape[0], weight.shape[0], *steps.shape[2:]))
 
 
 def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -64,6 +63,7 @@ def _forward(
     with without_autocast(x):
         parts = dense.forward(spec, *tensors, save and spec.split)
     return (y, *parts) if save and spec.split else (y, *nothing)
+
 
 @torch.library.custom_op('fadc_timm::two_step_conv2d', mutates_args=())
 def two_step_conv2d(
@@ -165,6 +165,7 @@ def _gradient(
         grads[1] = grads[1].to(bias.dtype)
     return [x.new_empty((0,)) if g is None else g for g in (grad_x, *grads)]
 
+
 @torch.library.custom_op('fadc_timm::two_step_conv2d_backward', mutates_args=())
 def two_step_conv2d_backward(
         grad: Tensor,
@@ -243,6 +244,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Optional[Tensor], *_):
     if grad is None:
         return (None,) * 15
+    refuse_more('triton', grad)
     grads = two_step_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
     return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
 
@@ -261,10 +263,10 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Optional[Tensor], *_):
         if grad is None:
             return (None,) * 15
+        refuse_more('triton', grad)
         grads = _gradient(grad, *ctx.saved_tensors, *ctx.options)
         return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
 
