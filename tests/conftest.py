@@ -99,3 +99,32 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture(scope='module')
+def hub():
+    """A server on this machine that speaks as the Hub does; every test finds it empty."""
+    from tests.support.hub_server import Hub
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    """The folder of the Hub's client."""
+    return tmp_path_factory.mktemp('hf')
+
+
+@pytest.fixture(scope='module')
+def client(hub, home, request):
+    """The Hub's real client, in as many processes as the module's HUB_CLIENTS says, else in one."""
+    from tests.support.hub_client import clients
+    with clients(hub, home, getattr(request.module, 'HUB_CLIENTS', 1)) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def empty_hub(request):
+    if 'hub' in request.fixturenames:
+        request.getfixturevalue('hub').clear()

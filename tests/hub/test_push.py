@@ -9,32 +9,12 @@ from huggingface_hub import ModelCard
 import fadc_timm
 from fadc_timm.models.cost import module_cost
 from tests.support.backbones import create_fadc, photos
-from tests.support.hub_client import clients, execute, load, script
-from tests.support.hub_server import TOKEN, Hub
+from tests.support.hub_client import execute, load, script
+from tests.support.hub_server import TOKEN
 
 FILES = ['README.md', 'config.json', 'model.safetensors']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-@pytest.fixture(scope='module')
-def hub():
-    hub = Hub()
-    yield hub
-    hub.close()
-
-
-@pytest.fixture(scope='module')
-def client(hub, tmp_path_factory):
-    with clients(hub, tmp_path_factory.mktemp('hf')) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def fresh(hub):
-    hub.repos.clear()
-    hub.faults.clear()
-    hub.log.clear()
 
 
 @pytest.fixture

@@ -14,32 +14,12 @@ import fadc_timm  # noqa: F401  registers the models
 from tests.support.backbones import LOSSLESS, TINY, VARIANTS, create_fadc, photos, trained, with_tag
 from tests.support.cases import error
 from tests.support.hub_client import clients, load
-from tests.support.hub_server import TOKEN, Hub, oid_of
+from tests.support.hub_server import TOKEN, oid_of
 
 NAME, BASE = 'test_resnet_fadc.r160_in1k', 'timm/test_resnet.r160_in1k'
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-@pytest.fixture(scope='module')
-def hub():
-    hub = Hub()
-    yield hub
-    hub.close()
-
-
-@pytest.fixture(scope='module')
-def client(hub, tmp_path_factory):
-    """Two processes, so that they can be asked for something at once."""
-    with clients(hub, tmp_path_factory.mktemp('hf'), processes=2) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def fresh(hub):
-    hub.repos.clear()
-    hub.faults.clear()
-    hub.log.clear()
+HUB_CLIENTS = 2  # so that they can be asked for something at once
 
 
 def weights(state):

@@ -64,6 +64,10 @@ class Hub:
         self.cdn = f'http://localhost:{self.port}'  # another host, to which the client may not send its token
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def clear(self) -> None:
+        for kept in (self.repos, self.objects, self.faults, self.log):
+            kept.clear()
+
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()

@@ -15,9 +15,9 @@ from fadc_timm.models.cost import model_cost
 from scripts.publish.build import LOSSLESS as BUILD_LOSSLESS
 from tests.support.backbones import LOSSLESS, photos, trained
 from tests.support.cases import error
-from tests.support.hub_client import clients, execute, load, script
+from tests.support.hub_client import execute, load, script
 from tests.support.hub_config_cases import CONFIGS, DEFAULT, METRIC, ROOT, changed
-from tests.support.hub_server import TOKEN, Hub, oid_of
+from tests.support.hub_server import TOKEN, oid_of
 
 PUSH = 'scripts.publish.push_to_hub'
 OURS = 'fadc-timm/test_resnet_fadc.bluemarble_climate'
@@ -27,34 +27,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # publishing
-
-
-@pytest.fixture(scope='module')
-def hub():
-    hub = Hub()
-    yield hub
-    hub.close()
-
-
-@pytest.fixture(scope='module')
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp('hf')
-
-
-@pytest.fixture(scope='module')
-def client(hub, home):
-    with clients(hub, home) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def fresh(request):
-    if 'hub' in request.fixturenames:
-        hub = request.getfixturevalue('hub')
-        hub.repos.clear()
-        hub.objects.clear()
-        hub.faults.clear()
-        hub.log.clear()
 
 
 @pytest.fixture
