@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import FADConv2d
 from ..layers.fad_conv import OPTIONS
-from ..models._family import Family, architecture_of, family_of
+from ..models._family import Family, architecture_name, architecture_of, family_of
 from ..models.lift import liftable_names
 from ..models.lifted import ARCHITECTURE, layer_options, lifted_layers
 from .convert import convert, read_checkpoint
@@ -182,9 +182,3 @@ def load_checkpoint(path: Union[str, Path], name: Optional[str] = None) -> nn.Mo
     if name is not None and name.partition('.')[0] != architecture:
         raise ValueError(f"The folder '{path}' holds the model {architecture}, not {name}.")
     return model
-
-
-def architecture_name(model: nn.Module) -> str:
-    """The name by which timm knows a model."""
-    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
-    return cfg.get('architecture') or type(model).__name__

@@ -38,8 +38,8 @@ def _load_checkpoint(name: str, path: str) -> nn.Module:
 
 def _load_folder(folder: str, name: Optional[str]) -> Tuple[nn.Module, str]:
     """The FADC model in a folder, and the name of its architecture, which is that of `name` if there is one."""
-    from ..checkpoints.saved import architecture_name, load_checkpoint
-    from ..models._family import fadc_keys
+    from ..checkpoints import load_checkpoint
+    from ..models._family import architecture_name, fadc_keys
     try:
         model = load_checkpoint(folder, name)
     except Exception as e:  # the folder can hold anything

@@ -20,7 +20,10 @@ from .ada_kern import AdaKern
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
 
-__all__ = ['OPTIONS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
+__all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
+
+# What a layer has beside its convolution, by name; each may be None.
+PARTS = {'freq_select': FreqSelect, 'ada_kern': AdaKern, 'ada_dr': AdaDR, 'free_offsets': FreeOffsets}
 
 SAMPLINGS = ('dilation', 'deform', 'fixed')
 
@@ -224,7 +227,7 @@ class FADConv2d(nn.Conv2d):
 
     def reset_fadc_parameters(self) -> None:
         """Make FreqSelect, AdaKern, AdaDR and the free offsets the identity again; weight and bias stay."""
-        for name in ('freq_select', 'ada_kern', 'ada_dr', 'free_offsets'):
+        for name in PARTS:
             module = getattr(self, name, None)  # nn.Conv2d resets its parameters before there are modules
             if module is not None:
                 module.reset_parameters()

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
 from torch import Tensor, nn
 
 from ..ops.sampled_conv.arguments import NO_GAINS, Gains
-from .fad_conv import FADConv2d
+from .fad_conv import PARTS, FADConv2d
 
 __all__ = ['LayerCall', 'watch_layers']
 
@@ -72,7 +72,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(partial(call, name)))
-            for part in ('freq_select', 'ada_kern', 'ada_dr', 'free_offsets'):
+            for part in PARTS:
                 module = getattr(layer, part)
                 if module is not None:
                     handles.append(module.register_forward_hook(partial(keep, name, part)))

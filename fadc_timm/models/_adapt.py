@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import FADConv2d
 from ._checkpoint import check_keys, check_values
-from ._family import StateDict, fadc_keys, family_of
+from ._family import StateDict, architecture_name, fadc_keys, family_of
 
 __all__ = ['LoadsBase', 'adapt_checkpoint']
 
@@ -112,7 +112,7 @@ def adapt_checkpoint(
     family = family_of(model)
     if cfg.get('tag') in family.headless_tags and family.head_norm is not None:
         loose += (family.head_norm,)
-    name = cfg.get('architecture') or type(model).__name__
+    name = architecture_name(model)
     check_keys(
         state_dict, own, f'fits neither {name} nor its base', loose, lambda m, u: _explain(m, u, model, family.stages))
     _check_sizes(state_dict, own, name)

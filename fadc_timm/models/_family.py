@@ -30,8 +30,8 @@ from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = [
-    'DCN', 'DCN_FADC', 'FADC', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_of', 'create',
-    'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of', 'list_architectures']
+    'DCN', 'DCN_FADC', 'FADC', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_name', 'architecture_of',
+    'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of', 'list_architectures']
 
 StateDict = Dict[str, Tensor]
 
@@ -187,6 +187,12 @@ def list_architectures() -> List[Architecture]:
 def architecture_of(name: str) -> Optional[Architecture]:
     """The architecture of a model of this package, whose name may have a tag; None for any other name."""
     return _architectures.get(name.partition('.')[0])
+
+
+def architecture_name(model: nn.Module) -> str:
+    """The name by which timm knows a model."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    return cfg.get('architecture') or type(model).__name__
 
 
 def family_of(model: nn.Module) -> Family:

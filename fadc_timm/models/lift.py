@@ -6,14 +6,14 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Se
 
 from torch import nn
 
-from ..layers import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
-from ..layers.fad_conv import OPTIONS, refuse_old_options
+from ..layers import FADConv2d
+from ..layers.fad_conv import OPTIONS, PARTS, refuse_old_options
 
 __all__ = ['DEFAULT_STAGES', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
 
 _logger = logging.getLogger(__name__)
 
-_FADC = (FADConv2d, FreqSelect, AdaKern, AdaDR, FreeOffsets)
+_FADC = (FADConv2d, *PARTS.values())
 
 # Stages 2 to 4, as in the paper.
 DEFAULT_STAGES = (False, True, True, True)

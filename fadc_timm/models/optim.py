@@ -4,7 +4,7 @@ from typing import Any, Collection, Dict, List
 
 from torch import nn
 
-from ..layers import AdaDR, AdaKern, FreeOffsets, FreqSelect
+from ..layers.fad_conv import PARTS
 
 __all__ = ['param_groups']
 
@@ -59,7 +59,7 @@ def param_groups(
     if unknown:
         raise ValueError(f'{type(model).__name__} has no parameters {", ".join(unknown)}.')
     added = {id(parameters[name]) for name in also}
-    parts = FreqSelect, AdaKern, AdaDR, FreeOffsets
+    parts = tuple(PARTS.values())
     added |= {id(p) for m in model.modules() if isinstance(m, parts) for p in m.parameters()}
     groups = []
     for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model)):

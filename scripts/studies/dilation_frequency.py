@@ -33,9 +33,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import fadc_timm  # noqa: F401  registers the models
-from fadc_timm.checkpoints.saved import architecture_name, load_checkpoint
+from fadc_timm.checkpoints import load_checkpoint
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from fadc_timm.losses import high_frequency_power, power_at_outputs
+from fadc_timm.models._family import architecture_name
 from fadc_timm.visualize import read_image, save
 from scripts.bluemarble.globe import CACHE_DIR, CELL, TILE, crop, load_rasters, split_tiles
 from scripts.results import RESULTS, write_csv

@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from fadc_timm import AdaDR, AdaKern, FreeOffsets, FreqSelect
+from fadc_timm.layers.fad_conv import PARTS
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def off_identity(module, std=1.0, statistics=True):
         std: Standard deviation of what a filter with inputs of deviation one puts out.
         statistics: Draw the running statistics of AdaKern's norms too.
     """
-    parts = [m for m in module.modules() if isinstance(m, (FreqSelect, AdaKern, AdaDR, FreeOffsets))]
+    parts = [m for m in module.modules() if isinstance(m, tuple(PARTS.values()))]
     for part in parts:
         for p in part.parameters():
             p.add_(torch.randn_like(p) * std / p[0].numel() ** 0.5)
