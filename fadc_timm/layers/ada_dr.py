@@ -99,18 +99,24 @@ class AdaDR(nn.Module):
             (B, G*k*k, H', W') in the dtype of the convolution.
         """
         y, mask = self.predict(x)
-        o = y[:, :self.dilation_groups]
+        o = y
         if mask is None:
-            mask = y[:, self.dilation_groups:]
+            o, mask = torch.split(y, [self.dilation_groups, y.shape[1] - self.dilation_groups], 1)
         o = o if o.dtype == torch.float64 else o.float()
         # Unlike abs() and relu(), this has a gradient at zero (needed if eps is 0).
         if self.dilation_act == 'abs':
-            o = torch.where(o < 0, -o, o)
+            o = self._abs(o)
         elif self.dilation_act == 'relu':
             o = torch.where(o < 0, torch.zeros_like(o), o)
         else:
             o = (o + 1).relu() - 1
         return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+
+    def _abs(self, o: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.onnx.is_in_onnx_export():  # one node, and no gradients
+                return o.abs()
+        return torch.where(o < 0, -o, o)
 
     def predict(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Dilation and mask before their activations.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_linear_bn_weights
 
-from ..ops.runtime import without_autocast
+from ..ops.runtime import is_exporting, without_autocast
 
 __all__ = ['AdaKern']
 
@@ -110,6 +110,9 @@ class AdaKern(nn.Module):
             (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), None where a gain is one by construction.
         """
         low, high = self.predict(x)
+        if not torch.jit.is_scripting():
+            if low is not None and high is not None and is_exporting():
+                return self._exported_gains(low, high)
         low_in, low_out = self._gains(low)
         high_in, high_out = self._gains(high)
         return low_in, low_out, high_in, high_out
@@ -144,15 +147,18 @@ class AdaKern(nn.Module):
             return self._heads(mean)
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        x = self.fc(x)[:, :, None, None]
-        x = self.act(self._scripted_norm(x) if torch.jit.is_scripting() else self._normalize(x)).flatten(1)
-        width = x.shape[1] // self.parts
+        x = self.fc(x)
+        if torch.jit.is_scripting():
+            x = self._scripted_norm(x[:, :, None, None]).flatten(1)
+        else:
+            x = self._normalize(x)
+        parts = self.act(x).chunk(self.parts, 1)
         low: Optional[Tensor] = None
         high: Optional[Tensor] = None
         if self.low is not None:
-            low = self.low(x[:, :width])
+            low = self.low(parts[0])
         if self.high is not None:
-            high = self.high(x[:, x.shape[1] - width:])
+            high = self.high(parts[-1])
         return low, high
 
     def _scripted_norm(self, x: Tensor) -> Tensor:
@@ -171,15 +177,19 @@ class AdaKern(nn.Module):
         timm's split BatchNorm gives every part of the batch to a norm of its own.
         """
         norm = self.norm
+        if is_exporting() and isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None:
+            # which a product takes up, and a map of one pixel would not
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
+        x = x[:, :, None, None]
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
         if not isinstance(norm, _BatchNorm) or not norm.training or synced:
-            return norm(x)
+            return norm(x).flatten(1)
         norms = [norm, *getattr(norm, 'aux_bn', ())]
         if x.shape[0] not in (0, len(norms)):
-            return norm(x)
+            return norm(x).flatten(1)
         return torch.cat([
             F.batch_norm(part, n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
-            for part, n in zip(x.split(1), norms)])
+            for part, n in zip(x.split(1), norms)]).flatten(1)
 
     def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """The gains of the input and of the output channels, from x, which holds those of the input first."""
@@ -189,6 +199,18 @@ class AdaKern(nn.Module):
         if self.depthwise:
             return gains, None
         return gains[:, :self.in_channels], gains[:, self.in_channels:]
+
+    @torch.jit.unused
+    def _exported_gains(
+            self, low: Tensor, high: Tensor,
+    ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """The gains of both parts at once, in few nodes of a graph."""
+        gains = 2 * torch.sigmoid(torch.cat((low, high), 1))
+        if self.depthwise:
+            low_in, high_in = gains.chunk(2, 1)
+            return low_in, None, high_in, None
+        low_in, low_out, high_in, high_out = gains.split([self.in_channels, self.out_channels] * 2, 1)
+        return low_in, low_out, high_in, high_out
 
     def extra_repr(self) -> str:
         return f'{self.in_channels}, {self.out_channels}, kernel_decompose={self.kernel_decompose!r}'

@@ -8,7 +8,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.band_mix import mix_bands, mix_predicted_bands
+from ..ops.band_mix import choose_backend, mix_bands, mix_exported_bands, mix_predicted_bands
+from ..ops.runtime import is_exporting
 from .predictor_conv import PredictorConv2d
 
 __all__ = ['FreqSelect']
@@ -100,6 +101,8 @@ class FreqSelect(nn.Module):
         Returns:
             What :meth:`forward` returns, and its mean (B, C) if the backend makes it on the way, or None.
         """
+        if is_exporting() and choose_backend(x, backend) == 'written_out':
+            return mix_exported_bands(x, self.conv(x), list(self.bands), self.spatial_group), None
         return mix_predicted_bands(x, self._maps(x), list(self.bands), backend)
 
     def extra_repr(self) -> str:

@@ -1,13 +1,14 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Callable, ContextManager, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'accumulation_dtype', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'is_transformed',
+    'accumulation_dtype', 'constant', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'is_transformed',
     'match_layout', 'nhwc', 'table_device', 'without_autocast']
 
 
@@ -22,6 +23,20 @@ def table_device(device: torch.device) -> torch.device:
     Except for CUDA: its graphs cannot hold a copy from the host.
     """
     return device if device.type in ('cuda', 'meta') else torch.device('cpu')
+
+
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate what makes a tensor from numbers: it is made once, and is a constant of the graphs that are made."""
+    cached = lru_cache(maxsize=256)(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def wrapped(*args: Any) -> Tensor:
+        # a real tensor, where torch makes a graph with fake ones
+        with _disable_current_modes(), torch.inference_mode(False):
+            return cached(*args)
+
+    return wrapped
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

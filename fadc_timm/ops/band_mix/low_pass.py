@@ -2,16 +2,16 @@
 
 The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an axis of n points, the points
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
-masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with a projection of each axis.
+masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with the waves of each axis.
 """
-from typing import List, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_exporting, table_device, without_autocast
+from ..runtime import accumulation_dtype, constant, is_exporting, is_plain_eager, table_device, without_autocast
 
-__all__ = ['low_pass']
+__all__ = ['edges', 'low_pass', 'low_passes_by_products']
 
 
 def _round_half_even(a: int, f: int) -> int:
@@ -48,30 +48,78 @@ def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
     return out
 
 
-def _projections(n: int, factors: List[int], dtype: torch.dtype, device: torch.device) -> List[List[Tensor]]:
-    """For each factor real and imaginary part (n, n) of the projection of an axis on the frequencies that pass."""
-    home = table_device(device)
-    i = torch.arange(n, device=home)
-    # modulo n, exact; not by the operator for that, which ONNX does not have for a symbolic n
-    phase = (i[:, None] * i).to(torch.float64)
-    phase = phase - torch.floor(phase / n) * n
-    angle = phase * (2 * torch.pi / n)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    out: List[List[Tensor]] = []
-    for f in factors:
-        keep = _keep(n, f, n, 1, home).to(torch.float64) / n
-        real = (cos * keep) @ cos + (sin * keep) @ sin
-        imag = (sin * keep) @ cos - (cos * keep) @ sin
-        out.append([part.to(dtype).to(device) for part in (real, imag)])
-    return out
+class _Axis(NamedTuple):
+    """Ideal filters on an axis of n points, F of them, in 2K real waves: the cosines and sines of 0..K-1 periods.
+
+    With Z the coefficients `analysis.T @ x @ analysis'`, a filter passes the sum over p of
+    `synthesis[:, p] @ Z @ synthesis'[:, p].T`, where ' is of the other axis.
+
+    analysis: (n, 2K).
+    synthesis: (F, n, 2, 2K), real and imaginary part of the projection on the frequencies that pass.
+    """
+    analysis: Tensor
+    synthesis: Tensor
+
+
+def _axis(n: int, factors: Tuple[int, ...], sign: int, device: torch.device) -> _Axis:
+    """float64. n may be symbolic. sign: 1, and -1 for one of the axes, as the product of imaginary parts is negative.
+    """
+    like = dict(dtype=torch.float64, device=device)
+    numbers = torch.tensor(factors, **like)
+    # The filter keeps from -below to above - 1 periods. In integers this is `edges`, and exact here too.
+    middle = n // 2
+    above = torch.round((numbers + 1) * n / (2 * numbers)) - middle
+    below = middle - torch.round((numbers - 1) * n / (2 * numbers))
+    periods = torch.arange(n // (2 * min(factors)) + 2, device=device)
+    turns = torch.arange(n, device=device)[:, None] * periods
+    if isinstance(n, int):  # a float64 is fine enough for the others, and not every exporter has the operator
+        turns = turns % n
+    # Row p, column t is the phase of the wave that part p makes of a cosine (0) or a sine (1).
+    phases = torch.tensor([[1, 0], [0, -1]], **like) * (torch.pi / 2)
+    waves = torch.sin((turns.double() / n * (2 * torch.pi))[:, None, :, None] + phases[:, None])
+    # Whether m and -m periods pass, (F, 2, K): 0 <= m < above, 1 <= m <= below.
+    room = torch.stack((above, below + 1), 1)[:, :, None] - periods
+    passes = torch.minimum(room, periods + torch.tensor([[1], [0]], **like)).clamp(0, 1)
+    weights = torch.tensor([[1, 1], [sign, -sign]], **like) @ passes / n
+    synthesis = waves * weights[:, None, :, :, None]
+    return _Axis(waves[:, 0].flatten(1), synthesis.flatten(3))
+
+
+def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, device: torch.device) -> List[Tensor]:
+    """What multiplies maps, for analysis and synthesis.
+
+    On the height, from the left: (2K, n), (F*n*2, 2K). On the width, from the right: (n, 2K), (F, 4K, n).
+    """
+    analysis, synthesis = _axis(n, factors, 1 if left else -1, table_device(device))
+    tables = (analysis.t(), synthesis.flatten(0, 2)) if left else (analysis, synthesis.flatten(2).transpose(1, 2))
+    return [t.to(dtype).contiguous().to(device) for t in tables]
+
+
+@constant
+def _constant_table(which: int, *args: Any) -> Tensor:
+    """One of :func:`_tables` for a known size."""
+    return _tables(*args)[which]
+
+
+def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
+    """Ideal low-pass filters of x (B, C, H, W) in products with tables alone: (B, C, F, H, W), in the dtype of x.
+
+    The tables are constants of the graph that is made, or from the sizes where these are symbolic.
+    """
+    b, c, h, w = x.shape
+    plain = is_exporting() or is_plain_eager(x)
+
+    def tables(n: int, left: bool) -> List[Tensor]:
+        args = n, tuple(factors), left, x.dtype, x.device
+        return [_constant_table(i, *args) for i in range(2)] if plain and type(n) is int else _tables(*args)
+
+    (down, up), (across, back) = tables(h, True), tables(w, False)
+    rows = up @ (down @ (x @ across))  # (B, C, F*H*2, 2K)
+    return rows.view(b, c, len(factors), h, back.shape[1]) @ back
 
 
 def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
-    out: List[Tensor] = []
-    for rows, cols in zip(*(_projections(n, factors, x.dtype, x.device) for n in x.shape[2:])):
-        # imag is antisymmetric: x @ imag is minus the product with its transpose
-        out.append(rows[0] @ (x @ cols[0]) + rows[1] @ (x @ cols[1]))
-    return out
+    return list(low_passes_by_products(x, factors).unbind(2)) if factors else []
 
 
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
