@@ -78,8 +78,10 @@ def _one_int(name: str, value: Any, minimum: int) -> int:
 
 
 def _has_hooks(module: Optional[nn.Module]) -> bool:
+    """Whether a call of the module does more than its class: hooks, of it or of all modules, or a forward set on it."""
     return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or 'forward' in module.__dict__ or torch.nn.modules.module._has_any_global_hook())
 
 
 @register_notrace_module

@@ -1,15 +1,21 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
 from functools import lru_cache, wraps
-from typing import Any, Callable, ContextManager, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, MutableMapping, Optional, Sequence, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'constant', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager', 'is_transformed',
-    'match_layout', 'nhwc', 'table_device', 'without_autocast']
+    'accumulation_dtype', 'as_dtype', 'constant', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager',
+    'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'without_autocast']
+
+
+_Function = TypeVar('_Function', bound=Callable[..., Any])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,6 +43,38 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return cached(*args)
 
     return wrapped
+
+
+def _tracer() -> Optional[Any]:
+    """What records the graph that torch makes by running the program, or None."""
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
+        return None
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+_of_graphs: MutableMapping[Any, Dict[Any, Any]] = WeakKeyDictionary()
+
+
+def once_per_graph(function: _Function) -> _Function:
+    """Decorate what makes tensors from sizes: where these are symbolic, all calls of a graph share one result."""
+    @wraps(function)
+    def wrapped(*args: Any) -> Any:
+        tracer = _tracer()
+        if tracer is None:
+            return function(*args)
+        known = _of_graphs.setdefault(tracer, {})
+        key = function, tree_map(lambda n: n.node.expr if isinstance(n, torch.SymInt) else n, args)
+        if key not in known:
+            known[key] = function(*args)
+        return known[key]
+
+    return cast(_Function, wrapped)
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in a dtype; no node of a graph where it has it."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

@@ -112,8 +112,10 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     """
     exact, count, bands = x.to(accumulation_dtype(x.dtype)), len(factors), maps.shape[1] // groups
     # The steps of `_exact` are twice the differences of the sigmoids; the last is 1 - that where no weight is given.
-    product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in range(1 + count)]
-    more = [0.] * count + [float(bands == count)]
+    # Both parts of a low-pass have the same step.
+    of = [0, *(i for i in range(1, 1 + count) for _ in range(2))]
+    product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of]
+    more = [float(i == bands == count) for i in of]
     with without_autocast(x):
         like = dict(dtype=exact.dtype, device=x.device)
         steps = F.conv2d(
@@ -123,7 +125,7 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
         y = exact
         if groups > 1:
             y, lows, steps = (t.unflatten(1, (groups, -1)) for t in (y, lows, steps))
-        first, others = steps.split([1, count], -3)
+        first, others = steps.split([1, 2 * count], -3)
         y = y * first + (lows * others.unsqueeze(-4)).sum(-3)
         return (y if groups == 1 else y.flatten(1, 2)).to(x.dtype)
 

@@ -4,12 +4,20 @@ The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an 
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
 masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with the waves of each axis.
 """
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, constant, is_exporting, is_plain_eager, table_device, without_autocast
+from ..runtime import (
+    accumulation_dtype,
+    constant,
+    is_exporting,
+    is_plain_eager,
+    once_per_graph,
+    table_device,
+    without_autocast,
+)
 
 __all__ = ['edges', 'low_pass', 'low_passes_by_products']
 
@@ -48,50 +56,37 @@ def _low_pass_fft(x: Tensor, factors: List[int]) -> List[Tensor]:
     return out
 
 
-class _Axis(NamedTuple):
-    """Ideal filters on an axis of n points, F of them, in 2K real waves: the cosines and sines of 0..K-1 periods.
-
-    With Z the coefficients `analysis.T @ x @ analysis'`, a filter passes the sum over p of
-    `synthesis[:, p] @ Z @ synthesis'[:, p].T`, where ' is of the other axis.
-
-    analysis: (n, 2K).
-    synthesis: (F, n, 2, 2K), real and imaginary part of the projection on the frequencies that pass.
-    """
-    analysis: Tensor
-    synthesis: Tensor
-
-
-def _axis(n: int, factors: Tuple[int, ...], sign: int, device: torch.device) -> _Axis:
-    """float64. n may be symbolic. sign: 1, and -1 for one of the axes, as the product of imaginary parts is negative.
-    """
-    like = dict(dtype=torch.float64, device=device)
-    numbers = torch.tensor(factors, **like)
-    # The filter keeps from -below to above - 1 periods. In integers this is `edges`, and exact here too.
-    middle = n // 2
-    above = torch.round((numbers + 1) * n / (2 * numbers)) - middle
-    below = middle - torch.round((numbers - 1) * n / (2 * numbers))
-    periods = torch.arange(n // (2 * min(factors)) + 2, device=device)
-    turns = torch.arange(n, device=device)[:, None] * periods
-    if isinstance(n, int):  # a float64 is fine enough for the others, and not every exporter has the operator
-        turns = turns % n
-    # Row p, column t is the phase of the wave that part p makes of a cosine (0) or a sine (1).
-    phases = torch.tensor([[1, 0], [0, -1]], **like) * (torch.pi / 2)
-    waves = torch.sin((turns.double() / n * (2 * torch.pi))[:, None, :, None] + phases[:, None])
-    # Whether m and -m periods pass, (F, 2, K): 0 <= m < above, 1 <= m <= below.
-    room = torch.stack((above, below + 1), 1)[:, :, None] - periods
-    passes = torch.minimum(room, periods + torch.tensor([[1], [0]], **like)).clamp(0, 1)
-    weights = torch.tensor([[1, 1], [sign, -sign]], **like) @ passes / n
-    synthesis = waves * weights[:, None, :, :, None]
-    return _Axis(waves[:, 0].flatten(1), synthesis.flatten(3))
-
-
 def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, device: torch.device) -> List[Tensor]:
-    """What multiplies maps, for analysis and synthesis.
+    """What multiplies maps, on an axis of n points (maybe symbolic), in 2K real waves: cosines, then sines.
 
-    On the height, from the left: (2K, n), (F*n*2, 2K). On the width, from the right: (n, 2K), (F, 4K, n).
+    With Z the coefficients of both axes, a filter passes `up[0] @ Z @ back[0] + up[1] @ Z @ back[1]`, where 0 is the
+    real and 1 the imaginary part of the projection on the frequencies that pass.
+
+    Returns:
+        Analysis and synthesis of F filters: of the height, from the left, (2K, n) and (2*F, n, 2K); of the width, from
+        the right, (n, 2K) and (2*F, 2K, n). Parts lie side by side.
     """
-    analysis, synthesis = _axis(n, factors, 1 if left else -1, table_device(device))
-    tables = (analysis.t(), synthesis.flatten(0, 2)) if left else (analysis, synthesis.flatten(2).transpose(1, 2))
+    home = table_device(device)
+    like = dict(dtype=torch.float64, device=home)
+    # The filter keeps from -below to above - 1 periods. In integers this is `edges`, and exact here too.
+    ends, twice = ([f + 1., f - 1.] for f in factors), ([2. * f] for f in factors)
+    ends = torch.tensor(list(ends), **like) * n / torch.tensor(list(twice), **like)
+    above_below = (torch.round(ends) - n // 2) * torch.tensor([1., -1.], **like)
+    periods = torch.arange(n // (2 * min(factors)) + 2, **like)
+    # Whether m and -m periods pass, (F, 2, K): 0 <= m < above, 1 <= m <= below.
+    room = (above_below + torch.tensor([0., 1.], **like)).unsqueeze(-1) - periods
+    passes = torch.minimum(room, periods + torch.tensor([[1.], [0.]], **like)).clamp(0, 1)
+    # imaginary times imaginary is negative: the width takes the sign
+    weights = torch.tensor([[1., 1.], [1., -1.] if left else [-1., 1.]], **like) @ passes / n
+    turns = torch.arange(n, **like)[:, None] * periods
+    if type(n) is int:  # float64 is fine enough for the others, and not every exporter has the operator
+        turns = turns % n
+    angles = turns / n * (2 * torch.pi)
+    sin, cos = torch.sin(angles), torch.sin(angles + torch.pi / 2)  # not every runtime has a cosine in float64
+    waves = torch.cat((cos, sin), 1)
+    analysis, synthesis = waves, torch.stack((waves, torch.cat((sin, -cos), 1)))
+    synthesis = (synthesis * torch.cat((weights, weights), 2).unsqueeze(2)).flatten(0, 1)
+    tables = (analysis.t(), synthesis) if left else (analysis, synthesis.transpose(1, 2))
     return [t.to(dtype).contiguous().to(device) for t in tables]
 
 
@@ -101,25 +96,29 @@ def _constant_table(which: int, *args: Any) -> Tensor:
     return _tables(*args)[which]
 
 
-def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
-    """Ideal low-pass filters of x (B, C, H, W) in products with tables alone: (B, C, F, H, W), in the dtype of x.
+_traced_tables = once_per_graph(_tables)
 
-    The tables are constants of the graph that is made, or from the sizes where these are symbolic.
+
+def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
+    """Ideal low-pass filters of x (B, C, H, W) in products with tables alone: (B, C, 2*F, H, W), in the dtype of x.
+
+    A filter passes the sum of its two parts. The tables are constants of the graph that is made, or where sizes are
+    symbolic computed from them, once in a graph.
     """
-    b, c, h, w = x.shape
     plain = is_exporting() or is_plain_eager(x)
 
     def tables(n: int, left: bool) -> List[Tensor]:
         args = n, tuple(factors), left, x.dtype, x.device
-        return [_constant_table(i, *args) for i in range(2)] if plain and type(n) is int else _tables(*args)
+        return [_constant_table(i, *args) for i in range(2)] if plain and type(n) is int else _traced_tables(*args)
 
-    (down, up), (across, back) = tables(h, True), tables(w, False)
-    rows = up @ (down @ (x @ across))  # (B, C, F*H*2, 2K)
-    return rows.view(b, c, len(factors), h, back.shape[1]) @ back
+    (down, up), (across, back) = tables(x.shape[2], True), tables(x.shape[3], False)
+    return up @ (down @ (x @ across)).unsqueeze(2) @ back
 
 
 def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
-    return list(low_passes_by_products(x, factors).unbind(2)) if factors else []
+    if not factors:
+        return []
+    return list(low_passes_by_products(x, factors).unflatten(2, (len(factors), 2)).sum(3).unbind(2))
 
 
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}

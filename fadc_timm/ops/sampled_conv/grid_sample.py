@@ -2,7 +2,7 @@
 
 For devices without another backend, and for exporters. Half dtypes are sampled in float32, as coordinates need it.
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,16 @@ from torch import Tensor
 from ..derivatives import formula_gradients, wants_formula
 from ..runtime import (
     accumulation_dtype,
+    as_dtype,
     constant,
     is_exporting,
     is_plain_eager,
     is_transformed,
     match_layout,
+    once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
+from .arguments import ConvArgs, combine_parts, scale_channels
 from .reference import bilinear
 
 
@@ -26,68 +28,78 @@ def why_not(args: ConvArgs) -> Optional[str]:
     return None
 
 
-def _along(axis: int, values: List[float], like: Dict[str, Any]) -> Tensor:
-    """n values on an axis of the map (0 rows, 1 columns) as pairs (n, 2) in the order of a grid, columns first."""
-    return torch.tensor([[0., v] if axis == 0 else [v, 0.] for v in values], **like)
-
-
 def _coordinates(
-        size: Sequence[int],
-        out_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        spacing: Optional[Sequence[int]],
+        size: Tuple[int, int],
+        out_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        spacing: Optional[Tuple[int, int]],
         k: int,
-        which: int,
         dtype: torch.dtype,
         device: torch.device,
-) -> Tensor:
+) -> List[Tensor]:
     """Parts of a grid, as F.grid_sample wants it: align_corners=False puts the centre of pixel p at (2p + 1)/size - 1.
 
-    which: 0 for the coordinates of the pixels from which the taps of the positions start, (1 or k*k, H', W', 2); 1 for
-    what they are moved by, times the steps: (k*k, 1, 1, 2) for dilations, (2,) for offsets, columns first. Sizes may be
-    symbolic.
+    Returns:
+        Where the taps of the positions start, (H', W', k*k*2), and what multiplies their steps, (k*k*2,); columns
+        before rows. Sizes may be symbolic.
     """
     like = dict(dtype=dtype, device=device)
-    parts = []
-    for axis, (n, out, s, p) in enumerate(zip(size, out_size, stride, padding)):
-        places = [t // k if axis == 0 else t % k for t in range(k * k)]
-        if which == 1:
-            of_tap = [2.] if spacing else [2. * (i - k // 2) for i in places]
-            part = _along(axis, of_tap, like) / n
-            parts.append(part[0] if spacing else part[:, None, None])
-            continue
-        first = k // 2 - p if spacing is None else -p
-        pixels = (torch.arange(out, **like) * (2 * s) + (2 * first + 1)) / n - 1
-        pixels = (pixels[:, None, None] if axis == 0 else pixels[:, None]) * _along(axis, [1.], like)[0]
-        if spacing:
-            pixels = pixels + (_along(axis, [2. * i * spacing[axis] for i in places], like) / n)[:, None, None]
-        parts.append(pixels)
-    coordinates = parts[0] + parts[1]
-    return coordinates if which == 1 or spacing else coordinates[None]
+
+    def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
+        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)
+
+    (h, w), taps = size, k * k
+    places = [t % k for t in range(taps)], [t // k for t in range(taps)]
+    ones, zeros = [1.] * taps, [0.] * taps
+    scale = vector([2.] * taps, zeros) / w + vector(zeros, [2.] * taps) / h
+    rows, cols = (torch.arange(n, **like) for n in out_size)
+    pixels = cols[:, None] * vector([stride[1] * v for v in ones], zeros)
+    pixels = pixels + rows[:, None, None] * vector(zeros, [stride[0] * v for v in ones])
+    first = [[k // 2 - p if spacing is None else i * spacing[axis] - p for i in places[1 - axis]]
+             for axis, p in ((1, padding[1]), (0, padding[0]))]
+    if any(map(any, first)):
+        pixels = pixels + vector(*first)
+    start = pixels * scale + (scale / 2 - 1)
+    return [start, scale if spacing else scale * vector(*([float(i - k // 2) for i in along] for along in places))]
 
 
 @constant
-def _constant_coordinates(*args: Any) -> Tensor:
+def _constant_coordinates(which: int, *args: Any) -> Tensor:
     *geometry, dtype, device = args
-    return _coordinates(*geometry, torch.float64, table_device(device)).to(dtype).to(device)
+    return _coordinates(*geometry, torch.float64, table_device(device))[which].to(dtype).to(device)
+
+
+_traced_coordinates = once_per_graph(_coordinates)
+
+
+def _merge(t: Tensor) -> Tensor:
+    """t (B, G, ...) to (B*G, ...). For one group not by a reshape, which would ask about symbolic sizes."""
+    return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
+
+
+def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
+    """Equal parts of a dimension, laid into another. Not by a reshape, which would ask about symbolic sizes."""
+    return torch.cat(t.chunk(parts, source), into)
 
 
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     """Where the taps read: (B*G, k*k*H', W', 2), one tap below the other."""
-    k, taps, (h, w) = args.kernel_size, args.kernel_size ** 2, args.out_size
-    size = args.x.shape[2], args.x.shape[3]
-    known = all(type(n) is int for n in (*size, h, w)) and (is_exporting() or is_plain_eager(args.x))
-    base, moves = ((_constant_coordinates if known else _coordinates)(
-        size, (h, w), args.stride, args.padding, args.spacing, k, which, dtype, args.x.device) for which in range(2))
-    steps, n = args.steps.to(dtype), args.x.shape[0] * args.step_groups
-    if args.spacing is None:
-        steps = steps.reshape(n, 1, h, w, 1)
+    taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
+    call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
+    if all(type(n) is int for n in (*size, *out_size)) and (is_exporting() or is_plain_eager(args.x)):
+        start, moves = (_constant_coordinates(i, *call) for i in range(2))
     else:
+        start, moves = _traced_coordinates(*call)
+    steps = as_dtype(args.steps, dtype)
+    if args.step_groups > 1:
+        steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
+    if args.spacing is not None:
+        steps = steps[:, [t ^ 1 for t in range(2 * taps)]]  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
-        steps = steps.reshape(n, taps, 2, h, w).permute(0, 1, 3, 4, 2).flip(-1)
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    return (steps * moves + base).clamp(-2, 2).reshape(n, taps * h, w, 2)
+    grid = (steps.permute(0, 2, 3, 1) * moves + start).clamp(-2, 2)
+    return _stack(grid, taps, 3, 1)
 
 
 def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
@@ -136,32 +148,49 @@ _LEAST = 1e-12
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     b, c, _, _ = args.x.shape
-    (out_h, out_w), taps, groups = args.out_size, args.kernel_size ** 2, args.step_groups
+    taps, groups = args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
-    x, (low_in, _, high_in, _) = args.x.to(dtype), args.gains
+    x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
     if split and high_in is not None:
         # The samples of both parts are those of one map: the total gets back the gain that the map was scaled by.
-        high_in = high_in.to(dtype).clamp(min=_LEAST)
-        x, low_in = scale_channels(x, high_in), (1. if low_in is None else low_in.to(dtype)) / high_in
+        high_in = as_dtype(high_in, dtype).clamp(min=_LEAST)
+        x, low_in = scale_channels(x, high_in), (1. if low_in is None else as_dtype(low_in, dtype)) / high_in
     if groups > 1:
-        x = x.reshape(b * groups, c // groups, *x.shape[2:])
+        x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
     if args.mask is not None:
-        samples = samples * args.mask.to(dtype).reshape(b * groups, 1, taps * out_h, out_w)
-    if args.is_depthwise:
-        kernel = sample_kernels(args.weight, args.gains, args.groups) if args.has_gains else args.weight
-        y = kernel.to(dtype).flatten(-2) @ samples.reshape(b, c, taps, out_h * out_w)
-        y = y.reshape(b, c, out_h, out_w).to(args.x.dtype)
-        return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
-    mean, kernel = args.split_weight() if split else (None, args.weight)
+        mask = as_dtype(args.mask, dtype)
+        if groups > 1:
+            mask = mask.unflatten(1, (groups, taps)).flatten(0, 1)
+        samples = samples * _stack(mask, taps, 1, 2)
+    if groups > 1:
+        samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
+    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B, C, k*k, H', W')
     # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = samples.reshape(b, c * taps, out_h, out_w).to(args.x.dtype)
-    high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
+    columns = as_dtype(samples, args.x.dtype).flatten(1, 2)
+    if args.has_gains and args.is_depthwise:
+        return match_layout(_depthwise(args, columns), args.x)
+    mean, kernel = args.split_weight() if split else (None, args.weight)
+    high = F.conv2d(columns, kernel.flatten(1)[:, :, None, None], groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = samples.reshape(b, c, taps, out_h, out_w).sum(2)
-        low = F.conv2d(scale_channels(total, low_in).to(args.x.dtype), mean, groups=args.groups)
-        y = combine_parts(high, low, args)
+        total = as_dtype(scale_channels(samples.sum(2), low_in), args.x.dtype)
+        y = combine_parts(high, F.conv2d(total, mean, groups=args.groups), args)
     return match_layout(y, args.x)
+
+
+def _depthwise(args: ConvArgs, columns: Tensor) -> Tensor:
+    """The depthwise operator under input gains: both parts of a channel's kernel at once."""
+    mean, rest = args.split_weight()
+    kernels = torch.cat((rest, torch.ones_like(rest)), 1).flatten(0, 1).flatten(1)[:, :, None, None]  # (C*2, k*k, 1, 1)
+    parts = F.conv2d(columns, kernels, groups=args.groups).unflatten(1, (-1, 2))  # (B, C, 2, H', W')
+    low_in, low_out, high_in, high_out = args.gains
+    one = torch.ones_like(next(g for g in args.gains if g is not None))
+    high, low = (one if g is None else g for g in (high_in, low_in))
+    gains = torch.stack((
+        high if high_out is None else high * high_out,
+        (low if low_out is None else low * low_out) * mean.flatten()), 2)
+    y = (parts * gains[:, :, :, None, None]).sum(2)
+    return y if args.bias is None else y + args.bias[:, None, None]

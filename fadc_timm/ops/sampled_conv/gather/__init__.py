@@ -26,6 +26,8 @@ def forward(args: ConvArgs) -> Tensor:
     if args.has_gains and args.is_depthwise:
         weight = sample_kernels(weight, args.gains, args.groups)
     gains = args.gains if split else NO_GAINS
-    save = torch.is_grad_enabled() and gains[3] is not None and gains[3].requires_grad
+    # A graph of torch.jit.trace may be trained, whatever the grad mode in which it was made.
+    save = gains[3] is not None and (
+        torch.jit.is_tracing() or torch.is_grad_enabled() and gains[3].requires_grad)
     y, _ = sampled_conv2d(args.x, args.steps, args.mask, weight, args.bias, *gains, split, save, *args.geometry())
     return match_layout(y, args.x)
