@@ -102,7 +102,8 @@ class AdaDR(nn.Module):
         o = y
         if mask is None:
             o, mask = torch.split(y, [self.dilation_groups, y.shape[1] - self.dilation_groups], 1)
-        o = o if o.dtype == torch.float64 else o.float()
+        if o.dtype != torch.float64 and o.dtype != torch.float32:
+            o = o.float()
         # Unlike abs() and relu(), this has a gradient at zero (needed if eps is 0).
         if self.dilation_act == 'abs':
             o = self._abs(o)

@@ -4,12 +4,17 @@ import time
 import pytest
 import torch
 
+from fadc_timm import FADConv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
 from tests.support.integration_cases import models, uses
 from tests.support.marks import needs_dynamo
+from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+MOST_NODES = 60  # of a layer in an ONNX file
 
 
 def dynamic(step=1):
@@ -18,22 +23,61 @@ def dynamic(step=1):
     return ({0: torch.export.Dim('batch', max=1024), 2: height, 3: width},)
 
 
-# the last stage alone: symbolic sizes cost seconds a layer
+# the last stage alone: each layer costs a second
 LAST = dict(fadc_stages=(False, False, False, True), num_classes=10)
 STAGES = [LAST, pytest.param(dict(num_classes=10), marks=pytest.mark.sweep)]
+stages = pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
+SIZES = (64, 2), (97, 3), (160, 1)  # of the image, images
 
 
 @uses('torch', 'torch.export: any batch, any multiple of 32')
 @needs_dynamo
 @models
-@pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
+@stages
 @torch.no_grad()
 def test_export(stages, name):
     """Multiples of 32, as test_resnet, the plain one too, has downsampling that pads other sizes."""
     model = create_fadc(name, **stages)
-    program = torch.export.export(model, (photos()[:2],), dynamic_shapes=dynamic(32)).module()
+    exported = torch.export.export(model, (photos()[:2],), dynamic_shapes=dynamic(32))
+    assert not any('fadc_timm' in str(node.target) for node in exported.graph.nodes)  # runs without this package
+    program = exported.module()
     for x in (photos()[:2], photos(96)[:3], photos(160)[1:2, :, :, :64]):
         assert error(program(x), model(x).double()) < 1e-5
+
+
+@needs_dynamo
+def test_export_asks_nothing_about_sizes():
+    """A layer and its tables are made for every size, not only for multiples."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2, 1), off_identity(FADConv2d(4, 4, 3, stride=2, padding=1)),
+        off_identity(FADConv2d(4, 4, 7, padding=3, groups=4))).eval()
+    sizes = {0: torch.export.Dim('batch'), 2: torch.export.Dim('height'), 3: torch.export.Dim('width')}
+    exported = torch.export.export(model, (photos()[:2],), dynamic_shapes=(sizes,))
+    for x in (photos()[:2], photos(33)[:3], photos(50)[:4, :, :, :41]):
+        assert error(exported.module()(x), model(x).double()) < 1e-5
+
+
+def to_onnx(model, path, x, opset=20, sizes=None):
+    pytest.importorskip('onnxscript')
+    torch.onnx.export(
+        model, (x,), dynamo=True, opset_version=opset, dynamic_shapes=sizes, verbose=False).save(path)
+
+
+def to_onnx_by_tracing(model, path, x, opset=17, any_size=False):
+    """torch's older exporter."""
+    axes = {'x': {0: 'batch', 2: 'height', 3: 'width'}} if any_size else None
+    torch.onnx.export(
+        model, (x,), str(path), dynamo=False, opset_version=opset, input_names=['x'], dynamic_axes=axes)
+
+
+def run(path):
+    """The file as a function, in onnxruntime."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    feed = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {feed: x.numpy()})[0])
 
 
 def seconds(f):
@@ -48,26 +92,76 @@ def seconds(f):
 
 @uses('onnxruntime', "ONNX by torch's exporter, opset 20: any batch and size, within 1e-4, at most 3x eager's time")
 @models
-@pytest.mark.parametrize('stages', STAGES, ids=['last', 'all'])
+@stages
 @torch.no_grad()
 def test_onnx(stages, name, tmp_path):
     onnx = pytest.importorskip('onnx')
-    pytest.importorskip('onnxscript')
-    onnxruntime = pytest.importorskip('onnxruntime')
-    model = create_fadc(name, **stages)
-    path = tmp_path / 'model.onnx'
-    torch.onnx.export(
-        model, (photos()[:2],), dynamo=True, opset_version=20, dynamic_shapes=dynamic(), verbose=False).save(path)
+    model, path = create_fadc(name, **stages), tmp_path / 'model.onnx'
+    to_onnx(model, path, photos()[:2], sizes=dynamic())
     onnx.checker.check_model(onnx.load(path), full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    feed = session.get_inputs()[0].name
-    for x in (photos()[:2], photos(97)[:3], photos(160)[:1]):
-        y = torch.from_numpy(session.run(None, {feed: x.numpy()})[0])
-        assert (y - model(x)).abs().max() < 1e-4  # 5.2e-7
-    exported, eager = seconds(lambda: session.run(None, {feed: x.numpy()})), seconds(lambda: model(x))
-    assert exported < 3 * eager, (exported, eager)  # 0.4 to 0.7 of it
+    exported = run(path)
+    for size, images in SIZES:
+        x = photos(size)[:images]
+        assert (exported(x) - model(x)).abs().max() < 1e-4  # 5.2e-7
+    times = seconds(lambda: exported(x)), seconds(lambda: model(x))
+    assert times[0] < 3 * times[1], times  # 0.4 to 0.7 of it
+
+
+@pytest.mark.filterwarnings('ignore')
+@models
+@pytest.mark.parametrize('opset', [16, *(pytest.param(n, marks=pytest.mark.sweep) for n in (17, 18, 19))])
+@torch.no_grad()
+def test_onnx_by_tracing(opset, name, tmp_path):
+    pytest.importorskip('onnx')
+    model = create_fadc(name, **LAST)
+    for any_size in (False, True):
+        path = tmp_path / f'{any_size}.onnx'
+        to_onnx_by_tracing(model, path, photos()[:2], opset, any_size)
+        for size, images in SIZES if any_size else SIZES[:1]:
+            x = photos(size)[:images]
+            assert (run(path)(x) - model(x)).abs().max() < 1e-4
+
+
+@pytest.mark.sweep
+@models
+@pytest.mark.parametrize('opset', range(16, 20))
+@torch.no_grad()
+def test_opsets(opset, name, tmp_path):
+    model, path = create_fadc(name, **LAST), tmp_path / 'model.onnx'
+    to_onnx(model, path, photos()[:2], opset, dynamic())
+    for size, images in SIZES:
+        x = photos(size)[:images]
+        assert (run(path)(x) - model(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('kernel, groups', [(3, 1), (7, 8)], ids=['dense', 'depthwise'])
+@torch.no_grad()
+def test_layer_has_few_nodes(kernel, groups, tmp_path):
+    """In a viewer a layer is some dozen nodes, its filters are constants."""
+    onnx = pytest.importorskip('onnx')
+
+    def nodes(*convs):
+        path = tmp_path / 'model.onnx'
+        to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(1, 8, 12, 12))
+        return len(onnx.load(path).graph.node)
+
+    layers = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False) for _ in range(2)]
+    assert nodes(*layers) <= 2 * MOST_NODES
+
+
+@uses('openvino', 'reads the file of onnxruntime, fixed and symbolic sizes, within 1e-4')
+@models
+@torch.no_grad()
+def test_openvino(name, tmp_path):
+    openvino = pytest.importorskip('openvino')
+    model = create_fadc(name, **LAST)
+    for sizes in (None, dynamic()):
+        path = tmp_path / f'{sizes is None}.onnx'
+        to_onnx(model, path, photos()[:2], sizes=sizes)
+        compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        for size, images in SIZES[:1] if sizes is None else SIZES:
+            x = photos(size)[:images]
+            assert (torch.from_numpy(compiled(x.numpy())[0]) - model(x)).abs().max() < 1e-4
 
 
 @pytest.mark.sweep  # torchao's conversion takes half a minute

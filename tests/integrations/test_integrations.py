@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -18,7 +19,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fadc_timm import FADConv2d
-from tests.support.backbones import photos
+from tests.support.backbones import create_fadc, photos
+from tests.support.cases import error
 from tests.support.integration_cases import models, opened, uses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -179,6 +181,30 @@ def test_accelerate(name):
     accelerator.backward(loss)
     optimizer.step()
     assert any(n.endswith('ada_dr.conv.weight') and not torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+@uses('accelerate', 'cpu_offload, disk_offload, and empty weights with a disk map: inference')
+@models
+@pytest.mark.parametrize('way', ['cpu', 'disk', 'empty'])
+@torch.no_grad()
+def test_offload(way, name, tmp_path):
+    accelerate = pytest.importorskip('accelerate')
+    model = create_fadc(name, num_classes=6)
+    expected = model(photos())
+    if way == 'cpu':
+        model = accelerate.cpu_offload(model, execution_device='cpu')
+    elif way == 'disk':
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device='cpu')
+    else:
+        save_file(model.state_dict(), tmp_path / 'model.safetensors')
+        with accelerate.init_empty_weights():
+            model = timm.create_model(name, num_classes=6).eval()
+        places = {child: 'disk' for child, _ in model.named_children()}
+        places[next(iter(places))] = 'cpu'
+        model = accelerate.load_checkpoint_and_dispatch(
+            model, str(tmp_path / 'model.safetensors'), device_map=places, offload_folder=str(tmp_path / 'offload'))
+    assert any(p.device.type == 'meta' for m in model.modules() if isinstance(m, FADConv2d) for p in m.parameters())
+    assert error(model(photos()), expected.double()) < 1e-6
 
 
 # a classifier on features

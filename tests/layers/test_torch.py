@@ -165,6 +165,77 @@ def test_compile(cfg, batch):
     assert_same(compiled.state_dict().values(), m.state_dict().values(), 1e-6)  # 0
 
 
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit.trace. is deprecated')
+@pytest.mark.parametrize('cfg', [
+    dict(padding=1), dict(padding=1, groups=4, out_channels=4), dict(padding=1, sampling='deform'),
+    dict(padding=2, dilation=2, sampling='fixed', spatial_group=2)], ids=ids)
+def test_trace(cfg):
+    """torch.jit.trace, as of TensorBoard's add_graph: one graph in either grad mode, which trains."""
+    m = off_identity(make(**cfg)).eval()
+    x = torch.randn(2, 4, 10, 9)
+    graphs = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            traced = torch.jit.trace(m, x)  # which also checks
+        graphs.append(str(traced.graph))
+        y, expected = traced(x), m(x)
+        assert_same((y, *grads(y, list(m.parameters()))), (expected, *grads(expected, list(m.parameters()))), 2e-6)
+    assert graphs[0] == graphs[1]
+
+
+# what people put on the submodules
+
+@pytest.mark.parametrize('backend', [None, 'triton'])
+@pytest.mark.parametrize('cfg', [dict(padding=1), dict(padding=1, groups=4, out_channels=4)], ids=ids)
+def test_hooks_see_every_module(cfg, backend):
+    """Global hooks, full backward hooks and a forward that is set: each module runs as a module."""
+    m = off_identity(make(**cfg, backend=backend))
+    x = torch.randn(2, 4, 6, 7, requires_grad=True)
+    parameters = [x, *m.parameters()]
+    y = m(x)
+    expected = [y, *grads(y, parameters)]
+    with_parameters = {c for c in m.modules() if next(c.parameters(), None) is not None}
+    seen = set()
+
+    def see(module, *args):
+        seen.add(module)
+
+    def check(handles):
+        y = m(x)
+        actual = [y, *grads(y, parameters)]
+        for handle in handles:
+            handle.remove()
+        assert_same(actual, expected, 2e-6)
+        assert with_parameters <= seen
+        seen.clear()
+
+    check([nn.modules.module.register_module_forward_hook(see)])
+    check([c.register_full_backward_hook(see) for c in m.modules()])
+    for c in with_parameters - {m}:
+        c.forward = lambda *args, c=c, forward=c.forward, **kwargs: (see(c), forward(*args, **kwargs))[1]
+    seen.add(m)
+    check([])
+
+
+def test_parametrized_predictor():
+    m = off_identity(FADConv2d(4, 6, 3, padding=1))
+    x = torch.randn(2, 4, 6, 7)
+    with torch.no_grad():
+        m.ada_dr.conv.weight.mul_(2)
+        expected = m(x)
+        m.ada_dr.conv.weight.div_(2)
+
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(m.ada_dr.conv, 'weight', Twice())
+    y = m(x)
+    assert_same([y], [expected], 1e-6)
+    y.sum().backward()
+    assert m.ada_dr.conv.parametrizations.weight.original.grad.norm() > 0
+
+
 def test_sync_batch_norm():
     m = off_identity(FADConv2d(4, 6, 3, padding=1)).eval()
     x = torch.randn(2, 4, 8, 7)

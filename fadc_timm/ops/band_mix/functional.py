@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_layout, without_autocast
+from ..runtime import accumulation_dtype, as_dtype, is_exporting, is_transformed, match_layout, without_autocast
 from ..settings import named_backend
 from ..triton_support import is_default_on
 from . import fused, triton
@@ -110,24 +110,24 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     Returns:
         (B, C, H, W) in the dtype of x.
     """
-    exact, count, bands = x.to(accumulation_dtype(x.dtype)), len(factors), maps.shape[1] // groups
+    exact, count, bands = as_dtype(x, accumulation_dtype(x.dtype)), len(factors), maps.shape[1] // groups
+    with without_autocast(x):
+        lows = low_passes_by_products(exact, factors)
     # The steps of `_exact` are twice the differences of the sigmoids; the last is 1 - that where no weight is given.
-    # Both parts of a low-pass have the same step.
-    of = [0, *(i for i in range(1, 1 + count) for _ in range(2))]
+    of = [0, *(i for i in range(1, 1 + count) for _ in range(lows.shape[2] // count))]
     product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of]
     more = [float(i == bands == count) for i in of]
     with without_autocast(x):
         like = dict(dtype=exact.dtype, device=x.device)
         steps = F.conv2d(
-            torch.sigmoid(maps.to(exact.dtype)), torch.tensor(product * groups, **like)[:, :, None, None],
+            torch.sigmoid(as_dtype(maps, exact.dtype)), torch.tensor(product * groups, **like)[:, :, None, None],
             torch.tensor(more * groups, **like), groups=groups)
-        lows = low_passes_by_products(exact, factors)
         y = exact
         if groups > 1:
             y, lows, steps = (t.unflatten(1, (groups, -1)) for t in (y, lows, steps))
-        first, others = steps.split([1, 2 * count], -3)
+        first, others = steps.split([1, lows.shape[-3]], -3)
         y = y * first + (lows * others.unsqueeze(-4)).sum(-3)
-        return (y if groups == 1 else y.flatten(1, 2)).to(x.dtype)
+        return as_dtype(y if groups == 1 else y.flatten(1, 2), x.dtype)
 
 
 def mix_predicted_bands(

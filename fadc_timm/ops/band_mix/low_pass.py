@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..runtime import (
     accumulation_dtype,
+    as_dtype,
     constant,
     is_exporting,
     is_plain_eager,
@@ -63,8 +64,8 @@ def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, de
     real and 1 the imaginary part of the projection on the frequencies that pass.
 
     Returns:
-        Analysis and synthesis of F filters: of the height, from the left, (2K, n) and (2*F, n, 2K); of the width, from
-        the right, (n, 2K) and (2*F, 2K, n). Parts lie side by side.
+        Analysis and synthesis of F filters: of the height, from the left, (2K, n) and (F, 2, n, 2K); of the width, from
+        the right, (n, 2K) and (F, 2, 2K, n).
     """
     home = table_device(device)
     like = dict(dtype=torch.float64, device=home)
@@ -85,40 +86,51 @@ def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, de
     sin, cos = torch.sin(angles), torch.sin(angles + torch.pi / 2)  # not every runtime has a cosine in float64
     waves = torch.cat((cos, sin), 1)
     analysis, synthesis = waves, torch.stack((waves, torch.cat((sin, -cos), 1)))
-    synthesis = (synthesis * torch.cat((weights, weights), 2).unsqueeze(2)).flatten(0, 1)
-    tables = (analysis.t(), synthesis) if left else (analysis, synthesis.transpose(1, 2))
-    return [t.to(dtype).contiguous().to(device) for t in tables]
+    synthesis = synthesis * torch.cat((weights, weights), 2).unsqueeze(2)
+    tables = (analysis.t(), synthesis) if left else (analysis, synthesis.transpose(2, 3))
+    return [as_dtype(t, dtype).contiguous().to(device) for t in tables]
 
 
 @constant
-def _constant_table(which: int, *args: Any) -> Tensor:
-    """One of :func:`_tables` for a known size."""
-    return _tables(*args)[which]
+def _constant_table(which: int, n: int, factors: Tuple[int, ...], left: bool, *args: Any) -> Tensor:
+    """One of :func:`_tables` for a known size; the synthesis as (F*n*2, 2K) and (F, 4K, n)."""
+    table = _tables(n, factors, left, *args)[which]
+    if which == 0:
+        return table
+    return table.transpose(1, 2).flatten(0, 2).contiguous() if left else table.flatten(1, 2)
 
 
 _traced_tables = once_per_graph(_tables)
 
 
 def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
-    """Ideal low-pass filters of x (B, C, H, W) in products with tables alone: (B, C, 2*F, H, W), in the dtype of x.
+    """Ideal low-pass filters in products with tables alone.
 
-    A filter passes the sum of its two parts. The tables are constants of the graph that is made, or where sizes are
-    symbolic computed from them, once in a graph.
+    The tables are constants of the graph that is made, or where sizes are symbolic computed from them, once in a graph.
+
+    Args:
+        x: Map (B, C, H, W), float32 or float64.
+        factors: One f >= 1 for each of F filters.
+
+    Returns:
+        (B, C, F*P, H, W) in the dtype of x. A filter passes the sum of P parts: of one where sizes are known, of two
+        where they are not, as putting them side by side would ask about the sizes.
     """
-    plain = is_exporting() or is_plain_eager(x)
-
-    def tables(n: int, left: bool) -> List[Tensor]:
-        args = n, tuple(factors), left, x.dtype, x.device
-        return [_constant_table(i, *args) for i in range(2)] if plain and type(n) is int else _traced_tables(*args)
-
-    (down, up), (across, back) = tables(x.shape[2], True), tables(x.shape[3], False)
-    return up @ (down @ (x @ across)).unsqueeze(2) @ back
+    (b, c, h, w), count = x.shape, len(factors)
+    args = tuple(factors), x.dtype, x.device
+    if type(h) is int and type(w) is int and (is_exporting() or is_plain_eager(x)):
+        down, up = (_constant_table(i, h, args[0], True, *args[1:]) for i in range(2))
+        across, back = (_constant_table(i, w, args[0], False, *args[1:]) for i in range(2))
+        return (up @ (down @ (x @ across))).reshape(b, c, count, h, back.shape[1]) @ back
+    down, up = _traced_tables(h, args[0], True, *args[1:])
+    across, back = _traced_tables(w, args[0], False, *args[1:])
+    return up.flatten(0, 1) @ (down @ (x @ across)).unsqueeze(2) @ back.flatten(0, 1)
 
 
 def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
     if not factors:
         return []
-    return list(low_passes_by_products(x, factors).unflatten(2, (len(factors), 2)).sum(3).unbind(2))
+    return list(low_passes_by_products(x, factors).unflatten(2, (len(factors), -1)).sum(3).unbind(2))
 
 
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}

@@ -20,7 +20,7 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, scale_channels
+from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
 from .reference import bilinear
 
 
@@ -79,7 +79,9 @@ def _merge(t: Tensor) -> Tensor:
 
 
 def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
-    """Equal parts of a dimension, laid into another. Not by a reshape, which would ask about symbolic sizes."""
+    """Equal parts of a dimension, laid into another; symbolic sizes not by a reshape, which would ask about them."""
+    if all(type(n) is int for n in t.shape[1:]):
+        return t.unflatten(source, (parts, -1)).movedim(source, into).flatten(into, into + 1)
     return torch.cat(t.chunk(parts, source), into)
 
 
@@ -142,20 +144,12 @@ def differentiable(args: ConvArgs) -> Tensor:
     return forward(args, _written_out)
 
 
-# The least high input gain that samples are made with: far below any gain that counts, and no overflow of its inverse.
-_LEAST = 1e-12
-
-
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     b, c, _, _ = args.x.shape
     taps, groups = args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
-    if split and high_in is not None:
-        # The samples of both parts are those of one map: the total gets back the gain that the map was scaled by.
-        high_in = as_dtype(high_in, dtype).clamp(min=_LEAST)
-        x, low_in = scale_channels(x, high_in), (1. if low_in is None else as_dtype(low_in, dtype)) / high_in
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
@@ -167,11 +161,12 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
     samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B, C, k*k, H', W')
-    # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = as_dtype(samples, args.x.dtype).flatten(1, 2)
     if args.has_gains and args.is_depthwise:
-        return match_layout(_depthwise(args, columns), args.x)
+        return match_layout(_depthwise(args, as_dtype(samples, args.x.dtype)), args.x)
     mean, kernel = args.split_weight() if split else (None, args.weight)
+    scaled = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
+    # the taps of a channel are channels of their own, in the order of the kernel's
+    columns = as_dtype(scaled, args.x.dtype).flatten(1, 2)
     high = F.conv2d(columns, kernel.flatten(1)[:, :, None, None], groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
@@ -181,9 +176,14 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     return match_layout(y, args.x)
 
 
-def _depthwise(args: ConvArgs, columns: Tensor) -> Tensor:
-    """The depthwise operator under input gains: both parts of a channel's kernel at once."""
-    mean, rest = args.split_weight()
+def _depthwise(args: ConvArgs, samples: Tensor) -> Tensor:
+    """The depthwise operator under gains, of masked samples (B, C, k*k, H', W')."""
+    if all(type(n) is int for n in samples.shape[1:]):
+        y = sample_kernels(args.weight, args.gains, args.groups).flatten(-2) @ samples.flatten(3)
+        y = y.squeeze(2).unflatten(2, args.out_size)
+        return y if args.bias is None else y + args.bias[:, None, None]
+    # For symbolic sizes, about which the product would ask: both parts of a channel's kernel at once.
+    columns, (mean, rest) = samples.flatten(1, 2), args.split_weight()
     kernels = torch.cat((rest, torch.ones_like(rest)), 1).flatten(0, 1).flatten(1)[:, :, None, None]  # (C*2, k*k, 1, 1)
     parts = F.conv2d(columns, kernels, groups=args.groups).unflatten(1, (-1, 2))  # (B, C, 2, H', W')
     low_in, low_out, high_in, high_out = args.gains
