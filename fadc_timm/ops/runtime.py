@@ -95,10 +95,11 @@ def nhwc(x: Tensor) -> Tensor:
 def match_layout(y: Tensor, x: Tensor) -> Tensor:
     """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous.
 
-    In transforms, where torch does not say what format x has, y itself.
+    In transforms, where torch does not say what format x has, y itself; and in exported graphs, where the question
+    would be one about symbolic sizes.
     """
     if not torch.jit.is_scripting():
-        if is_transformed():
+        if is_transformed() or is_exporting():
             return y
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

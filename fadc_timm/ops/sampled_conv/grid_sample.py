@@ -44,7 +44,7 @@ def _coordinates(
         Where the taps of the positions start, (H', W', k*k*2), and what multiplies their steps, (k*k*2,); columns
         before rows. Sizes may be symbolic.
     """
-    like = dict(dtype=dtype, device=device)
+    like = dict(dtype=dtype, device=table_device(device))
 
     def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
         return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)
@@ -61,7 +61,9 @@ def _coordinates(
     if any(map(any, first)):
         pixels = pixels + vector(*first)
     start = pixels * scale + (scale / 2 - 1)
-    return [start, scale if spacing else scale * vector(*([float(i - k // 2) for i in along] for along in places))]
+    if spacing is None:
+        scale = scale * vector(*([float(i - k // 2) for i in along] for along in places))
+    return [t if t.device == device else t.to(device) for t in (start, scale)]
 
 
 @constant
@@ -97,7 +99,7 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     if args.step_groups > 1:
         steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
     if args.spacing is not None:
-        steps = steps[:, [t ^ 1 for t in range(2 * taps)]]  # columns before rows
+        steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
     grid = (steps.permute(0, 2, 3, 1) * moves + start).clamp(-2, 2)
