@@ -259,7 +259,7 @@ def build_card(config: HubConfig, built: Built) -> str:
     features = built.model.num_features
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
-        f'`{base}` with {variant.name} in place of the {family.kernel} convolutions of its stages 2 to 4: '
+        f'`{base}` with {variant.name} {family.place} of its stages 2 to 4: '
         f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         *(['## Limits\n' + '\n'.join(f'- {limit}' for limit in config.limits)] if config.limits else []),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.neighborhood_attention import BACKENDS, neighborhood_attention2d
 from ..ops.neighborhood_attention.functional import window_means
-from ..ops.neighborhood_attention.written_out import attention
+from ..ops.neighborhood_attention.written_out import attention, attention_weights
 from .ada_kern import AdaKern
 from .fad_conv import PARTS
 from .freq_select import FreqSelect
@@ -101,13 +101,9 @@ class NeighborhoodAttention(nn.Module):
     def _attend(self, x: Tensor, values: Optional[Tensor], low: Optional[Tensor], high: Optional[Tensor]) -> Tensor:
         """Attention of x (B, H, W, C) to itself, or to values of another map; under gains (B, C), None for ones."""
         h, w = x.shape[1], x.shape[2]
-        down = self.kernel_size * self.dilation[0] - h
-        across = self.kernel_size * self.dilation[1] - w
-        is_small = down > 0 or across > 0
-        if is_small:
-            pad = [0, 0, 0, max(across, 0), 0, max(down, 0)]
-            x = F.pad(x, pad)
-            values = None if values is None else F.pad(values, pad)
+        x = self._padded(x)
+        if values is not None:
+            values = self._padded(values)
         q, k, v = self._heads(self.qkv(x))
         if values is not None:
             v = self._heads(self.qkv(values))[2]
@@ -120,9 +116,32 @@ class NeighborhoodAttention(nn.Module):
             high = torch.ones_like(low) if high is None and low is not None else high  # type: ignore[arg-type]
             assert low is not None and high is not None
             y = y * high[:, None, None].to(y.dtype) + mean * (low - high)[:, None, None].to(y.dtype)
-        if is_small:
+        if y.shape[1] != h or y.shape[2] != w:
             y = y[:, :h, :w]
         return self.proj_drop(self.proj(y))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x (B, H, W, C) with as many rows and columns as a window spans, at least."""
+        down = self.kernel_size * self.dilation[0] - x.shape[1]
+        across = self.kernel_size * self.dilation[1] - x.shape[2]
+        if down > 0 or across > 0:
+            return F.pad(x, [0, 0, 0, max(across, 0), 0, max(down, 0)])
+        return x
+
+    @torch.jit.unused
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What each head attends to, for x (B, H, W, C) as the projections get it.
+
+        Args:
+            x: Of a FADNeighborhoodAttention, FreqSelect's output, except with `freq_select_for='v'`.
+
+        Returns:
+            (B, heads, H, W, k*k), row by row of the window, of sum 1.
+        """
+        h, w = x.shape[1], x.shape[2]
+        q, k, _ = self._heads(self.qkv(self._padded(x)))
+        kernel, dilation = [self.kernel_size, self.kernel_size], [self.dilation[0], self.dilation[1]]
+        return attention_weights(q, k, kernel, dilation, self.rpb)[:, :, :h, :w]
 
     def _heads(self, qkv: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Projections (B, H, W, 3*C) as queries, keys and values (B, heads, H, W, c)."""

@@ -1,12 +1,14 @@
-"""Where the taps of deformable convolutions lie, for some output positions, drawn on the image."""
+"""Where the taps of deformable convolutions lie, or the neighbours that are attended to, for some output positions."""
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers import FADNeighborhoodAttention
 from ..layers.hooks import LayerCall
+from ..ops.neighborhood_attention import neighbours
 
 __all__ = ['LayerTaps', 'StageTaps', 'draw_taps', 'select_taps', 'taps_of']
 
@@ -18,16 +20,21 @@ _REST = '#ffffff'
 class LayerTaps:
     """Where the taps of one layer lie, in one forward pass; tensors are float32 on the CPU.
 
+    The taps of an attention are the neighbours of a position. They have no offset, and the mask is the mean over the
+    heads of the attention weights times the number of neighbours: 1 where all of them have the same weight.
+
     Attributes:
         size: (H, W) of the layer's input map, whose pixels are the unit of the places. Pixel 0 has its centre at 0.
         rest: (H', W', k*k, 2) (y, x) of each tap without its offset.
         offset: (B, G, H', W', k*k, 2) (y, x).
         mask: (B, G, H', W', k*k), ones where the layer has none.
+        attends: Whether the layer is an attention.
     """
     size: Tuple[int, int]
     rest: Tensor
     offset: Tensor
     mask: Tensor
+    attends: bool = False
 
 
 @dataclass
@@ -40,16 +47,34 @@ class StageTaps:
         taps: (N, G*k*k, 2) likewise with their offsets.
         mask: (N, G*k*k).
         lengths: Mean and largest length of an offset of the layer, in pixels of its input map, over all positions.
+        attends: Whether the layer is an attention.
     """
     layer: str
     rest: np.ndarray
     taps: np.ndarray
     mask: np.ndarray
     lengths: Tuple[float, float]
+    attends: bool = False
+
+
+def _neighbours_of(call: LayerCall) -> LayerTaps:
+    """The neighbours of an attention, with their weights."""
+    layer = cast(FADNeighborhoodAttention, call.layer)
+    x = call.x if layer.freq_select_for == 'v' else call.selected
+    weights = layer.attention_weights(x.permute(0, 2, 3, 1)).float().mean(1, keepdim=True).cpu()
+    height, width, k = *x.shape[2:], layer.kernel_size
+    rows, cols = (neighbours(max(n, k * d), k, d, torch.device('cpu'))[0][:n]
+                  for n, d in zip((height, width), layer.dilation))
+    rest = torch.stack((rows[:, None, :, None].expand(height, width, k, k),
+                        cols[None, :, None, :].expand(height, width, k, k)), dim=-1).flatten(2, 3).float()
+    offset = torch.zeros_like(rest).expand(len(weights), 1, -1, -1, -1, -1)
+    return LayerTaps((height, width), rest, offset, weights * k * k, attends=True)
 
 
 def taps_of(call: LayerCall) -> Optional[LayerTaps]:
-    """The taps of a call of a deformable layer; None of any other."""
+    """The taps of a call of a deformable layer or of an attention; None of any other."""
+    if isinstance(call.layer, FADNeighborhoodAttention):
+        return _neighbours_of(call)
     layer, offset = call.layer, call.offset
     if offset is None:
         return None
@@ -92,7 +117,8 @@ def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
     places = (taps.rest + offset)[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
     weights = mask[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
     return StageTaps(
-        name, scaled(rest), scaled(places), weights.numpy(), (lengths.mean().item(), lengths.max().item()))
+        name, scaled(rest), scaled(places), weights.numpy(), (lengths.mean().item(), lengths.max().item()),
+        taps.attends)
 
 
 def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
