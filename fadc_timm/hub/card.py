@@ -195,7 +195,7 @@ def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[
     text = markdown_table(header, rows)
     if error is not None:
         text += (
-            '\n\nThe layers are at their identity, where they compute what the convolutions did that they stand '
+            '\n\nThe layers are at their identity, where they compute what the layers did that they stand '
             f"for: on a fixed input the logits are the base's with a relative error of {error:.1e}. The figures of the "
             'base are as published, and were not measured again with them. The layers are there to be trained.')
     elif config.metrics:

@@ -30,8 +30,9 @@ from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = [
-    'DCN', 'DCN_FADC', 'FADC', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_name', 'architecture_of',
-    'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of', 'list_architectures']
+    'DCN', 'DCN_FADC', 'FADC', 'FADC_ATTENTION', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_name',
+    'architecture_of', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of',
+    'list_architectures']
 
 StateDict = Dict[str, Tensor]
 
@@ -85,6 +86,12 @@ FADC = Variant(
     effect='layers that predict their dilation at every position',
     tags=('fadc', 'dilated-convolution'),
     papers=(_FADC_PAPER,),
+)
+# The same in neighbourhood attention, which has no taps to dilate.
+FADC_ATTENTION = FADC._replace(
+    name="FADC's Frequency Selection (FreqSelect)",
+    effect='layers that weigh the frequency bands of their input at every position',
+    tags=('fadc', 'neighborhood-attention'),
 )
 DCN = Variant(
     suffix='_dcn',

@@ -12,7 +12,7 @@ from torch import nn
 from ..layers import FADNeighborhoodAttention
 from ..layers.neighborhood_attention import ATTENTION_OPTIONS
 from ._adapt import LoadsBase, adapt_checkpoint
-from ._family import FADC, Family, StateDict, derive_default_cfgs, derive_entrypoints
+from ._family import FADC_ATTENTION, Family, StateDict, derive_default_cfgs, derive_entrypoints
 from .dinat import DiNAT
 from .dinat import checkpoint_filter_fn as base_filter_fn
 
@@ -52,11 +52,7 @@ _family = Family(
     feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
     place='in the neighbourhood attention',
     citation=_CITATION,
-    variants=(FADC._replace(
-        name="FADC's Frequency Selection (FreqSelect)",
-        effect='layers that weigh the frequency bands of their input at every position',
-        tags=('fadc', 'neighborhood-attention'),
-    ),),
+    variants=(FADC_ATTENTION,),
     options=ATTENTION_OPTIONS,
     owner='Our',
 )
