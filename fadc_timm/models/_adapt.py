@@ -56,7 +56,7 @@ def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages
     for name, part in _PARTS.items():
         here = {layer for layer, p in extra if p == name} - plain_here
         there = {layer for layer, p in lacking if p == name} - plain_there
-        if here and all(getattr(own[layer], name) is None for layer in here):
+        if here and all(getattr(own[layer], name, None) is None for layer in here):
             what = f'The weights have {part.title}, and the model was created without it'
         elif there and not here:
             what = f'The model has {part.title}, which the weights lack in part or as a whole'

@@ -11,6 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from fadc_timm.layers import NeighborhoodAttention
+from fadc_timm.models.cost import model_cost
 from fadc_timm.models.dinat import DiNAT
 from tests.support.backbones import photos
 from tests.support.cases import error
@@ -67,15 +68,22 @@ def test_checkpoint_files(tmp_path):
 
 
 @pytest.mark.parametrize('architecture, params, gmacs', [
-    ('nat_mini', 20.0, 2.7), ('nat_tiny', 27.9, 4.3), ('nat_small', 50.7, 7.8), ('nat_base', 89.8, 13.7),
-    ('dinat_mini', 20.0, 2.7), ('dinat_tiny', 27.9, 4.3), ('dinat_small', 50.7, 7.8), ('dinat_base', 89.8, 13.7),
-    ('dinat_large', 200.9, 30.6), ('dinat_large_384', 200.9, 89.7), ('dinat_large_k11_384', 201.1, 92.4)])
+    ('nat_mini', 20.0, 2.7), ('dinat_mini', 20.0, 2.7), ('dinat_large_k11_384', 201.1, 92.4),
+    *(pytest.param(*size, marks=pytest.mark.sweep) for size in (
+        ('nat_tiny', 27.9, 4.3), ('nat_small', 50.7, 7.8), ('nat_base', 89.8, 13.7), ('dinat_tiny', 27.9, 4.3),
+        ('dinat_small', 50.7, 7.8), ('dinat_base', 89.8, 13.7), ('dinat_large', 200.9, 30.6),
+        ('dinat_large_384', 200.9, 89.7)))])
 def test_sizes(architecture, params, gmacs):
-    """Parameters in millions and 1e9 multiply-adds as the authors give them; the authors' weights by their tags."""
-    from fadc_timm.models.cost import model_cost
-    cfg = get_pretrained_cfg(architecture)
-    cost = model_cost(architecture, 1000, cfg.input_size)
+    """Parameters in millions and 1e9 multiply-adds as the authors give them."""
+    cost = model_cost(architecture, 1000, get_pretrained_cfg(architecture).input_size)
     assert cost.params == pytest.approx(params, abs=0.15) and cost.gmacs == pytest.approx(gmacs, rel=0.02)
+
+
+@pytest.mark.parametrize('architecture', [n for n in timm.list_models(module='dinat') if n != 'test_dinat'])
+def test_weights(architecture):
+    """The authors' own, by their tags, also of the FADC model."""
+    cfg = get_pretrained_cfg(architecture)
+    assert get_pretrained_cfg(f'{architecture}_fadc.{cfg.tag}').hf_hub_id == cfg.hf_hub_id
     assert cfg.hf_hub_id.startswith('shi-labs/') and cfg.license == 'mit' and cfg.num_classes == 1000
     assert cfg.hf_hub_id.endswith(str(cfg.input_size[-1])) and str(cfg.input_size[-1]) in cfg.tag
 

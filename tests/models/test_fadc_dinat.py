@@ -11,7 +11,7 @@ from fadc_timm.models.lift import NothingToLift
 from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d
 from tests.support.backbones import photos
 from tests.support.cases import error
-from tests.support.dinat_cases import close, create
+from tests.support.dinat_cases import close, create, load
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -78,7 +78,7 @@ def test_gradients():
     """Of everything that FADC adds, and of the input, by differences."""
     layer = make_layer(kernel_decompose='both')
     x = torch.randn(1, 4, 7, 16, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(layer, x)
+    torch.autograd.gradcheck(layer, x, fast_mode=True)
     layer(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
 
@@ -178,6 +178,19 @@ def test_loads_the_base():
     del state['stages.1.blocks.0.attn.freq_select.conv.bias']
     with pytest.raises(RuntimeError, match='FreqSelect.*see the option freq_select'):
         timm.create_model('test_dinat_fadc', pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
+
+
+def test_convert(tmp_path):
+    """`fadc-timm convert` takes a checkpoint in the names of transformers, and says where each tensor came from."""
+    from fadc_timm.checkpoints.convert import convert, read_checkpoint
+    config, state, tensors = load('mini')
+    torch.save(state, tmp_path / 'dinat.bin')
+    converted = convert(read_checkpoint(tmp_path / 'dinat.bin'), 'dinat_mini_fadc', config)
+    assert close(converted.model(tensors['io.x']), tensors['io.logits']) and not converted.left
+    attention = 'dinat.encoder.levels.1.layers.0.attention.self'
+    assert converted.taken['stages.1.blocks.0.attn.qkv.weight'] == [
+        f'{attention}.{part}.weight' for part in ('key', 'query', 'value')]
+    assert all('.freq_select.' in key for key in converted.added)
 
 
 def test_init_weights():
