@@ -145,9 +145,13 @@ class NeighborhoodAttention(nn.Module):
 
     def _heads(self, qkv: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Projections (B, H, W, 3*C) as queries, keys and values (B, heads, H, W, c)."""
-        b, h, w = qkv.shape[0], qkv.shape[1], qkv.shape[2]
-        parts = qkv.reshape(b, h, w, 3, self.num_heads, -1).permute(3, 0, 4, 1, 2, 5)
-        return parts[0], parts[1], parts[2]
+        # the gradient of chunks is one concatenation in the layout of qkv
+        parts = qkv.chunk(3, dim=-1)
+        return self._into_heads(parts[0]), self._into_heads(parts[1]), self._into_heads(parts[2])
+
+    def _into_heads(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to a view (B, heads, H, W, c)."""
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, -1).permute(0, 3, 1, 2, 4)
 
     def _from_heads(self, x: Tensor) -> Tensor:
         """(B, heads, H, W, c) to (B, H, W, C)."""
