@@ -62,6 +62,7 @@ def test_timm_backbone(name):
 LAST = dict(fadc_stages=(False, False, False, True), num_classes=3)
 
 
+@pytest.mark.sweep  # symbolic sizes: half a minute
 @needs_dynamo
 @torch.no_grad()
 def test_export():
@@ -75,8 +76,9 @@ def test_export():
         assert error(program(x), model(x)) < 1e-5
 
 
+@pytest.mark.sweep
 @needs_dynamo
-@pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize('training', [False, True])
 def test_compile(training):
     """One graph for all batches and sizes."""
     model = off_identity(timm.create_model('test_dinat_fadc', drop_path_rate=0., **LAST), 0.3).train(training)
