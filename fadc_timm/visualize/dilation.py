@@ -303,7 +303,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
             mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
             label, extend = 'dilation, pixels of the layer\'s input map', 'both'
         elif s.taps.attends:
-            ax = panel(column, head, f'{s.name}: neighbours, stride {s.stride}', f'{s.taps.layer}, six positions')
+            ax = panel(column, head, f'{s.name}: neighbours, stride {s.stride}', f'{s.taps.layer}, of two positions')
             ax.imshow(grey, cmap='gray', vmin=-0.3, vmax=1.3, extent=extent)
             mapped = draw_taps(ax, s.taps, photo.shape[1], photo.shape[0])
             label, extend = 'attention weight, times the number of neighbours', 'max'

@@ -196,7 +196,8 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
     width = len(spectra) * column - gap
     lines = wrapped(note, 10.5, width)
     head = 0.8 + 0.2 * max(1, len(lines))
-    fig_w, fig_h = width + 2 * margin, head + 2 * block
+    has_kernels = any(s.kernel is not None for s in spectra)
+    fig_w, fig_h = width + 2 * margin, head + (2 if has_kernels else 1) * block
     fig = Figure((fig_w, fig_h), dpi=128, facecolor='white')
     FigureCanvasAgg(fig)
 
@@ -271,7 +272,8 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
         draw(x, y + caption, s, s.features, s.selected, ('input', 'after FreqSelect'), False)
         y += block
         if s.kernel is None:
-            write(x, y + 0.12, f'{s.name} is an attention, without a kernel', 9.5)
+            if has_kernels:
+                write(x, y + 0.12, f'{s.name} is an attention, without a kernel', 9.5)
             continue
         name = f'{s.name}: kernels'
         write(x, y + 0.12, name, fitted(11.5, name, column - gap, bold=True), INK, 'bold')

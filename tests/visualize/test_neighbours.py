@@ -48,8 +48,11 @@ def test_picture():
         'stages.1.blocks.0.attn', 'stages.2.blocks.1.attn', 'stages.3.blocks.0.attn']
     assert stages[1].dilation_range == (1, 2) and all(len(s.weights) == 3 for s in stages)
     assert not visualize.all_constant(stages) and 'offsets' not in visualize.table(stages)
+    taps = stages[1].taps  # of a map of 6 x 8 pixels the positions (3, 2) and (3, 6), with rows and columns 2 apart
+    np.testing.assert_allclose(taps.rest[:, 4] * (8, 6) - 0.5, [[2, 3], [6, 3]])
+    np.testing.assert_allclose(taps.taps[0] * (8, 6) - 0.5, [[x, y] for y in (1, 3, 5) for x in (0, 2, 4)], atol=1e-5)
     fig = visualize.figure(Image.new('RGB', (128, 96)), stages)
-    drawn = [c for ax in fig.axes for c in ax.collections if c.get_array() is not None and c.get_array().size == 54]
+    drawn = [c for ax in fig.axes for c in ax.collections if c.get_array() is not None and c.get_array().size == 18]
     for stage, dots in zip(stages, drawn, strict=True):
         np.testing.assert_allclose(dots.get_array(), stage.taps.mask.reshape(-1))
     fresh = timm.create_model('test_dinat_fadc')
