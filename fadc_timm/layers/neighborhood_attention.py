@@ -112,8 +112,8 @@ class NeighborhoodAttention(nn.Module):
             # softmax sums to one over the window, so the low part of its weights is uniform
             mean = window_means(
                 self._from_heads(v), [self.kernel_size, self.kernel_size], [self.dilation[0], self.dilation[1]])
-            low = torch.ones_like(high) if low is None and high is not None else low  # type: ignore[arg-type]
-            high = torch.ones_like(low) if high is None and low is not None else high  # type: ignore[arg-type]
+            low = torch.ones_like(high) if low is None and high is not None else low
+            high = torch.ones_like(low) if high is None and low is not None else high
             assert low is not None and high is not None
             y = y * high[:, None, None].to(y.dtype) + mean * (low - high)[:, None, None].to(y.dtype)
         if y.shape[1] != h or y.shape[2] != w:

@@ -231,13 +231,13 @@ class DiNAT(nn.Module):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}.')
         if len(num_heads) != len(depths):
             raise ValueError(f'num_heads must have one number for each of {len(depths)} stages, got {num_heads!r}.')
-        act_layer = get_act_layer(act_layer)
+        activation: Any = get_act_layer(act_layer)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.feature_info: List[Dict[str, Any]] = []
         self.patch_embed = ConvStem(in_chans, embed_dim, **dd)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         dim, reduction, wider = embed_dim, 4, 1
         for i, (depth, heads, spacings) in enumerate(zip(depths, num_heads, _per_block(dilations, depths))):
@@ -249,7 +249,7 @@ class DiNAT(nn.Module):
             stages.append(DiNATStage(downsample, [
                 DiNATBlock(
                     dim, heads, kernel_size, spacings[j] * wider, mlp_ratio, qkv_bias, proj_drop_rate, attn_drop_rate,
-                    drop_paths[i][j], layer_scale_init_value, act_layer, **dd)
+                    drop_paths[i][j], layer_scale_init_value, activation, **dd)
                 for j in range(depth)]))
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
@@ -272,7 +272,7 @@ class DiNAT(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
             elif needs_reset and hasattr(m, 'reset_parameters'):
-                m.reset_parameters()
+                m.reset_parameters()  # type: ignore[operator]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -294,7 +294,7 @@ class DiNAT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks again in the backward pass, or keep what they computed."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -374,7 +374,7 @@ class DiNAT(nn.Module):
         is_cut = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
         if prune_norm or is_cut:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity()  # type: ignore[assignment]
         if is_cut:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or is_cut:
