@@ -309,7 +309,9 @@ class DiNAT(nn.Module):
             global_pool: Global pooling, None for that of today.
         """
         self.num_classes = num_classes
+        own = next(self.parameters())
         self.head.reset(num_classes, global_pool)
+        self.head.to(device=own.device, dtype=own.dtype)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -150,6 +150,9 @@ def test_classifier():
     model.reset_classifier(5, 'avg')
     assert model(x).shape == (6, 5) and model.num_classes == 5
     assert timm.create_model('test_dinat', global_pool='fast', num_classes=3)(photos()).shape == (6, 3)
+    model.double().reset_classifier(0)
+    model.reset_classifier(4)
+    assert model(x.double()).dtype == torch.float64
 
 
 def test_training():
