@@ -64,9 +64,9 @@ def segments(length: int, kernel_size: int, dilation: int, side: int) -> Tuple[S
     return tuple(out)
 
 
-# What a tile costs on a CPU, in multiples of one score: a query with a key, from its product to its part in the sum;
-# a key that is copied; the tile itself. A pair of segments costs some calls of torch.
-_SCORE, _KEY, _TILE, _PAIR = 1., 4., 50., 20_000.
+# What a tile of one head costs on a CPU, in multiples of one score: a query with a key, from its product to its part in
+# the sum; a key that is copied; the tile itself. A pair of segments costs some calls of torch, whatever is in it.
+_SCORE, _KEY, _TILE, _PAIR = 1., 4., 200., 25_000.
 
 # Sides that are tried.
 _SIDES = range(2, 17)
@@ -94,13 +94,18 @@ def _counts(length: int, kernel_size: int, dilation: int) -> Tuple[_Counts, ...]
 
 
 @lru_cache(maxsize=1024)
-def tile_sides(size: Tuple[int, int], kernel_size: Tuple[int, int], dilation: Tuple[int, int]) -> Tuple[int, int]:
-    """Rows and columns of the tiles of a map of a size (H, W) that cost the least."""
+def tile_sides(
+        size: Tuple[int, int],
+        kernel_size: Tuple[int, int],
+        dilation: Tuple[int, int],
+        heads: int,
+) -> Tuple[int, int]:
+    """Rows and columns of the tiles that cost the least, for maps of a size (H, W) and so many heads of all samples."""
     rows, cols = (_counts(n, k, d) for n, k, d in zip(size, kernel_size, dilation))
 
     def cost(sides: Tuple[int, int]) -> float:
         a, b = rows[sides[0] - _SIDES[0]], cols[sides[1] - _SIDES[0]]
-        return (_SCORE * a.scores * b.scores + _KEY * a.keys * b.keys + _TILE * a.tiles * b.tiles
-                + _PAIR * a.segments * b.segments)
+        of_head = _SCORE * a.scores * b.scores + _KEY * a.keys * b.keys + _TILE * a.tiles * b.tiles
+        return heads * of_head + _PAIR * a.segments * b.segments
 
     return min(((a, b) for a in _SIDES for b in _SIDES), key=cost)

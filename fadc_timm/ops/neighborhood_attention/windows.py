@@ -136,7 +136,7 @@ class _Plan:
         self.dtype = q.dtype if q.device.type == 'cuda' else accumulation_dtype(q.dtype)
         self.scale = self.c ** -0.5
         self.workspace = (_GPU_BYTES if q.device.type == 'cuda' else _CPU_BYTES) // self.dtype.itemsize
-        sides = tile_sides((h, w), self.kernel_size, self.dilation)
+        sides = tile_sides((h, w), self.kernel_size, self.dilation, self.b * self.heads)
         rows, cols = (segments(n, k, d, side) for n, k, d, side in zip(
             (h, w), self.kernel_size, self.dilation, sides, strict=True))
         self.pairs = [_Pair(self, r, c) for r in rows for c in cols]
