@@ -65,8 +65,8 @@ def defined(case):
     return tensors, run(tensors, kernel_size, dilation, 'reference')
 
 
-# largest error measured, outputs and gradients: 1.1e-15, 6.2e-7
-TOLERANCES = {torch.float64: 5e-15, torch.float32: 3e-6}
+# largest error measured, outputs and gradients: 6.6e-16, 2.9e-7
+TOLERANCES = {torch.float64: 3e-15, torch.float32: 1.5e-6}
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
@@ -157,13 +157,14 @@ def test_memory(monkeypatch):
 
 
 @pytest.mark.parametrize('backend', TILED)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)], ids=str)
+# largest error measured, on all cases: 6.1e-3, 6.3e-4
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)], ids=str)
 def test_half_precision(dtype, tolerance, backend):
     """Computed in float32 and rounded once; under autocast likewise."""
     tensors = make_inputs((12, 11), 5, dtype=dtype)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = run(exact, 5, 2, 'reference')
-    check(run(tensors, 5, 2, backend), expected, tolerance)  # 1.9e-3, 2.5e-4
+    check(run(tensors, 5, 2, backend), expected, tolerance)
     if dtype == torch.bfloat16:
         with torch.autocast('cpu', dtype):
             y = neighborhood_attention2d(*(t.float() for t in tensors[:3]), 5, 2, tensors[3].float(), backend)
