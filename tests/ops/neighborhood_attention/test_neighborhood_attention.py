@@ -225,7 +225,7 @@ def test_compile_any_size():
     torch.compiler.reset()
     counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(neighborhood_attention2d, fullgraph=True, dynamic=True, backend=counter)
-    for size in ((20, 24), (13, 18), (16, 33)):
+    for size in ((20, 26), (13, 18), (16, 33)):  # no stride of the projection, 24, which torch would tie to it
         tensors = make_inputs(size, 5)
         y = compiled(*tensors[:3], 5, (2, 1), tensors[3])
         assert error(y, neighborhood_attention2d(*tensors[:3], 5, (2, 1), tensors[3])) < 5e-15
