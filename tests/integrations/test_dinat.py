@@ -16,7 +16,8 @@ NAMES = ('test_dinat', 'test_dinat_fadc')
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'UPerNet', 'DeepLabV3Plus'])
+@pytest.mark.parametrize('decoder', [
+    'UPerNet', 'Unet', *(pytest.param(d, marks=pytest.mark.sweep) for d in ('FPN', 'DeepLabV3Plus'))])
 def test_segmentation_models(decoder, name, tmp_path):
     smp = pytest.importorskip('segmentation_models_pytorch')
     model = getattr(smp, decoder)(f'tu-{name}', encoder_weights=None, classes=5)
