@@ -35,12 +35,12 @@ from scripts.bench.measure import Clock, interleave, peak_memory
 from scripts.results import RESULTS, commit, device_name, quartiles, write_csv
 from scripts.segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
 from scripts.segmentation.data import open_data
-from scripts.segmentation.engine import Objective
 from scripts.segmentation.model import Auxiliary
-from scripts.segmentation.optimizer import rate_groups
 from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, read, segmentation
 from scripts.segmentation.train import config_of, network_of
 from scripts.segmentation.train import parse_args as parse_training
+from scripts.training.engine import Objective
+from scripts.training.optimizer import rate_groups
 
 TRAIN = 'scripts.segmentation.train'
 COLUMNS = (

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of
-from scripts.segmentation.variants import apply_variant
-from scripts.segmentation.weights import find_init, load_backbone
+from scripts.training.variants import apply_variant
+from scripts.training.weights import find_init, load_backbone
 
 # Argument for the width of each decoder.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -29,19 +29,19 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from fadc_timm._writing import write_atomically
-from scripts.segmentation.batches import Samples
 from scripts.segmentation.check import SPLITS, check_data
-from scripts.segmentation.checkpoint import Log, load_checkpoint, read_state
 from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
-from scripts.segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
 from scripts.segmentation.evaluation import evaluate
 from scripts.segmentation.layouts import folder as folder_layout
 from scripts.segmentation.metrics import table
 from scripts.segmentation.model import Auxiliary, Built, build, import_smp, split_name
-from scripts.segmentation.run_folder import Interrupted, owned
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
-from scripts.segmentation.variants import VARIANTS, added_keys
-from scripts.segmentation.weights import normalisation_of
+from scripts.training.batches import Samples
+from scripts.training.checkpoint import Log, load_checkpoint, read_state
+from scripts.training.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
+from scripts.training.run_folder import Interrupted, owned
+from scripts.training.variants import VARIANTS, added_keys
+from scripts.training.weights import normalisation_of
 
 # Options that decide how a network is built, and what it sees: kept in the checkpoint.
 NETWORK = ('backbone', 'variant', 'decoder', 'decoder_channels', 'output_stride', 'init', 'fadc', 'freq_select_stages',

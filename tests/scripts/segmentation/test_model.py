@@ -4,8 +4,8 @@ import timm
 import torch
 
 import fadc_timm
-from scripts.segmentation.variants import VARIANTS, apply_variant
-from scripts.segmentation.weights import Initial, load_backbone
+from scripts.training.variants import VARIANTS, apply_variant
+from scripts.training.weights import Initial, load_backbone
 from tests.support.segmentation_cases import BACKBONES, awake, backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -100,7 +100,7 @@ def test_init(tmp_path):
     ('fadc', 'test_resnet_fadc'), ('plain', 'test_resnet'), ('adadr', 'test_resnet'), ('dcnv2', 'test_resnet')])
 def test_default(variant, name):
     """`default` is the tag that `pretrained=True` takes."""
-    from scripts.segmentation.weights import find_init
+    from scripts.training.weights import find_init
     cfg = timm.get_pretrained_cfg(name)
     assert find_init('test_resnet', 'default', variant, {}).source == f'{name}.{cfg.tag}'
 
@@ -112,7 +112,7 @@ def test_default_weights():
 
 
 def test_default_of_every_architecture():
-    from scripts.segmentation.weights import find_init
+    from scripts.training.weights import find_init
     for name in timm.list_models('*_fadc'):
         cfg, base = timm.get_pretrained_cfg(name), name.removesuffix('_fadc')
         if cfg.has_weights:
@@ -121,7 +121,7 @@ def test_default_of_every_architecture():
 
 def test_normalisation(tmp_path):
     """Images are normalised as for the tag's weights, which may differ from those of the architecture's default."""
-    from scripts.segmentation.weights import normalisation_of
+    from scripts.training.weights import normalisation_of
     names = [f'convnext_base{tag}' for tag in ('', '.clip_laion2b_augreg_ft_in1k')]
     default, clip = ((list(cfg.mean), list(cfg.std)) for cfg in map(timm.get_pretrained_cfg, names))
     assert default != clip
@@ -150,7 +150,7 @@ def test_normalisation_is_kept():
 def test_downloads_come_last(kwargs, message, monkeypatch):
     """What is wrong with the network is said before its weights are downloaded."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     monkeypatch.setattr(weights, '_download', lambda name: pytest.fail('downloaded'))
     with pytest.raises((TypeError, ValueError), match=message):
         build('test_resnet_fadc', 5, init='default', **kwargs)
@@ -161,7 +161,7 @@ def test_downloads_come_last(kwargs, message, monkeypatch):
 def test_init_official(tmp_path):
     """A checkpoint of the authors' is that of an FADC model padded as theirs are."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     full = timm.create_model('test_resnet_fadc', num_classes=0, padding_mode='replicate')
     called = {}
 

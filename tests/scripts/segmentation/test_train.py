@@ -14,9 +14,9 @@ from torch import nn
 
 import fadc_timm
 import fadc_timm.losses
-from scripts.segmentation.batches import Samples
-from scripts.segmentation.engine import Objective, Recipe, World, train
-from scripts.segmentation.variants import apply_variant
+from scripts.training.batches import Samples
+from scripts.training.engine import Objective, Recipe, World, train
+from scripts.training.variants import apply_variant
 from tests.support.processes import torchrun
 from tests.support.segmentation_cases import Pictures, backbone, transform
 
@@ -145,7 +145,7 @@ def main(*args):
 WORKER = '''
 import os, signal, sys
 from scripts.segmentation import train as train_segmentation
-from scripts.segmentation import checkpoint
+from scripts.training import checkpoint
 save = checkpoint.torch.save
 def save_half(state, part):
     save(state, part)
@@ -224,7 +224,7 @@ def test_two_processes(folder, worker, tmp_path):
 # the script with signals sent to it: those of `SIGNALS`, at the step after which the log has so many rows
 SIGNALLED = '''
 import os, signal, sys
-from scripts.segmentation import checkpoint
+from scripts.training import checkpoint
 from scripts.segmentation import train as train_segmentation
 add = checkpoint.Log.add
 def add_and_signal(self, row):
@@ -268,11 +268,11 @@ def test_ctrl_c_in_two_processes(folder, tmp_path):
 
 def test_one_run_per_output(folder, tmp_path, capsys):
     """While another process owns the folder, a run is refused, and leaves its files alone."""
-    from scripts.segmentation.run_folder import LOCK
+    from scripts.training.run_folder import LOCK
     code = f"""
 import sys
 from pathlib import Path
-from scripts.segmentation.run_folder import owned
+from scripts.training.run_folder import owned
 with owned(Path({str(tmp_path / 'out')!r})):
     print('owns', flush=True)
     sys.stdin.read()
@@ -290,7 +290,7 @@ with owned(Path({str(tmp_path / 'out')!r})):
 def test_data_are_checked_first(folder, tmp_path, capsys, monkeypatch):
     """A wrong validation mask is found before weights are downloaded and a step is trained; --check-data alone too."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     downloads = []
     monkeypatch.setattr(weights, '_download', lambda name: downloads.append(name) or {})
     args = [*OPTIONS, '--root', folder, '--init', 'default', '--output', tmp_path / 'out']

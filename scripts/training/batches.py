@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scripts.segmentation.pairs import Split
-from scripts.segmentation.run_folder import leave_to_parent
+from scripts.training.run_folder import leave_to_parent
 
 # what the random numbers are for
 _ORDER, _TRANSFORM, _STEP = 0, 1, 2

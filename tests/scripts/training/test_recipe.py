@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.segmentation.batches import Samples, step_batches
-from scripts.segmentation.engine import Recipe
-from scripts.segmentation.optimizer import poly_schedule, rate_groups
-from scripts.segmentation.variants import added_keys, apply_variant
+from scripts.training.batches import Samples, step_batches
+from scripts.training.engine import Recipe
+from scripts.training.optimizer import poly_schedule, rate_groups
+from scripts.training.variants import added_keys, apply_variant
 from tests.support.segmentation_cases import Pictures, backbone, transform
 
 pytestmark = pytest.mark.usefixtures('one_thread')

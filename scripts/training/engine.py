@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from fadc_timm import AdaDR
 from fadc_timm.losses import dilation_frequency_loss, record_dilations
-from scripts.segmentation.batches import Samples, seed_of, step_batches
-from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
-from scripts.segmentation.optimizer import poly_schedule, rate_groups
 from scripts.segmentation.pairs import IGNORE
-from scripts.segmentation.run_folder import Interrupted, Interruption
+from scripts.training.batches import Samples, seed_of, step_batches
+from scripts.training.checkpoint import Log, load_checkpoint, save_checkpoint
+from scripts.training.optimizer import poly_schedule, rate_groups
+from scripts.training.run_folder import Interrupted, Interruption
 
 AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'seconds')

@@ -12,7 +12,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 from fadc_timm.checkpoints import RELEASES, convert, read_checkpoint
-from scripts.segmentation.variants import added_keys
+from scripts.training.variants import added_keys
 
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar')
 

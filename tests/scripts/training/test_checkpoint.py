@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
-from scripts.segmentation import checkpoint as files
-from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
+from scripts.training import checkpoint as files
+from scripts.training.checkpoint import Log, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
