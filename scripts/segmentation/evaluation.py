@@ -9,7 +9,7 @@ from torch import nn
 from scripts.segmentation.metrics import ConfusionMatrix, scores
 from scripts.segmentation.pictures import write_prediction
 from scripts.segmentation.slide import predictions
-from scripts.training.engine import World
+from scripts.training.world import World
 
 
 def evaluate(

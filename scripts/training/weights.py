@@ -115,6 +115,21 @@ def find_init(base: str, init: str, variant: str, options: dict[str, Any]) -> In
     return initial
 
 
+def options_for(base: str, init: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of FADConv2d that initial weights want, under those that are given: what --eval builds without weights.
+
+    Args:
+        base: Plain backbone.
+        init: What `--init` names.
+        variant: Variant of the backbone.
+        options: Options that are given.
+
+    Raises:
+        As `find_init`, for a file.
+    """
+    return {**find_init(base, init, variant, options).options, **options} if init and _is_file(init) else options
+
+
 def load_backbone(net: nn.Module, initial: Initial) -> str:
     """Load weights into timm's feature network.
 

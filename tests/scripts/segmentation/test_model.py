@@ -135,17 +135,17 @@ def test_normalisation(tmp_path):
 def test_normalisation_is_kept():
     """--eval, which loads no initial weights, normalises as the training did."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation.train import config_of, parse_args
+    from scripts.segmentation.train import parse_args, recipe_of
     args = ['--output', 'x', '--backbone', 'convnext_base_fadc', '--init', 'clip_laion2b_augreg_ft_in1k']
     cfg = timm.get_pretrained_cfg('convnext_base.clip_laion2b_augreg_ft_in1k')
-    config = config_of(parse_args(args))[1]
+    config = recipe_of(parse_args(args))[1]
     assert (config['mean'], config['std']) == (list(cfg.mean), list(cfg.std))
-    config = config_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
+    config = recipe_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
     assert (config['mean'], config['std']) == ([0, 0.5, 1], list(cfg.std))
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(decoder='other'), 'Wrong architecture type'), (dict(fadc={'bandz': 3}), 'bandz'),
+    (dict(decoder='other'), 'There is no decoder'), (dict(fadc={'bandz': 3}), 'bandz'),
     (dict(freq_select_stages=[1]), 'freq_select_stages must be'), (dict(backbone_args={'other': 1}), 'other')])
 def test_downloads_come_last(kwargs, message, monkeypatch):
     """What is wrong with the network is said before its weights are downloaded."""
@@ -177,13 +177,20 @@ def test_init_official(tmp_path):
     layers = [m for m in built.model.modules() if isinstance(m, fadc_timm.FADConv2d)]
     assert {m.padding_mode for m in layers} == {'replicate'} and {m.ada_dr.dilation_act for m in layers} == {'relu'}
     assert torch.equal(built.model.encoder.model.layer2[0].conv1.weight, full.layer2[0].conv1.weight)
+    # --eval, which loads no initial weights, builds the same layers
+    from scripts.segmentation.train import parse_args, recipe_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, 'convert', convert)
+        args = ['--backbone', 'test_resnet_fadc', '--init', str(tmp_path / 'theirs.pth'), '--output', 'x']
+        config = recipe_of(parse_args([*args, '--fadc', 'eps=0.1']))[1]
+    assert config['fadc'] == {'padding_mode': 'replicate', 'dilation_act': 'abs', 'eps': 0.1}
 
 
 @pytest.mark.parametrize('args, kwargs, message', [
     (('resnet51', 5), {}, "timm has no model 'resnet51'"),
     (('resnet18.a1_in1k', 5), {}, 'give --backbone resnet18 --init a1_in1k'),
     (('resnet18_fadc', 5, 'dcnv2'), {}, 'resnet18_fadc is the variant fadc: give --backbone resnet18'),
-    (('test_resnet', 5), dict(decoder='other'), 'Wrong architecture type `other`'),
+    (('test_resnet', 5), dict(decoder='other'), "There is no decoder 'other': the decoders are"),
     (('test_resnet', 5), dict(decoder='linknet', decoder_channels=8), "decoder_channels is for .*, not for 'linknet'"),
 ])
 def test_build_errors(args, kwargs, message):

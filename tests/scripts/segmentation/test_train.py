@@ -14,9 +14,11 @@ from torch import nn
 
 import fadc_timm
 import fadc_timm.losses
+from scripts.segmentation.recipe import Objective, Recipe
 from scripts.training.batches import Samples
-from scripts.training.engine import Objective, Recipe, World, train
+from scripts.training.engine import train
 from scripts.training.variants import apply_variant
+from scripts.training.world import World
 from tests.support.processes import torchrun
 from tests.support.segmentation_cases import Pictures, backbone, transform
 
@@ -368,12 +370,22 @@ def test_errors_come_before_the_data(args, message, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('args, message', [
+    (['--decoder', 'other'], "There is no decoder 'other': the decoders are"),
+    (['--freq-select-stages', '1'], 'freq_select_stages must be among 2, 3 and 4')])
+def test_wrong_options_come_before_wrong_data(args, message, folder, tmp_path, capsys):
+    """An option that the network refuses is named before the files are read."""
+    (folder / 'val' / 'masks' / '1.png').write_bytes(b'')
+    assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'out', *args) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 def test_warmup_of_short_runs():
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation.train import config_of, parse_args
+    from scripts.segmentation.train import parse_args, recipe_of
     for steps, given, warmup in ((160_000, [], 1500), (4000, [], 400), (10, [], 1), (5, [], 0), (10, ['7'], 7)):
         args = parse_args(['--output', 'x', '--steps', str(steps), *(['--warmup', *given] if given else [])])
-        recipe = config_of(args)[0]
+        recipe = recipe_of(args)[0]
         assert recipe.warmup == warmup
         recipe.check()
 

@@ -45,7 +45,7 @@ def test_checkpoint_errors(tmp_path):
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint'):
         load_checkpoint(path, {})
     torch.save([1], path)
-    with pytest.raises(RuntimeError, match='is no checkpoint of segmentation.train'):
+    with pytest.raises(RuntimeError, match='is no checkpoint of a training script'):
         load_checkpoint(path, {})
 
 

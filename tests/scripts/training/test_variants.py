@@ -8,8 +8,7 @@ from torch import nn
 
 import fadc_timm
 from fadc_timm.models.cost import module_cost
-from scripts.segmentation.model import split_name
-from scripts.training.variants import VARIANTS, added_keys, apply_variant
+from scripts.training.variants import VARIANTS, added_keys, apply_variant, split_name
 from tests.support.segmentation_cases import BACKBONES, backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
