@@ -44,6 +44,7 @@ from scripts.training.command_line import (
     config_of,
     exit_status,
     refuse_unread,
+    try_network,
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
@@ -202,7 +203,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     import_smp()
     data = open_data(args.data, args.root, args.mask_values, args.ignore_values)
     config['classes'] = list(data.classes)
-    network_of({**config, 'init': ''}, len(data.classes))  # a wrong option is named before the data are read
+    try_network(lambda: network_of({**config, 'init': ''}, len(data.classes)))
     transform = TrainTransform(
         args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric,
         config['mean'], config['std'], data.fit)

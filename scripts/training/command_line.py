@@ -107,6 +107,18 @@ def config_of(args: argparse.Namespace, recipe: Recipe, names: Collection[str]) 
     return json.loads(json.dumps({**config, **asdict(recipe)}))
 
 
+def try_network(build: Callable[[], object]) -> None:
+    """Build a network for the errors in its options, before the data are read and weights are downloaded.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+    try:
+        build()
+    except TypeError as e:  # of an argument that timm or FADConv2d does not know
+        raise ValueError(f'an option of the network is wrong: {e}') from e
+
+
 def exit_status(script: str, work: Callable[[], object], checkpoint: Path | None) -> int:
     """Do a script's work, and say on stderr what went wrong.
 

@@ -1,5 +1,4 @@
 """scripts.segmentation.train: its losses, training resumed to the bit, and the script itself."""
-import csv
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from scripts.training.variants import apply_variant
 from scripts.training.world import World
 from tests.support.processes import torchrun
 from tests.support.segmentation_cases import Pictures, backbone, transform
+from tests.support.training_cases import losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -53,11 +53,6 @@ def small_run(output, stop_at=0, config=None, batch=transform, **recipe):
     recipe = Recipe(**{**dict(steps=6, batch=2, lr=1e-2, warmup=1, seed=5), **recipe})
     return train(objective, Samples(Pictures(), batch, recipe.seed), recipe, output, config or {'a': 1}, CPU,
                  log_every=2, save_every=3, stop_at=stop_at)
-
-
-def losses(path):
-    with (path / 'log.csv').open(newline='') as file:
-        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize('recipe', [dict(), dict(amp='bfloat16', ema=0.9)], ids=['float32', 'amp_ema'])
@@ -372,7 +367,8 @@ def test_errors_come_before_the_data(args, message, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['--decoder', 'other'], "There is no decoder 'other': the decoders are"),
-    (['--freq-select-stages', '1'], 'freq_select_stages must be among 2, 3 and 4')])
+    (['--freq-select-stages', '1'], 'freq_select_stages must be among 2, 3 and 4'),
+    (['--fadc', 'bandz=3'], 'an option of the network is wrong: lift_model got unknown options bandz')])
 def test_wrong_options_come_before_wrong_data(args, message, folder, tmp_path, capsys):
     """An option that the network refuses is named before the files are read."""
     (folder / 'val' / 'masks' / '1.png').write_bytes(b'')
