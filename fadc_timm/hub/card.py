@@ -58,6 +58,7 @@ class HubConfig(NamedTuple):
     expected_logits: The logits of the fixed input, see :func:`fadc_timm.checkpoints.fixed_logits`; None until the model
         was built once with its weights.
     limits: What a user has to know before relying on it, a sentence or two each.
+    image: The picture of the card's example, a file in `fadc_timm/data`.
     """
     model: str
     repository: str
@@ -69,6 +70,7 @@ class HubConfig(NamedTuple):
     model_args: Dict[str, Any]
     expected_logits: Optional[Tuple[float, ...]]
     limits: Tuple[str, ...] = ()
+    image: str = 'coffee.jpg'
 
 
 class Built(NamedTuple):
@@ -102,7 +104,7 @@ from PIL import Image
 
 import fadc_timm
 
-image = Image.open(Path(fadc_timm.__file__).parent / 'data' / 'coffee.jpg').convert('RGB')  # or any other
+image = Image.open(Path(fadc_timm.__file__).parent / 'data' / '{image}').convert('RGB')  # or any other
 '''
 _TRANSFORM = '''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 '''
@@ -129,7 +131,8 @@ with torch.inference_mode():
 '''
 
 
-def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shapes: Optional[str]) -> str:
+def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shapes: Optional[str],
+          image: str = 'coffee.jpg') -> str:
     """The chapter on the usage, whose code runs as it stands.
 
     Args:
@@ -138,6 +141,7 @@ def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shap
         embedding: Shape of the pooled features, as a text.
         unpooled: Shape of the features before pooling.
         shapes: A comment with the shape of each feature map; None for a network without feature maps.
+        image: The picture, a file in `fadc_timm/data`.
     """
     sections = [('Image Embeddings', _EMBEDDINGS)]
     if shapes is not None:
@@ -145,14 +149,15 @@ def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shap
     if num_classes:
         sections.insert(0, ('Image Classification', _CLASSES))
     values = dict(repository=repository, num_classes=num_classes, top=min(5, num_classes), embedding=embedding,
-                  unpooled=unpooled, shapes=shapes)
+                  unpooled=unpooled, shapes=shapes, image=image)
     text = ('## Model Usage\n\n'
             'The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.\n')
     for i, (title, code) in enumerate(sections):
         code = code.replace('{transform}\n', '\n' if i else f'{_TRANSFORM}\n')
+        code = code if i else f'{_OPEN}\n{code}'
         for name, value in values.items():
             code = code.replace('{' + name + '}', str(value))
-        text += f'\n### {title}\n```python\n{"" if i else _OPEN + chr(10)}{code}```\n'
+        text += f'\n### {title}\n```python\n{code}```\n'
     return text.rstrip()
 
 
@@ -263,7 +268,8 @@ def build_card(config: HubConfig, built: Built) -> str:
         f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         *(['## Limits\n' + '\n'.join(f'- {limit}' for limit in config.limits)] if config.limits else []),
-        usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes),
+        usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes,
+              config.image),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
         citation_chapter(*(paper.citation for paper in variant.papers), family.citation),
     ]) + '\n'

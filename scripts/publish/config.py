@@ -11,6 +11,7 @@ import timm
 import yaml
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+import fadc_timm
 from fadc_timm.hub import Base, HubConfig, Metric
 from fadc_timm.layers.fad_conv import read_options
 
@@ -20,6 +21,7 @@ __all__ = ['ConfigError', 'REDISTRIBUTABLE', 'check_config', 'parse_config', 're
 REDISTRIBUTABLE = frozenset(('apache-2.0', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'mit'))
 
 IDENTITY = 'base weights, identity '
+IMAGES = sorted(path.name for path in (Path(fadc_timm.__file__).parent / 'data').glob('*.jpg'))
 
 
 class ConfigError(ValueError):
@@ -75,6 +77,7 @@ _SCHEMA: dict[str, tuple[Check, str]] = {
     'model_args': _MAPPING,
     'expected_logits': (_optional(_list_of(_number, 1)), 'a list of numbers or null'),
     'limits': (_list_of(_SENTENCE[0]), 'a list of texts'),
+    'image': ((lambda value: isinstance(value, str) and value in IMAGES), f'one of {", ".join(IMAGES)}'),
 }
 _BASE: dict[str, tuple[Check, str]] = {
     'repository': _REPOSITORY,
@@ -124,7 +127,7 @@ def parse_config(text: str, name: str) -> HubConfig:
     except yaml.YAMLError as e:
         raise ConfigError(f'{name}: no YAML: {" ".join(str(e).split())}') from None
     if isinstance(content, dict):
-        content.setdefault('limits', [])  # the one key that may be left out
+        content = {'limits': [], 'image': HubConfig._field_defaults['image'], **content}  # the two that may be left out
     problems = _problems(content, _SCHEMA)
     _refuse(name, problems)
     base, metrics = content['base'], content['metrics']
