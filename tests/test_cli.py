@@ -396,8 +396,3 @@ def test_run_under_torchrun(tmp_path):
                    '-m', 'fadc_timm', 'run', script, '--lr', '1', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sum 3.0 ['--lr', '1']" in done.stdout
-
-
-def test_import_leaves_matplotlib_alone():
-    done = command('-c', 'import sys, fadc_timm.cli, fadc_timm.visualize; print("matplotlib" in sys.modules)')
-    assert done.stdout.strip() == 'False', done.stderr

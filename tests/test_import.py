@@ -27,8 +27,9 @@ def test_modules_are_reachable():
     members = ('checkpoints.convert', 'hub.push_folder', 'layers.FADConv2d', 'load', 'losses.dilation_frequency_loss',
                'official.load_layer', 'ops.adaptive_dilated_conv2d', 'ops.deform_conv2d', 'param_groups', 'save',
                'visualize.collect')
-    out = python(f'import fadc_timm; print({", ".join(f"callable(fadc_timm.{m})" for m in members)})')
-    assert out.split() == ['True'] * len(members)
+    out = python(f'import sys, fadc_timm; print({", ".join(f"callable(fadc_timm.{m})" for m in members)})\n'
+                 'import fadc_timm.cli; print("matplotlib" in sys.modules)')
+    assert out.split() == ['True'] * len(members) + ['False']
     names = {m.partition('.')[0] for m in members}
     assert names <= set(dir(fadc_timm)) and names <= set(fadc_timm.__all__)
 

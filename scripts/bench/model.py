@@ -95,6 +95,10 @@ CASES = (
     Case('resnet50_fadc', 'train', 4, 224, 1.3, compile='yes', eager_target=1.),
     Case('convnext_tiny_fadc', 'inference', 4, 224, 1.6, compile='yes'),
     Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile='yes'),
+    Case('resnet50_dcn', 'inference', 4, 224, 1.5),
+    Case('resnet50_dcn', 'train', 4, 224, 1.7),
+    Case('resnet50_dcn_fadc', 'inference', 4, 224, 1.6),
+    Case('resnet50_dcn_fadc', 'train', 4, 224, 1.8),
     Case('', 'import', target=0.1),
 )
 # and these for an H100 or H200 and half precision.

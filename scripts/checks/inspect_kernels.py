@@ -139,7 +139,8 @@ VARIANTS: tuple[Layer | Bands, ...] = (
     Layer('offsets, depthwise', 2, 24, 24, 9, groups=24, act='none', offsets=True, dtypes=SINGLE),
     Layer('offsets, one pixel', 1, 1, 1, 1, act='none', offsets=True, dtypes=(torch.float64,)),
     Layer('depthwise, one pixel', 1, 2, 2, 1, groups=2, dilation_groups=2, dtypes=(torch.float64,)),
-    Bands('bands, one pixel', 1, 1, 1, 1, dtypes=(torch.float16, torch.bfloat16, torch.float32)),
+    Bands('bands, one pixel', 1, 1, 1, 1, dtypes=HALF),
+    Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
     Bands('bands, one factor', 2, 200, 20, 65, 2, factors=(2,), dtypes=HALF),
 )

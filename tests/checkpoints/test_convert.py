@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from fadc_timm.models._family import fadc_keys
 from tests.support.backbones import LOSSLESS, TINY, create_fadc, photos, trained, with_tag
 from tests.support.cases import error
 from tests.support.official_cases import VECTORS, assert_features, mini_backbone
+from tests.support.processes import forked
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -289,25 +288,26 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
     assert status == 2 and 'is no folder of a model' in err and (VECTORS / 'README.md').exists()
 
 
-KILLED = '''
-import os, signal, sys
-import fadc_timm.checkpoints.folder as folder
-from fadc_timm.cli import main
-save, put, moment = folder.save_file, folder._put, {moment!r}
-def kill(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-def save_half(tensors, path, metadata):
-    save(tensors, path, metadata)
-    os.truncate(path, os.path.getsize(path) // 2)
-    kill()
-if moment == 'half of the weights':
-    folder.save_file = save_half
-elif moment == 'before the exchange':
-    folder._put = kill
-else:
-    folder._put = lambda *args: (put(*args), kill())
-main(['convert', *{args!r}])
-'''
+def dies(moment, args):
+    """Run the command, and die at a moment of its writing."""
+    from fadc_timm.checkpoints import folder
+    save, put = folder.save_file, folder._put
+
+    def kill(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_half(tensors, path, metadata):
+        save(tensors, path, metadata)
+        os.truncate(path, os.path.getsize(path) // 2)
+        kill()
+
+    if moment == 'half of the weights':
+        folder.save_file = save_half
+    elif moment == 'before the exchange':
+        folder._put = kill
+    else:
+        folder._put = lambda *args: (put(*args), kill())
+    main(['convert', *args])
 
 
 @pytest.mark.parametrize('moment', ['half of the weights', 'before the exchange', 'after the exchange'])
@@ -319,10 +319,7 @@ def test_killed(convert, moment, tmp_path):
     torch.save(states[0], source)
     assert convert(*args)[0] == 0
     torch.save(states[1], source)
-    code = KILLED.format(moment=moment, args=args)
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={
-        **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert forked(lambda: dies(moment, args)) == -signal.SIGKILL
     loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
     expected = states[moment == 'after the exchange']
     assert torch.equal(loaded.state_dict()['conv1.0.weight'], expected['conv1.0.weight'])

@@ -43,7 +43,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.sweep] * (name in ('densenet121', 'hrnet_w18_small'))) for name in NETWORKS])
 @torch.no_grad()
 def test_saved_and_loaded(name, tmp_path):
     """The same function, by our call and by timm's, with other classes and as feature maps too."""

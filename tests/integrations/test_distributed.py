@@ -1,4 +1,5 @@
 """Several processes: torchrun with gloo on this machine. SyncBatchNorm in training needs GPUs, its conversion not."""
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,39 +16,42 @@ from tests.support.processes import torchrun
 WORKER = Path(distributed_worker.__file__)
 
 
-def run(task, folder, processes=2, **env):
-    torchrun(WORKER, task, folder, processes=processes, **env)
+@pytest.fixture(scope='module')
+def together(tmp_path_factory):
+    """What two processes computed, in a folder; one start of them for all tasks, as a start takes seconds."""
+    folder = tmp_path_factory.mktemp('together')
+    torchrun(WORKER, folder, 'gradients', 'fsdp', 'resume')
+    return folder
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    for processes in (1, 2):
-        run('gradients', tmp_path, processes)
-    one, two = (torch.load(tmp_path / f'{name}.pt', weights_only=True) for name in ('one', 'two'))
+@functools.cache
+def gradients_of_one():
+    return distributed_worker.gradients(None)
+
+
+def test_two_processes_have_the_gradients_of_one(together):
+    one, two = gradients_of_one(), torch.load(together / 'gradients.pt', weights_only=True)
     assert one.keys() == two.keys() and any('ada_dr' in name for name in one)
     for name, g in one.items():
         assert g is not None and g.norm() > 0, name
         assert error(two[name], g.double()) < 1e-5, name
 
 
-def test_fsdp(tmp_path):
+def test_fsdp(together):
     """FSDP2's step is the step of one process."""
-    run('gradients', tmp_path, 1)
-    run('fsdp', tmp_path)
     expected = build().state_dict()
-    state = torch.load(tmp_path / 'fsdp.pt', weights_only=True)
+    state = torch.load(together / 'fsdp.pt', weights_only=True)
     assert state.keys() == expected.keys()
-    for name, g in torch.load(tmp_path / 'one.pt', weights_only=True).items():
+    for name, g in gradients_of_one().items():
         assert error(state[name], (expected[name] - 0.1 * g).double()) < 1e-6, name
 
 
-def test_killed_worker(tmp_path):
+def test_killed_worker(together, tmp_path):
     """A process is killed, torchrun starts both anew, and the run ends as if nothing had been."""
-    for name, env in (('whole', {}), ('killed', dict(KILL='1'))):
-        (tmp_path / name).mkdir()
-        run('resume', tmp_path / name, **env)
-    assert (tmp_path / 'whole' / 'starts').read_text().splitlines() == ['0 0', '0 1', '0 2', '0 3']
-    assert (tmp_path / 'killed' / 'starts').read_text().splitlines() == ['0 0', '0 1', '2 2', '2 3']
-    whole, killed = (torch.load(tmp_path / n / 'last.pt', weights_only=True)['model'] for n in ('whole', 'killed'))
+    torchrun(WORKER, tmp_path, 'resume', KILL='1')
+    assert (together / 'starts').read_text().splitlines() == ['0 0', '0 1', '0 2', '0 3']
+    assert (tmp_path / 'starts').read_text().splitlines() == ['0 0', '0 1', '2 2', '2 3']
+    whole, killed = (torch.load(f / 'last.pt', weights_only=True)['model'] for f in (together, tmp_path))
     assert all(torch.equal(t, killed[name]) for name, t in whole.items())
 
 

@@ -33,7 +33,7 @@ def photograph():
     return image.float() / 127.5 - 1
 
 
-def crops(step, number=16, size=64):
+def crops(step, number=16, size=48):
     """Random crops of the photograph, and which quarter of it each is from."""
     generator = torch.Generator().manual_seed(step)
     photo = photograph()

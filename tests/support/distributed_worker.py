@@ -1,6 +1,6 @@
 """Run by test_distributed.py under torchrun: gradients of all processes, an FSDP2 step, a run that is killed once.
 
-    torchrun --nproc_per_node=2 distributed_worker.py gradients|fsdp|resume FOLDER
+    torchrun --nproc_per_node=2 distributed_worker.py FOLDER [gradients] [fsdp] [resume]
 """
 import os
 import sys
@@ -43,10 +43,10 @@ def gradients(folder):
         model.zero_grad()
         x, y = map(own, batch())
         cross_entropy(model(x), y).backward()
-    net = getattr(model, 'module', model)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        name = 'two.pt' if dist.is_initialized() else 'one.pt'
-        torch.save({n: p.grad for n, p in net.named_parameters()}, folder / name)
+    grads = {n: p.grad for n, p in getattr(model, 'module', model).named_parameters()}
+    if dist.is_initialized() and dist.get_rank() == 0:
+        torch.save(grads, folder / 'gradients.pt')
+    return grads
 
 
 def fsdp(folder):
@@ -92,8 +92,7 @@ def resume(folder):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    if 'RANK' in os.environ:
-        dist.init_process_group('gloo')
-    {'gradients': gradients, 'fsdp': fsdp, 'resume': resume}[sys.argv[1]](Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.init_process_group('gloo')
+    for task in sys.argv[2:]:
+        {'gradients': gradients, 'fsdp': fsdp, 'resume': resume}[task](Path(sys.argv[1]))
+    dist.destroy_process_group()

@@ -74,7 +74,7 @@ def torchvision_results(case, inputs):
 
 @pytest.mark.parametrize('case', [
     *(case for case in CASES if case.spacing and case.x[0]),
-    *(pytest.param(cases.random_case(seed, offsets=True), marks=() if seed < 30 else pytest.mark.sweep)
+    *(pytest.param(cases.random_case(seed, offsets=True), marks=() if seed < 15 else pytest.mark.sweep)
       for seed in range(300))], ids=ids)
 @pytest.mark.parametrize('on_grid', [False, True], ids=['', 'on_grid'])
 def test_oracle_is_torchvision(case, on_grid):

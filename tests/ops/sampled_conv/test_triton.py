@@ -16,7 +16,6 @@ from tests.support import cases, predicted_cases
 from tests.support.cases import CASES, DTYPES, OpCase
 from tests.support.no_copies import no_copies
 from tests.support.op_checks import check, ids
-from tests.support.processes import python
 
 triton = pytest.importorskip('triton')
 import triton.language as tl  # noqa: E402
@@ -307,7 +306,7 @@ OPERATOR = [
 
 @pytest.mark.parametrize('save', [True, sweep(False)])
 @pytest.mark.parametrize('case, act', [
-    OPERATOR[0], *OPERATOR[-3:], *(sweep(*of) for of in OPERATOR[1:-3])], ids=ids)
+    OPERATOR[0], OPERATOR[-1], *(sweep(*of) for of in OPERATOR[1:-1])], ids=ids)
 @pytest.mark.parametrize('device', DEVICES)
 def test_opcheck(device, case, act, save):
     tensors, activations, options = operator_inputs(case, device, act=act)
@@ -490,13 +489,3 @@ def test_cuda_graph_of_a_network(name, warm, training):
     graph.replay()
     for a, e in zip(captured, run()):
         assert cases.error(a.detach(), e.detach().cpu().double()) < NETWORK['cuda']
-
-
-# for a GPU that is not there
-
-
-def test_import_leaves_triton_alone():
-    """And works where there is none."""
-    out = python('import sys; sys.modules["triton"] = None; import fadc_timm.ops\n'
-                 'print(*[n for n in sys.modules if n.startswith("fadc_timm") and "kernels" in n or "_math" in n])')
-    assert 'fadc_timm' not in out

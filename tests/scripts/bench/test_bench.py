@@ -357,42 +357,50 @@ def run(script, *args):
         text=True)
 
 
-def test_bench_model(tmp_path):
+def test_bench_model(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'x.csv'
-    args = ('--model', MODEL, '--batch', 2, '--size', 64, '--repeats', 3, '--output', path)
-    done = run('model', *args, '--what', 'inference', 'train', 'memory', 'per-pixel')
+    args = tuple(map(str, ('--model', MODEL, '--batch', 2, '--size', 64, '--repeats', 3, '--output', path)))
+    done = run('model', *args)
     assert done.returncode == 0, done.stderr
+    expected = [(f'{MODEL} 2x64', 'inference', v) for v in ('plain', 'today', 'fadc')]
+
+    def main(*options):
+        monkeypatch.setattr(sys, 'argv', ['bench.model', *args, *options])
+        return bench_model.main()
+
+    assert main('--variants', 'fadc', '--what', 'train', 'memory', 'per-pixel') == 0
     rows = results.read_rows(path)
-    whats = [('2x64', 'inference'), ('2x64', 'train'), ('2x64', 'memory'), ('2x64 against 224', 'per-pixel')]
-    assert [(r['case'], r['what'], r['variant']) for r in rows] == [
-        (f'{MODEL} {case}', what, v) for case, what in whats for v in ('plain', 'today', 'fadc')]
+    whats = [('2x64', 'train'), ('2x64', 'memory'), ('2x64 against 224', 'per-pixel')]
+    expected += [(f'{MODEL} {case}', what, v) for case, what in whats for v in ('plain', 'fadc')]
+    assert [(r['case'], r['what'], r['variant']) for r in rows] == expected
     assert all(float(r['median']) > 0 and r['format'] and r['device'].startswith('cpu: ') for r in rows)
 
     # whatever it was, now a tenth of it is stored
     for row in rows:
         row['ratio_q75'] = str(float(row['ratio_q75']) / 10)
     results.replace_rows(path, rows)
-    done = run('model', *args, '--what', 'inference', '--check')
-    assert done.returncode == 1 and f'LOST {MODEL} 2x64, inference, fadc' in done.stdout, done.stderr
+    capsys.readouterr()
+    assert main('--what', 'inference', '--check') == 1
+    assert f'LOST {MODEL} 2x64, inference, fadc' in capsys.readouterr().out
     assert results.read_rows(path) == rows
 
 
 def test_bench_op(tmp_path):
     path = tmp_path / 'x.csv'
-    done = run('op', '--shapes', 'convnext_tiny 768@7', 'resnet50_dcn 512@7', '--batch', 1, '--repeats', 3,
-               '--min-sample', 0, '--memory-format', 'contiguous', '--output', path)
+    done = run('op', '--shapes', 'convnext_tiny 768@1', 'resnet50_dcn 512@1', '--batch', 1, '--repeats', 3,
+               '--min-sample', 0, '--size', 32, '--memory-format', 'contiguous', '--output', path)
     assert done.returncode == 0, done.stderr
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
     found = {(case, what): [r['variant'] for r in rows if r['case'] == f'{case} b1' and r['what'] == what]
-             for case in ('convnext_tiny 768@7', 'resnet50_dcn 512@7') for what in bench_op.WHAT}
-    forward = found['convnext_tiny 768@7', 'forward']
+             for case in ('convnext_tiny 768@1', 'resnet50_dcn 512@1') for what in bench_op.WHAT}
+    forward = found['convnext_tiny 768@1', 'forward']
     wanted = {'plain', 'op gather', 'op torchvision', 'layer today', 'layer', 'freq_select', 'low_pass fft'}
     assert wanted <= set(forward)
-    assert forward == [*found['convnext_tiny 768@7', 'forward+backward'], 'roofline']
-    forward = found['resnet50_dcn 512@7', 'forward']
+    assert forward == [*found['convnext_tiny 768@1', 'forward+backward'], 'roofline']
+    forward = found['resnet50_dcn 512@1', 'forward']
     assert forward[0] == 'torchvision.ops' and {'plain', 'deform gather', 'deform gather gains'} <= set(forward)
-    assert forward == found['resnet50_dcn 512@7', 'forward+backward']
+    assert forward == found['resnet50_dcn 512@1', 'forward+backward']
     assert {r['variant'] for r in rows if r['target']} == {'deform gather'}
     assert run('op', '--shapes', 'nothing').returncode == 1
 
