@@ -44,7 +44,7 @@ def detections_figure(
     panels = (truth, f'{name}: {len(entry.labels)} boxes'), (found, f'{len(found)} detections')
     for i, (boxes, title) in enumerate(panels):
         ax = fig.add_axes((i * (scale * width + GAP) / across, 0, scale * width / across, scale * height / tall))
-        ax.imshow(image, interpolation='antialiased')
+        ax.imshow(image, interpolation='antialiased', extent=(0, width, height, 0))  # boxes are between pixels
         for box, text in boxes:
             left, top, w, h = box['bbox']
             ax.add_patch(Rectangle((left, top), w, h, fill=False, linewidth=1.2, edgecolor=colour[box['category_id']],
@@ -52,8 +52,8 @@ def detections_figure(
             if text:
                 ax.text(left, top, text, fontsize=FONT - 3, color='white', verticalalignment='bottom', clip_on=True,
                         bbox=dict(facecolor=colour[box['category_id']], edgecolor='none', pad=0.5))
-        ax.set_xlim(-0.5, width - 0.5)
-        ax.set_ylim(height - 0.5, -0.5)
+        ax.set_xlim(0, width)
+        ax.set_ylim(height, 0)
         ax.set_title(title, fontsize=FONT)
         ax.set_axis_off()
     return fig
