@@ -41,7 +41,12 @@ REMEDIES = (
     Setting('plain_longer', 'plain', 'plain, twice the steps', longer=2.0),
     Setting('fadc_longer', 'fadc', 'FADC, twice the steps', longer=2.0, against='plain_longer'),
 )
-BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
+# Of a backbone of its own: neighbourhood attention, and FreqSelect before it.
+ATTENTION = (
+    Setting('dinat_mini', 'plain', 'DiNAT-Mini', ('--backbone', 'dinat_mini'), against='dinat_mini'),
+    Setting('dinat_mini_fadc', 'fadc', 'DiNAT-Mini + FreqSelect', ('--backbone', 'dinat_mini'), against='dinat_mini'),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES + ATTENTION}
 
 
 class Preset(NamedTuple):

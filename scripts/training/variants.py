@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from fadc_timm import lift_model
+from fadc_timm.layers import NeighborhoodAttention
 from fadc_timm.layers.fad_conv import read_options
 from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of, fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES, NothingToLift
@@ -87,10 +88,11 @@ def apply_variant(
         freq_select_stages: Stages, of 2 to 4, in which the variants `fadc` and `dcnv2_fadc` have FreqSelect.
 
     Returns:
-        Names of the convolutions that are others now.
+        Names of the layers that are others now.
 
     Raises:
-        ValueError: There is no such variant, an option is given to a variant without FADC, there is nothing to replace.
+        ValueError: There is no such variant, an option is given to a variant without FADC, there is nothing to replace,
+            or the variant is none of a network of attention.
     """
     if variant not in VARIANTS:
         raise ValueError(f'There is no variant {variant!r}: the variants are {", ".join(VARIANTS)}.')
@@ -100,6 +102,9 @@ def apply_variant(
         raise ValueError(f'freq_select_stages must be among 2, 3 and 4, got {list(freq_select_stages)}.')
     if variant == 'plain':
         return []
+    if variant != 'fadc' and any(isinstance(m, NeighborhoodAttention) for m in net.modules()):
+        raise ValueError(f'The variant {variant!r} is for convolutions, and {type(net).__name__} has neighbourhood '
+                         "attention: its variants are 'plain' and 'fadc'.")
     stages = stage_names(net)
     names: list[str] = []
     if variant in _LIFTED:

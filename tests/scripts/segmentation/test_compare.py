@@ -8,6 +8,7 @@ import pytest
 from scripts.results import read_csv
 from scripts.segmentation import tables
 from scripts.segmentation.comparison import (
+    ATTENTION,
     BY_NAME,
     PRESETS,
     REMEDIES,
@@ -22,7 +23,8 @@ def test_settings():
     """The issue's rows; what a setting is compared with is there, and takes as many steps."""
     assert [s.variant for s in SETTINGS] == [
         'plain', 'adadr', 'adadr_adakern', 'fadc', 'dcnv2', 'dcnv2_fadc', 'dilation2']
-    assert len(BY_NAME) == len(SETTINGS) + len(REMEDIES) and len(REMEDIES) >= 3
+    assert len(BY_NAME) == len(SETTINGS + REMEDIES + ATTENTION) and len(REMEDIES) >= 3
+    assert command(PRESETS['cpu'], BY_NAME['dinat_mini_fadc'], 0)[-2:] == ['--backbone', 'dinat_mini']
     for setting in BY_NAME.values():
         assert BY_NAME[setting.against].variant == 'plain'
         assert setting.name == 'plain_longer' or BY_NAME[setting.against].longer == setting.longer
