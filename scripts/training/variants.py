@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import timm
 from torch import nn
 
 from fadc_timm import lift_model
 from fadc_timm.layers import NeighborhoodAttention
 from fadc_timm.layers.fad_conv import read_options
-from fadc_timm.models._family import fadc_keys
+from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of, fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES, NothingToLift
 
 # options of FADConv2d by variant
@@ -26,6 +27,29 @@ _LIFTED: dict[str, dict[str, Any]] = {
     **FADC_VARIANTS, 'dcnv2': {'sampling': 'deform', 'kernel_decompose': 'none', 'freq_select': False}}
 VARIANTS = ('plain', *_LIFTED, 'dilation2')
 _BARE = {'sampling': 'fixed', 'kernel_decompose': 'none', 'freq_select': False}
+_OWN = {FADC.suffix: 'fadc', DCN.suffix: 'dcnv2', DCN_FADC.suffix: 'dcnv2_fadc'}  # of our models
+
+
+def split_name(backbone: str, variant: str) -> tuple[str, str]:
+    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`, `resnet50_dcn` and
+    `resnet50_dcn_fadc` are that with `dcnv2` and `dcnv2_fadc`.
+
+    Raises:
+        ValueError: timm has no such backbone; or a model of ours is to become another variant.
+    """
+    base, _, tag = backbone.partition('.')
+    if tag:
+        raise ValueError(f'{backbone!r} names a tag of weights: give --backbone {base} --init {tag}')
+    arch = architecture_of(base)
+    if arch is not None:
+        own = _OWN[arch.variant.suffix]
+        if variant not in ('plain', own):
+            raise ValueError(f'{backbone} is the variant {own}: give --backbone {arch.base}')
+        base, variant = arch.base, own
+    if not timm.is_model(base):
+        close = ', '.join(timm.list_models(f'*{base}*')[:5])
+        raise ValueError(f'timm has no model {base!r}{f"; close to it are {close}" if close else ""}')
+    return base, variant
 
 
 def stage_names(net: nn.Module) -> list[tuple[bool, ...] | tuple[str, ...]]:
