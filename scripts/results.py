@@ -46,6 +46,14 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_atomically(path, write)
 
 
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a CSV file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
 def cores() -> int:
     """Cores of the CPU that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -135,11 +143,8 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV file, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline='') as file:
-        rows: list[Row] = list(csv.DictReader(file))
+    """Rows of a file of the benchmarks, none if there is no file."""
+    rows = read_csv(path)
     for row in rows[:1]:
         if tuple(row) != COLUMNS:
             raise ValueError(f'{path} has the columns {", ".join(row)}, the benchmarks write {", ".join(COLUMNS)}.')

@@ -106,7 +106,7 @@ def test_recorder_refuses():
     with pytest.raises(ValueError, match='no FADConv2d'), record_dilations(timm.create_model('test_resnet')):
         pass
     model = timm.create_model(MODEL)
-    with pytest.raises(ValueError, match='none of the 5 FADConv2d layers'), record_dilations(model):
+    with pytest.raises(ValueError, match='none of the 5 FADC layers'), record_dilations(model):
         pass
     with pytest.raises(KeyError), record_dilations(model):  # what is raised inside comes out
         raise KeyError

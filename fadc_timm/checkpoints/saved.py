@@ -8,10 +8,11 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from ..layers import FADConv2d
+from ..layers import FADC_LAYERS
 from ..layers.fad_conv import OPTIONS
+from ..layers.neighborhood_attention import ATTENTION_OPTIONS
 from ..models._family import Family, architecture_name, architecture_of, family_of
-from ..models.lift import liftable_names
+from ..models.lift import KINDS, liftable_names
 from ..models.lifted import ARCHITECTURE, layer_options, lifted_layers
 from .convert import convert, read_checkpoint
 from .folder import CONFIG, write_folder
@@ -23,12 +24,13 @@ _TRAINING_ONLY = ('Identity', 'Dropout', 'DropPath', 'DropBlock2d')
 
 
 def _stages_of(model: nn.Module, family: Family) -> Optional[Tuple[bool, ...]]:
-    """Which stages have FADC; None where a stage has it in a part of its convolutions, or other modules have it."""
+    """Which stages have FADC; None where a stage has it in a part of its layers, or other modules have it."""
     kinds: Dict[str, List[bool]] = {stage: [] for stage in family.stages}
-    plain = set(liftable_names(model))
+    lifts = next(kind.plain for kind in KINDS if kind.options == family.options)
+    plain = {name for name in liftable_names(model) if isinstance(model.get_submodule(name), lifts)}
     for name, m in model.named_modules():
         stage = next((s for s in family.stages if name.startswith(f'{s}.')), None)
-        if isinstance(m, FADConv2d):
+        if isinstance(m, FADC_LAYERS):
             if stage is None:
                 return None
             kinds[stage].append(True)
@@ -58,7 +60,7 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
     if not lifted:
         raise ValueError(f'{what} has no FADC layer: lift_model adds them. timm.models.save_for_hf saves plain models.')
     args = {k: v for k, v in getattr(model, '_model_args', {}).items()  # newer timm keeps what a model was built with
-            if k not in ('base', 'fadc_stages', 'lifted', 'num_classes', *OPTIONS)}
+            if k not in ('base', 'fadc_stages', 'lifted', 'num_classes', *OPTIONS, *ATTENTION_OPTIONS)}
     try:
         family = family_of(model)
     except ValueError:
@@ -73,7 +75,7 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
 def _modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     """Class and arguments of the modules that compute something in inference."""
     return {
-        name: (type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADConv2d) else ()))
+        name: (type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADC_LAYERS) else ()))
         for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
 
 

@@ -200,7 +200,7 @@ def _comparison(config: HubConfig, cost: Cost, base_cost: Cost, error: Optional[
     text = markdown_table(header, rows)
     if error is not None:
         text += (
-            '\n\nThe layers are at their identity, where they compute what the convolutions did that they stand '
+            '\n\nThe layers are at their identity, where they compute what the layers did that they stand '
             f"for: on a fixed input the logits are the base's with a relative error of {error:.1e}. The figures of the "
             'base are as published, and were not measured again with them. The layers are there to be trained.')
     elif config.metrics:
@@ -264,7 +264,7 @@ def build_card(config: HubConfig, built: Built) -> str:
     features = built.model.num_features
     return '\n\n'.join([
         f'{_front_matter(config)}\n# Model card for {config.model}',
-        f'`{base}` with {variant.name} in place of the {family.kernel} convolutions of its stages 2 to 4: '
+        f'`{base}` with {variant.name} {family.place} of its stages 2 to 4: '
         f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         *(['## Limits\n' + '\n'.join(f'- {limit}' for limit in config.limits)] if config.limits else []),

@@ -5,10 +5,12 @@ from typing import Any, List, Optional, Sequence, Tuple, Union
 import timm
 import torch
 from huggingface_hub import ModelCardData
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from ..checkpoints import load
-from ..models._family import FADC, architecture_of, family_of
+from ..layers import FADConv2d, FADNeighborhoodAttention
+from ..models._family import FADC, FADC_ATTENTION, architecture_of, family_of
 from ..models.cost import module_cost
 from ..models.lifted import lifted_layers
 from .card import citation_chapter, usage
@@ -76,7 +78,11 @@ def folder_card(
     model = load(folder).eval()
     cfg: Any = model.pretrained_cfg
     arch = architecture_of(cfg['architecture'])
-    base, variant = (cfg['architecture'], FADC) if arch is None else (arch.base, arch.variant)
+    attends = any(isinstance(m, FADNeighborhoodAttention) for m in model.modules())
+    of_lifted = FADC_ATTENTION if attends and not any(isinstance(m, FADConv2d) for m in model.modules()) else FADC
+    base, variant = (cfg['architecture'], of_lifted) if arch is None else (arch.base, arch.variant)
+    kind = 'neighbourhood attention' if variant is FADC_ATTENTION else 'convolutions'
+    owner = 'fadc_timm' if is_model_in_modules(base, ['dinat']) else f'timm {timm.__version__}'
     size = timm.data.resolve_model_data_config(model)['input_size']
     x = torch.zeros(1, *size)
     num_classes = int(getattr(model, 'num_classes', 0))
@@ -87,7 +93,7 @@ def folder_card(
         license=licence, library_name='timm', pipeline_tag=task, base_model=base_model, datasets=list(datasets) or None,
         tags=[task, 'timm', 'transformers', *variant.tags])
     details = [
-        f'- **Network:** `{base}` of timm {timm.__version__}; replaced convolutions:',
+        f'- **Network:** `{base}` of {owner}; replaced {kind}:',
         *_layers(model),
         f'- **Params (M):** {cost.params:.2f}',
         f'- **GMACs:** {cost.gmacs:.2f}',
@@ -103,7 +109,7 @@ def folder_card(
         details.append(f'- **Classes:** {", ".join(cfg["label_names"])}')
     details += [f'- **Paper:** {paper.title}: {paper.address}' for paper in variant.papers]
     title = f'---\n{data.to_yaml()}\n---\n# Model card for {repository.rpartition("/")[2]}'
-    summary = f'`{base}` with {variant.name} in place of some of its convolutions: {variant.effect}.'
+    summary = f'`{base}` with {variant.name} in {"" if attends else "place of "}some of its {kind}: {variant.effect}.'
     return '\n\n'.join([
         title, summary, *([about.strip()] if about.strip() else []),
         '## Model Details\n' + '\n'.join(details),

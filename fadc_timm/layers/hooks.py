@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from ..ops.sampled_conv.arguments import NO_GAINS, Gains
 from .fad_conv import PARTS, FADConv2d
+from .neighborhood_attention import FADNeighborhoodAttention
 
 __all__ = ['LayerCall', 'watch_layers']
 
 
 class LayerCall(NamedTuple):
-    """One call of an FADConv2d, with the tensors themselves: in their dtypes, on their device, in autograd's graph.
+    """One call of a layer with FADC, and the tensors themselves: in their dtypes, on their device, in autograd's graph.
 
     name: Name of the layer in the model.
-    layer: The layer.
+    layer: The layer, an FADConv2d or a FADNeighborhoodAttention, whose maps (B, H, W, C) are views (B, C, H, W) here.
     x: (B, C, H, W) its input.
     selected: (B, C, H, W) what FreqSelect made of it, x where there is none.
     gains: AdaKern's, `(low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O))`, None for ones.
@@ -25,7 +26,7 @@ class LayerCall(NamedTuple):
     mask: (B, G*k*k, H', W') the modulation of the taps that came with the dilation or the offsets, or None.
     """
     name: str
-    layer: FADConv2d
+    layer: Any
     x: Tensor
     selected: Tensor
     gains: Gains
@@ -37,21 +38,22 @@ class LayerCall(NamedTuple):
 
 @contextmanager
 def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iterator[None]:
-    """Call back after every call of an FADConv2d inside of the `with` block.
+    """Call back after every call of an FADConv2d or a FADNeighborhoodAttention inside of the `with` block.
 
     Hooks on the modules do it, so they have to run as modules: what `torch.compile` compiled before does not call them.
     With gradient checkpointing the layers run again in the backward pass: leave the block before it.
 
     Args:
-        model: Any model with FADConv2d layers, wrapped for distributed training or not.
+        model: Any model with such layers, wrapped for distributed training or not.
         callback: What it returns is dropped, and what it keeps of the call stays in memory.
 
     Raises:
-        ValueError: The model has no FADConv2d layer; or, at the end of the block, none of them ran.
+        ValueError: The model has no such layer; or, at the end of the block, none of them ran.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (FADConv2d, FADNeighborhoodAttention))}
     if not layers:
-        raise ValueError(f'{type(model).__name__} has no FADConv2d layer: nothing to collect')
+        raise ValueError(
+            f'{type(model).__name__} has no FADConv2d layer, nor another with FADC: nothing to collect')
     parts: Dict[str, Dict[str, Any]] = {name: {} for name in layers}
     count = 0
 
@@ -64,8 +66,11 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         seen, parts[name] = parts[name], {}
         dilation, of_dilation = seen.get('ada_dr', (None, None))
         offset, of_offset = seen.get('free_offsets', (None, None))
+        x = args[0]
+        if isinstance(module, FADNeighborhoodAttention):
+            x, output = x.permute(0, 3, 1, 2), output.permute(0, 3, 1, 2)
         callback(LayerCall(
-            name, module, args[0], seen.get('freq_select', args[0]), seen.get('ada_kern', NO_GAINS), dilation, output,
+            name, module, x, seen.get('freq_select', x), seen.get('ada_kern', NO_GAINS), dilation, output,
             offset, of_dilation if offset is None else of_offset))
 
     handles = []
@@ -73,7 +78,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(partial(call, name)))
             for part in PARTS:
-                module = getattr(layer, part)
+                module = getattr(layer, part, None)
                 if module is not None:
                     handles.append(module.register_forward_hook(partial(keep, name, part)))
         yield
@@ -81,4 +86,4 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError(f'none of the {len(layers)} FADConv2d layers of {type(model).__name__} ran')
+        raise ValueError(f'none of the {len(layers)} FADC layers of {type(model).__name__} ran')

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from torch import Tensor, nn
 
-from ..layers import FADConv2d
+from ..layers import FADC_LAYERS
 from ._checkpoint import check_keys, check_values
 from ._family import StateDict, architecture_name, fadc_keys, family_of
 
@@ -38,7 +38,7 @@ def _part_of(key: str) -> Optional[Tuple[str, str]]:
 
 def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages: Sequence[str]) -> str:
     """Which options of FADC differ between a checkpoint and a model, from the keys that do not match."""
-    own = {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    own = {name: m for name, m in model.named_modules() if isinstance(m, FADC_LAYERS)}
     extra, lacking = ({part for part in map(_part_of, keys) if part} for keys in (unexpected, missing))
     plain_here = {layer for layer, _ in extra if layer not in own}
     added, absent = fadc_keys(model), set(missing)
@@ -56,7 +56,7 @@ def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages
     for name, part in _PARTS.items():
         here = {layer for layer, p in extra if p == name} - plain_here
         there = {layer for layer, p in lacking if p == name} - plain_there
-        if here and all(getattr(own[layer], name) is None for layer in here):
+        if here and all(getattr(own[layer], name, None) is None for layer in here):
             what = f'The weights have {part.title}, and the model was created without it'
         elif there and not here:
             what = f'The model has {part.title}, which the weights lack in part or as a whole'
@@ -129,7 +129,7 @@ class LoadsBase:
         if strict and added and not any(key in state_dict for key in added):
             state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)
             for m in self.modules():
-                if isinstance(m, FADConv2d):
+                if isinstance(m, FADC_LAYERS):
                     m.reset_fadc_parameters()
             # what the filter added are the values before that
             own = self.state_dict()

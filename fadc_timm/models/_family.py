@@ -23,15 +23,16 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..layers import FADConv2d
-from ..layers.fad_conv import OPTIONS, read_options
+from ..layers import FADC_LAYERS
+from ..layers.fad_conv import OPTIONS, PARTS, read_options
 from ._checkpoint import check_source, settle_head
 from ._download import checked_download
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = [
-    'DCN', 'DCN_FADC', 'FADC', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_name', 'architecture_of',
-    'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of', 'list_architectures']
+    'DCN', 'DCN_FADC', 'FADC', 'FADC_ATTENTION', 'Architecture', 'Family', 'Paper', 'Variant', 'architecture_name',
+    'architecture_of', 'create', 'derive_default_cfgs', 'derive_entrypoints', 'fadc_keys', 'family_of',
+    'list_architectures']
 
 StateDict = Dict[str, Tensor]
 
@@ -47,7 +48,7 @@ class Variant(NamedTuple):
     """What is lifted into each base of a family.
 
     suffix: What the base's name gets.
-    options: Of FADConv2d, where they differ from its defaults.
+    options: Of the layers, where they differ from their defaults.
     name: In words, as the entry points and the model card have it.
     effect: What its layers do, as the model card says it.
     tags: Its tags on the Hub.
@@ -86,6 +87,12 @@ FADC = Variant(
     tags=('fadc', 'dilated-convolution'),
     papers=(_FADC_PAPER,),
 )
+# The same in neighbourhood attention, which has no taps to dilate.
+FADC_ATTENTION = FADC._replace(
+    name="FADC's Frequency Selection (FreqSelect)",
+    effect='layers that weigh the frequency bands of their input at every position',
+    tags=('fadc', 'neighborhood-attention'),
+)
 DCN = Variant(
     suffix='_dcn',
     options=dict(sampling='deform', freq_select=False, kernel_decompose='none'),
@@ -114,11 +121,13 @@ class Family(NamedTuple):
     stages: Names of the modules of the four stages.
     checkpoint_filter_fn: As in timm, for a state dict and a model.
     feature_cfg: timm's defaults for features_only.
-    kernel: The convolutions that FADC replaces, as the model card names them.
+    place: Where FADC is, as the model card has it: 'in place of the 3x3 convolutions'.
     citation: BibTeX entry of the paper on the base.
     headless_tags: Pretrained tags whose weights end before the head.
     head_norm: Name of the module before the classifier that these weights lack too, or None.
     variants: What is lifted into each base.
+    options: Options of the layers.
+    owner: Whose models the bases are.
     """
     module: str
     base_cls: Type[nn.Module]
@@ -126,14 +135,16 @@ class Family(NamedTuple):
     stages: Tuple[str, ...]
     checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]
     feature_cfg: Dict[str, Any]
-    kernel: str
+    place: str
     citation: str
     headless_tags: Tuple[str, ...] = ()
     head_norm: Optional[str] = None
     variants: Tuple[Variant, ...] = (FADC,)
+    options: Tuple[str, ...] = OPTIONS
+    owner: str = "timm's"
 
     def bases(self) -> List[str]:
-        """Names of timm's architectures of the family."""
+        """Names of the architectures of the family, as timm's registry has them."""
         return timm.list_models(module=self.module)
 
 
@@ -216,7 +227,7 @@ def _check_stages(family: Family, fadc_stages: Sequence[bool]) -> Tuple[str, ...
 
 
 def _unknown_argument(arch: Architecture, name: str) -> str:
-    ours = ('fadc_stages', *OPTIONS)
+    ours = ('fadc_stages', *arch.family.options)
     close = difflib.get_close_matches(name, ours, n=1)
     return (f'{arch.name} has no argument {name!r}{f"; the closest is {close[0]!r}" if close else ""}. '
             f'Beside the arguments of {arch.base} it has {", ".join(ours)}.')
@@ -230,7 +241,7 @@ def _build_lifted(
     """Build the base by its own entry point, lift it, and make it one of our class."""
     base, family = arch.base, arch.family
     stages = _check_stages(family, fadc_stages)
-    options = {**arch.variant.options, **{name: kwargs.pop(name) for name in OPTIONS if name in kwargs}}
+    options = {**arch.variant.options, **{name: kwargs.pop(name) for name in family.options if name in kwargs}}
     try:
         model = model_entrypoint(base)(pretrained=False, **kwargs)
     except TypeError as e:
@@ -267,7 +278,7 @@ def create(arch: Architecture, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     Args:
         arch: The architecture.
         pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
-        **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of FADConv2d.
+        **kwargs: Arguments of the base, of timm's builder, `fadc_stages` (four booleans), options of the layers.
 
     Raises:
         DownloadError: The weights are on the Hub, and could not be downloaded or are damaged.
@@ -320,12 +331,12 @@ def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
 
             entrypoint.__name__ = entrypoint.__qualname__ = arch.name
             entrypoint.__module__ = family.fadc_cls.__module__
-            entrypoint.__doc__ = f"timm's {base} with {variant.name} in its stages 2 to 4."
+            entrypoint.__doc__ = f"{family.owner} {base} with {variant.name} in its stages 2 to 4."
             yield entrypoint
 
 
 def fadc_keys(model: nn.Module) -> List[str]:
     """Names in the state dict of the parameters and buffers that FADC adds to the base."""
-    modules = [name for name, m in model.named_modules() if isinstance(m, FADConv2d)]
+    modules = [name for name, m in model.named_modules() if isinstance(m, FADC_LAYERS)]
     return [f'{name}.{key}' for name in modules for key in model.get_submodule(name).state_dict()
-            if key not in ('weight', 'bias')]
+            if key.partition('.')[0] in PARTS]

@@ -40,7 +40,7 @@ _family = Family(
     stages=('stages.0', 'stages.1', 'stages.2', 'stages.3'),
     checkpoint_filter_fn=checkpoint_filter_fn,
     feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-    kernel='7x7 depthwise',
+    place='in place of the 7x7 depthwise convolutions',
     citation=_CITATION,
     headless_tags=('fcmae',),
     head_norm='head.norm',

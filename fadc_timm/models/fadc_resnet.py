@@ -60,7 +60,7 @@ _family = Family(
     stages=('layer1', 'layer2', 'layer3', 'layer4'),
     checkpoint_filter_fn=checkpoint_filter_fn,
     feature_cfg={},
-    kernel='3x3',
+    place='in place of the 3x3 convolutions',
     citation=_CITATION,
     variants=(FADC, DCN, DCN_FADC),
 )

@@ -1,19 +1,49 @@
-"""Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution."""
+"""Lifting: walk the stages of a network and let a FADConv2d take over each k x k convolution; or, where there is
+neighbourhood attention, a FADNeighborhoodAttention each of these."""
 import logging
 from collections import Counter
 from collections.abc import Sequence as SequenceABC
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 from torch import nn
 
-from ..layers import FADConv2d
+from ..layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention, NeighborhoodAttention
 from ..layers.fad_conv import OPTIONS, PARTS, refuse_old_options
+from ..layers.neighborhood_attention import ATTENTION_OPTIONS
 
-__all__ = ['DEFAULT_STAGES', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
+__all__ = ['DEFAULT_STAGES', 'KINDS', 'Kind', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
 
 _logger = logging.getLogger(__name__)
 
-_FADC = (FADConv2d, *PARTS.values())
+_FADC = (*FADC_LAYERS, *PARTS.values())
+
+
+class Kind(NamedTuple):
+    """Layers that are lifted.
+
+    plain: Their class; subclasses may compute something else, and are left.
+    lifted: The class that takes them over.
+    options: Its options.
+    name: What the plain ones are called, in the plural.
+    """
+    plain: Type[nn.Module]
+    lifted: Type[nn.Module]
+    options: Tuple[str, ...]
+    name: str
+
+    def lift(self, module: nn.Module, **cfg: Any) -> nn.Module:
+        """A layer of the lifted class that takes over a plain one."""
+        if self.lifted is FADConv2d:
+            return FADConv2d.from_conv(module, **cfg)  # type: ignore[arg-type]
+        return FADNeighborhoodAttention.from_attention(module, **cfg)  # type: ignore[arg-type]
+
+
+_CONVOLUTIONS = Kind(nn.Conv2d, FADConv2d, OPTIONS, 'convolutions')
+_ATTENTIONS = Kind(
+    NeighborhoodAttention, FADNeighborhoodAttention, ATTENTION_OPTIONS, 'neighbourhood attentions')
+# Where a network has several of these, the first kind is lifted.
+KINDS = (_ATTENTIONS, _CONVOLUTIONS)
+_PLAIN = tuple(kind.plain for kind in KINDS)
 
 # Stages 2 to 4, as in the paper.
 DEFAULT_STAGES = (False, True, True, True)
@@ -24,23 +54,24 @@ Stages = Union[Sequence[bool], Sequence[str]]
 class LiftReport(NamedTuple):
     """What :func:`lift_model` did.
 
-    replaced: Names of the convolutions that are FADConv2d now.
-    left: Name and reason of each other convolution.
+    replaced: Names of the convolutions that are FADConv2d now, or of the neighbourhood attentions that are
+        FADNeighborhoodAttention.
+    left: Name and reason of each other convolution and neighbourhood attention.
     """
     replaced: Tuple[str, ...]
     left: Dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f'replaced {len(self.replaced)} convolutions: {", ".join(self.replaced) or "none"}']
+        lines = [f'replaced {len(self.replaced)} layers: {", ".join(self.replaced) or "none"}']
         reasons: Dict[str, List[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
-        lines += [f'left {len(names)} convolutions ({reason}): {", ".join(names)}' for reason, names in reasons.items()]
+        lines += [f'left {len(names)} layers ({reason}): {", ".join(names)}' for reason, names in reasons.items()]
         return '\n'.join(lines)
 
 
 class NothingToLift(ValueError):
-    """The network, or the part of it that was selected, has no convolution that FADC can take over."""
+    """The network, or the part of it that was selected, has no layer that FADC can take over."""
 
 
 def _names(model: nn.Module) -> List[str]:
@@ -49,15 +80,15 @@ def _names(model: nn.Module) -> List[str]:
 
 
 def _parts(model: nn.Module) -> Set[nn.Module]:
-    """What FADC is made of: its convolutions are none of the network's."""
+    """What FADC is made of: its layers are none of the network's."""
     return {part for m in model.modules() if isinstance(m, _FADC) for part in m.modules() if part is not m}
 
 
 def liftable_names(model: nn.Module) -> List[str]:
-    """Names of the plain convolutions that FADC could take over."""
+    """Names of the plain layers that FADC could take over."""
     parts = _parts(model)
     return [name for name, m in model.named_modules(remove_duplicate=False)
-            if isinstance(m, nn.Conv2d) and _why_left(m, parts) is None and _why_misfit(m) is None]
+            if isinstance(m, _PLAIN) and _why_left(m, parts) is None and _why_misfit(m) is None]
 
 
 def _tops(names: Iterable[str]) -> str:
@@ -66,7 +97,7 @@ def _tops(names: Iterable[str]) -> str:
 
 
 def _name_the_stages(model: nn.Module) -> str:
-    return f'give stages as names of modules, of which these have convolutions to lift: {_tops(liftable_names(model))}'
+    return f'give stages as names of modules, of which these have layers to lift: {_tops(liftable_names(model))}'
 
 
 def _stages_of(model: nn.Module) -> List[Tuple[str, Tuple[str, ...]]]:
@@ -117,28 +148,36 @@ def _selected(model: nn.Module, stages: Stages) -> Set[str]:
     return {name for (_, stage), on in zip(found, stages, strict=True) if on for name in stage}
 
 
-def _why_left(conv: nn.Conv2d, parts: Set[nn.Module]) -> Optional[str]:
-    if conv in parts:
+def _kind_of(module: nn.Module) -> Kind:
+    return next(kind for kind in KINDS if isinstance(module, kind.plain))
+
+
+def _why_left(module: nn.Module, parts: Set[nn.Module]) -> Optional[str]:
+    plain = _kind_of(module).plain
+    if module in parts:
         return 'a part of FADC'
-    if isinstance(conv, FADConv2d):
-        return 'a FADConv2d already'
-    if type(conv) is not nn.Conv2d:
-        return f'of class {type(conv).__name__}, which may not compute what nn.Conv2d computes'
-    if max(conv.kernel_size) == 1:
+    if isinstance(module, FADC_LAYERS):
+        return f'a {type(module).__name__} already'
+    if type(module) is not plain:
+        name = 'nn.Conv2d' if plain is nn.Conv2d else plain.__name__
+        return f'of class {type(module).__name__}, which may not compute what {name} computes'
+    if isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1:
         return 'a 1x1 kernel, which has no taps to dilate'
     return None
 
 
-def _why_misfit(conv: nn.Conv2d, **cfg: Any) -> Optional[str]:
+def _why_misfit(module: nn.Module, **cfg: Any) -> Optional[str]:
     try:
-        FADConv2d.from_conv(conv, **cfg)
+        _kind_of(module).lift(module, **cfg)
     except ValueError as e:
         return str(e).rstrip('.')
     return None
 
 
-def _check_has_convolutions(model: nn.Module) -> None:
+def _check_has_layers(model: nn.Module) -> None:
     """Raise if a network has nothing to lift in any stage: then it does not matter how its stages are selected."""
+    if any(isinstance(m, NeighborhoodAttention) for m in model.modules()):
+        return
     parts = _parts(model)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m not in parts}
     for m in convs.values():
@@ -153,62 +192,85 @@ def _check_has_convolutions(model: nn.Module) -> None:
         'shape, for instance before an attention, and starts as the identity.')
 
 
+def _selected_kind(model: nn.Module, selected: Set[str], cfg: Dict[str, Any]) -> Kind:
+    """The kind of layers that is lifted in a part of a network.
+
+    Raises:
+        TypeError: An option is none of its options.
+    """
+    parts = _parts(model)
+    modules = [m for n, m in model.named_modules(remove_duplicate=False) if n in selected and m not in parts]
+    found = next((kind for kind in KINDS if any(isinstance(m, kind.plain) for m in modules)), _CONVOLUTIONS)
+    unknown = sorted(set(cfg) - set(found.options))
+    if unknown:
+        raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; {found.lifted.__name__} has '
+                        f'{", ".join(found.options)}.')
+    return found
+
+
 def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) -> LiftReport:
     """Let FADConv2d take over the k x k convolutions of a network, in place. The network computes the same as before.
 
+    Where the selected stages have neighbourhood attention (:class:`fadc_timm.layers.NeighborhoodAttention`),
+    FADNeighborhoodAttention takes over that, and the convolutions between stay.
+
     Args:
-        model: Any network of convolutions. Its other modules and the names of its parameters stay as they are.
+        model: Any network of these. Its other modules and the names of its parameters stay as they are.
         stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
             or names of modules, which select everything inside of them.
-        **cfg: Options of FADConv2d; `sampling='deform'` makes deformable convolutions.
+        **cfg: Options of FADConv2d; `sampling='deform'` makes deformable convolutions. Or options of
+            FADNeighborhoodAttention.
 
     Returns:
-        Which convolutions were replaced, and which were left and why.
+        Which layers were replaced, and which were left and why.
 
     Raises:
-        TypeError: model is no module, or an option is none of FADConv2d's.
-        NothingToLift: The network, or what was selected of it, has no convolution that FADConv2d can take over. It is
-            a ValueError.
-        ValueError: The stages do not fit the model, or an option has a value that FADConv2d refuses. The model is left
+        TypeError: model is no module, or an option is none of the layers'.
+        NothingToLift: The network, or what was selected of it, has no layer that FADC can take over. It is a
+            ValueError.
+        ValueError: The stages do not fit the model, or an option has a value that the layers refuse. The model is left
             as it was, as by all errors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'lift_model wants a module, got {type(model).__name__}.')
     refuse_old_options(cfg)
-    unknown = sorted(set(cfg) - set(OPTIONS))
+    unknown = sorted(set(cfg) - set(OPTIONS) - set(ATTENTION_OPTIONS))
     if unknown:
         raise TypeError(f'lift_model got unknown options {", ".join(unknown)}; FADConv2d has {", ".join(OPTIONS)}.')
-    _check_has_convolutions(model)
+    _check_has_layers(model)
     selected = _selected(model, stages)
-    replaced: Dict[str, FADConv2d] = {}
+    kind = _selected_kind(model, selected, cfg)
+    replaced: Dict[str, nn.Module] = {}
     left: Dict[str, str] = {}
-    lifted: Dict[nn.Module, FADConv2d] = {}  # a convolution that stands in two places stays one module
+    lifted: Dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one module
     parts = _parts(model)
-    for name, conv in model.named_modules(remove_duplicate=False):
-        if not isinstance(conv, nn.Conv2d):
+    for name, m in model.named_modules(remove_duplicate=False):
+        if not isinstance(m, _PLAIN):
             continue
-        reason = 'outside of the selected stages' if name not in selected else _why_left(conv, parts)
-        if reason is None and conv not in lifted:
+        reason = 'outside of the selected stages' if name not in selected else _why_left(m, parts)
+        if reason is None and not isinstance(m, kind.plain):
+            reason = f'beside {kind.name}, which are lifted'
+        if reason is None and m not in lifted:
             try:
-                lifted[conv] = FADConv2d.from_conv(conv, **cfg)
+                lifted[m] = kind.lift(m, **cfg)
             except ValueError as e:
-                # either the convolution does not fit, and is left, or an option is wrong
-                reason = _why_misfit(conv, **({'padding_mode': 'zeros'} if 'padding_mode' in cfg else {}))
+                # either the layer does not fit, and is left, or an option is wrong
+                reason = _why_misfit(m, **({'padding_mode': 'zeros'} if 'padding_mode' in cfg else {}))
                 if reason is None:
                     raise ValueError(f'{name}: {e}') from e
         if reason is not None:
             left[name] = reason
         else:
-            replaced[name] = lifted[conv]
+            replaced[name] = lifted[m]
     report = LiftReport(tuple(replaced), left)
     if selected and not replaced:
         reasons = Counter(reason for name, reason in left.items() if name in selected)
-        what = '; '.join(f'{number} convolutions are left ({reason})' for reason, number in reasons.items())
+        what = '; '.join(f'{number} layers are left ({reason})' for reason, number in reasons.items())
         elsewhere = _tops(n for n in liftable_names(model) if n not in selected)
         raise NothingToLift(
             f'Nothing was lifted in {type(model).__name__} with stages={stages!r}: '
-            f'{what or "there are no convolutions in them"}. '
-            f'{f"There are convolutions to lift in {elsewhere}." if elsewhere else ""}'.rstrip())
+            f'{what or "there are no layers for it in them"}. '
+            f'{f"There are layers to lift in {elsewhere}." if elsewhere else ""}'.rstrip())
     for name, new in replaced.items():
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new)

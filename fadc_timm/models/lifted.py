@@ -2,12 +2,12 @@
 
 `fadc_timm.save` writes the data into config.json, under the architecture `fadc_lifted`.
 """
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.models import build_model_with_cfg, is_model, model_entrypoint, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ..layers import FADConv2d
+from ..layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention
 from ..layers.fad_conv import OPTIONS, read_options
 from ._checkpoint import check_keys, check_source, check_values, settle_head
 from ._download import checked_download
@@ -24,16 +24,20 @@ _PER_CHANNEL = 65
 STORED = tuple(name for name in OPTIONS if name not in ('eps', 'backend'))
 
 
-def layer_options(layer: FADConv2d) -> Dict[str, Any]:
+def layer_options(layer: Union[FADConv2d, FADNeighborhoodAttention]) -> Dict[str, Any]:
     """The options with which a layer is built again, as config.json keeps them."""
     options: Dict[str, Any] = dict(
-        padding_mode=layer.padding_mode, freq_select=layer.freq_select is not None,
-        kernel_decompose=layer.ada_kern.kernel_decompose if layer.ada_kern is not None else 'none',
-        sampling=layer.sampling)
-    fs, dr, offsets = layer.freq_select, layer.ada_dr, layer.free_offsets
+        freq_select=layer.freq_select is not None,
+        kernel_decompose=layer.ada_kern.kernel_decompose if layer.ada_kern is not None else 'none')
+    fs = layer.freq_select
     if fs is not None:
         groups = _PER_CHANNEL if fs.spatial_group == fs.in_channels else fs.spatial_group
         options.update(bands=list(fs.bands), lowfreq_att=fs.lowfreq_att, spatial_group=groups)
+    if isinstance(layer, FADNeighborhoodAttention):
+        options.update(freq_select_for=layer.freq_select_for)
+        return options
+    options.update(padding_mode=layer.padding_mode, sampling=layer.sampling)
+    dr, offsets = layer.ada_dr, layer.free_offsets
     if dr is not None:
         options.update(dilation_act=dr.dilation_act, dilation_groups=dr.dilation_groups)
     if offsets is not None:
@@ -45,7 +49,7 @@ def lifted_layers(model: nn.Module) -> List[Dict[str, Any]]:
     """What was lifted: groups of layers with the same options, each `{'layers': [names], 'options': {...}}`."""
     groups: List[Dict[str, Any]] = []
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, FADConv2d):
+        if isinstance(layer, FADC_LAYERS):
             options = layer_options(layer)
             group = next((g for g in groups if g['options'] == options), None)
             if group is None:
@@ -63,7 +67,7 @@ def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Di
         report = lift_model(model, layers, **read_options(group['options']))
         lost = sorted(set(layers) - set(report.replaced))
         if lost:
-            raise RuntimeError(f'{type(model).__name__} has no convolutions that can be lifted at: {", ".join(lost)}.')
+            raise RuntimeError(f'{type(model).__name__} has no layers that can be lifted at: {", ".join(lost)}.')
 
 
 def _key_in(features: Dict[str, Any], key: str) -> Optional[str]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
+from .neighborhood_attention import windows
 
 __all__ = ['OPERATORS', 'Operator', 'fvcore_handlers', 'layer_multiply_adds', 'ptflops_hook', 'thop_hook']
 
@@ -70,6 +71,9 @@ OPERATORS = (
     Operator(
         torch.ops.fadc_timm.mix_bands_triton, torch.ops.fadc_timm.mix_bands_triton_backward,
         lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),
+    Operator(
+        torch.ops.fadc_timm.neighborhood_windows, torch.ops.fadc_timm.neighborhood_windows_backward,
+        lambda call: windows.multiply_adds(call['q'], call['kernel_size']), is_convolution=False),
 )
 
 

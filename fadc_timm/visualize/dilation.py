@@ -1,6 +1,7 @@
 """What the FADC layers of a model do to one image: dilation maps and FreqSelect band weights, as numbers and a picture.
 
-Of deformable layers it shows where their taps lie in place of the dilation.
+In place of the dilation it shows where the taps of deformable layers lie, and which neighbours some positions of an
+attention attend to.
 
     records = collect(model, x)                     # one record per call of an FADConv2d, in the order they run
     stages = summarize(records)                     # one entry per stage
@@ -34,7 +35,7 @@ _CONSTANT = 0.01  # a map that varies by less is called constant: FADC at its id
 
 @dataclass
 class LayerRecord:
-    """What one FADConv2d did in one forward pass; tensors are float32 on the CPU.
+    """What one FADC layer did in one forward pass; tensors are float32 on the CPU.
 
     Attributes:
         name: Name of the layer in the model.
@@ -44,7 +45,7 @@ class LayerRecord:
         dilation: (B, G, H', W') in pixels of the layer's input map; the layer's base dilation where it has no AdaDR.
         bands: FreqSelect's frequency bands, () where the layer has no FreqSelect.
         weights: (B, M, S, H, W) FreqSelect band weights at the layer's input, or None.
-        taps: Where the taps of a deformable layer lie, or None.
+        taps: Where the taps of a deformable layer or of an attention lie, or None.
     """
     name: str
     stage: str
@@ -67,7 +68,7 @@ class StageSummary:
         dilation_range: Smallest and largest dilation over all layers, before any averaging.
         weights: Band ('1/2-1', in units of Nyquist) to (H', W') map, high to low frequency; {} without FreqSelect.
         weight_ranges: Band to its smallest and largest weight over all layers, before any averaging.
-        taps: The taps of the last layer, if it is deformable, or None.
+        taps: The taps of the last of the layers with the largest base dilation, if it has any, or None.
     """
     name: str
     stride: int
@@ -90,14 +91,14 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
     """Run a model once, in eval mode and without gradients, and record what its FADC layers chose.
 
     Args:
-        model: Any model with FADConv2d layers; its training flags are restored afterwards.
+        model: Any model with FADC layers; its training flags are restored afterwards.
         x: (B, C, H, W) input on the model's device, already normalised.
 
     Returns:
-        One record per call of an FADConv2d, in the order they ran.
+        One record per call of a layer, in the order they ran.
 
     Raises:
-        ValueError: The model has no FADConv2d layer, or none of them ran.
+        ValueError: The model has no FADC layer, or none of them ran.
     """
     records = []
 
@@ -147,7 +148,8 @@ def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSumma
         ranges = {label: (min(w[i].min().item() for w in same), max(w[i].max().item() for w in same))
                   for i, label in enumerate(labels)}
         last, names = rs[-1], [r.name for r in rs]
-        taps = None if last.taps is None else select_taps(last.name, last.taps, index)
+        widest = max(reversed(rs), key=lambda r: 0. if r.taps is None else r.dilation.max().item())
+        taps = None if widest.taps is None else select_taps(widest.name, widest.taps, index)
         out.append(StageSummary(
             stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges, taps))
     return out
@@ -174,7 +176,7 @@ def table(stages: Sequence[StageSummary]) -> str:
         low, high = s.dilation_range
         rows.append([
             s.name, str(len(s.layers)), 'x'.join(map(str, s.shape)), str(s.stride),
-            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})' if s.taps is None else
+            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})' if s.taps is None or s.taps.attends else
             f'offsets {s.taps.lengths[0]:.2f} (to {s.taps.lengths[1]:.2f})',
             *(f'{s.weights[label].mean():.2f}' if label in s.weights else '-' for label in labels)])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -215,8 +217,8 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note: str = '') -> 'Figure':
-    """Draw the image, and for each stage the dilation map, or where the taps of a deformable layer lie, and the band
-    weights.
+    """Draw the image, and for each stage the dilation map, or where the taps of a deformable layer or the neighbours of
+    an attention lie, and the band weights.
 
     Args:
         image: What the model saw: a PIL image of any mode, or an (H, W) or (H, W, 3) array, uint8 or float in [0, 1].
@@ -300,6 +302,11 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
                        f'{count}; {_caption(s.dilation, *s.dilation_range)}')
             mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
             label, extend = 'dilation, pixels of the layer\'s input map', 'both'
+        elif s.taps.attends:
+            ax = panel(column, head, f'{s.name}: neighbours, stride {s.stride}', f'{s.taps.layer}, of two positions')
+            ax.imshow(grey, cmap='gray', vmin=-0.3, vmax=1.3, extent=extent)
+            mapped = draw_taps(ax, s.taps, photo.shape[1], photo.shape[0])
+            label, extend = 'attention weight, times the number of neighbours', 'max'
         else:
             text = f'{s.taps.layer}; offsets: mean {s.taps.lengths[0]:.2f}, to {s.taps.lengths[1]:.2f} pixels'
             ax = panel(column, head, f'{s.name}: taps, stride {s.stride}', text)

@@ -1,6 +1,6 @@
 """Spectra of FADC layers: of the features before and after FreqSelect, of the kernels before and after AdaKern.
 
-    layers = collect_spectra(model, x)                         # of every FADConv2d that ran
+    layers = collect_spectra(model, x)                         # of every layer with FADC that ran
     save(spectrum_figure(first_of_stages(layers)), 'spectrum.png')
 
 Frequencies (u, v) are in cycles per pixel of the layer's input map, -0.5 to 0.5. FreqSelect's bands are square rings
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..layers import FADConv2d
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
 from ..ops.sampled_conv.arguments import sample_kernels
@@ -29,7 +30,7 @@ _KERNEL_POINTS = 65  # frequencies along an axis at which a kernel's response is
 
 @dataclass
 class LayerSpectra:
-    """Power spectra of one call of an FADConv2d, float64, zero frequency in the middle; see `frequencies`.
+    """Power spectra of one call of a layer with FADC, float64, zero frequency in the middle; see `frequencies`.
 
     Attributes:
         name: Name of the layer in the model.
@@ -37,15 +38,17 @@ class LayerSpectra:
         bands: The factors f of FreqSelect's bands, whose edges lie at 1/f of Nyquist; () without FreqSelect.
         features: (H, W), mean over images and channels of |DFT|^2 / (H*W) of the input.
         selected: (H, W), the same mean for FreqSelect's output; None without FreqSelect.
-        kernel: (65, 65), mean over pairs of channels of the kernel's squared response, at dilation 1.
-        adapted: (65, 65), the same mean for the kernels that AdaKern makes for these images; None without AdaKern.
+        kernel: (65, 65), mean over pairs of channels of the kernel's squared response, at dilation 1; None of an
+            attention, which has no kernel.
+        adapted: (65, 65), the same mean for the kernels that AdaKern makes for these images; None without AdaKern, and
+            of an attention.
     """
     name: str
     shape: Tuple[int, int, int]
     bands: Tuple[int, ...]
     features: np.ndarray
     selected: Optional[np.ndarray]
-    kernel: np.ndarray
+    kernel: Optional[np.ndarray]
     adapted: Optional[np.ndarray]
 
 
@@ -83,23 +86,25 @@ def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
     """Run a model once, in eval mode and without gradients, for the spectra of its FADC layers.
 
     Args:
-        model: Any model with FADConv2d layers; its training flags are restored afterwards.
+        model: Any model with FADC layers; its training flags are restored afterwards.
         x: (B, C, H, W) input on the model's device, already normalised.
 
     Returns:
-        One entry per call of an FADConv2d, in the order they ran.
+        One entry per call of a layer, in the order they ran.
 
     Raises:
-        ValueError: The model has no FADConv2d layer, or none of them ran.
+        ValueError: The model has no FADC layer, or none of them ran.
     """
     out = []
 
     def keep(call: LayerCall) -> None:
         fs, c, h, w = call.layer.freq_select, *call.x.shape[1:]
+        is_conv = isinstance(call.layer, FADConv2d)
         out.append(LayerSpectra(
             call.name, (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
-            None if fs is None else _feature_spectrum(call.selected), _kernel_spectrum(call.layer.weight),
-            None if call.layer.ada_kern is None else _kernel_spectrum(_adapted_kernels(call))))
+            None if fs is None else _feature_spectrum(call.selected),
+            _kernel_spectrum(call.layer.weight) if is_conv else None,
+            None if call.layer.ada_kern is None or not is_conv else _kernel_spectrum(_adapted_kernels(call))))
 
     run_watched(model, x, keep)
     return out
@@ -113,7 +118,7 @@ def first_of_stages(spectra: Sequence[LayerSpectra]) -> List[LayerSpectra]:
 def all_unchanged(spectra: Sequence[LayerSpectra]) -> bool:
     """Whether every spectrum after is the one before, to a thousandth, as in a model that starts as its base."""
     return all(
-        after is None or np.allclose(after, before, rtol=1e-3, atol=1e-6 * before.max())
+        before is None or after is None or np.allclose(after, before, rtol=1e-3, atol=1e-6 * before.max())
         for s in spectra for before, after in ((s.features, s.selected), (s.kernel, s.adapted)))
 
 
@@ -191,7 +196,8 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
     width = len(spectra) * column - gap
     lines = wrapped(note, 10.5, width)
     head = 0.8 + 0.2 * max(1, len(lines))
-    fig_w, fig_h = width + 2 * margin, head + 2 * block
+    has_kernels = any(s.kernel is not None for s in spectra)
+    fig_w, fig_h = width + 2 * margin, head + (2 if has_kernels else 1) * block
     fig = Figure((fig_w, fig_h), dpi=128, facecolor='white')
     FigureCanvasAgg(fig)
 
@@ -265,6 +271,10 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
               + share(s.features, s.selected, False), 9.5)
         draw(x, y + caption, s, s.features, s.selected, ('input', 'after FreqSelect'), False)
         y += block
+        if s.kernel is None:
+            if has_kernels:
+                write(x, y + 0.12, f'{s.name} is an attention, without a kernel', 9.5)
+            continue
         name = f'{s.name}: kernels'
         write(x, y + 0.12, name, fitted(11.5, name, column - gap, bold=True), INK, 'bold')
         write(x, y + 0.32, f'at dilation 1; {share(s.kernel, s.adapted, True)}', 9.5)

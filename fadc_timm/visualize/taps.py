@@ -1,16 +1,19 @@
-"""Where the taps of deformable convolutions lie, for some output positions, drawn on the image."""
+"""Where the taps of deformable convolutions lie, or the neighbours that are attended to, for some output positions."""
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers import FADNeighborhoodAttention
 from ..layers.hooks import LayerCall
+from ..ops.neighborhood_attention import neighbours
 
 __all__ = ['LayerTaps', 'StageTaps', 'draw_taps', 'select_taps', 'taps_of']
 
 _COLUMNS, _ROWS = 3, 2  # the output positions that are drawn
+_WINDOWS = 2  # of an attention side by side, as its windows are large
 _REST = '#ffffff'
 
 
@@ -18,16 +21,21 @@ _REST = '#ffffff'
 class LayerTaps:
     """Where the taps of one layer lie, in one forward pass; tensors are float32 on the CPU.
 
+    The taps of an attention are the neighbours of a position. They have no offset, and the mask is the mean over the
+    heads of the attention weights times the number of neighbours: 1 where all of them have the same weight.
+
     Attributes:
         size: (H, W) of the layer's input map, whose pixels are the unit of the places. Pixel 0 has its centre at 0.
         rest: (H', W', k*k, 2) (y, x) of each tap without its offset.
         offset: (B, G, H', W', k*k, 2) (y, x).
         mask: (B, G, H', W', k*k), ones where the layer has none.
+        attends: Whether the layer is an attention.
     """
     size: Tuple[int, int]
     rest: Tensor
     offset: Tensor
     mask: Tensor
+    attends: bool = False
 
 
 @dataclass
@@ -36,20 +44,38 @@ class StageTaps:
 
     Attributes:
         layer: Name of the layer.
-        rest: (N, k*k, 2) (x, y) from 0 to 1 of the taps without their offsets.
+        rest: (N, k*k, 2) (x, y) from 0 to 1 of the taps without their offsets, or of the position that attends.
         taps: (N, G*k*k, 2) likewise with their offsets.
         mask: (N, G*k*k).
         lengths: Mean and largest length of an offset of the layer, in pixels of its input map, over all positions.
+        attends: Whether the layer is an attention.
     """
     layer: str
     rest: np.ndarray
     taps: np.ndarray
     mask: np.ndarray
     lengths: Tuple[float, float]
+    attends: bool = False
+
+
+def _neighbours_of(call: LayerCall) -> LayerTaps:
+    """The neighbours of an attention, with their weights."""
+    layer = cast(FADNeighborhoodAttention, call.layer)
+    x = call.x if layer.freq_select_for == 'v' else call.selected
+    weights = layer.attention_weights(x.permute(0, 2, 3, 1)).float().mean(1, keepdim=True).cpu()
+    height, width, k = *x.shape[2:], layer.kernel_size
+    rows, cols = (neighbours(max(n, k * d), k, d, torch.device('cpu'))[0][:n]
+                  for n, d in zip((height, width), layer.dilation))
+    rest = torch.stack((rows[:, None, :, None].expand(height, width, k, k),
+                        cols[None, :, None, :].expand(height, width, k, k)), dim=-1).flatten(2, 3).float()
+    offset = torch.zeros_like(rest).expand(len(weights), 1, -1, -1, -1, -1)
+    return LayerTaps((height, width), rest, offset, weights * k * k, attends=True)
 
 
 def taps_of(call: LayerCall) -> Optional[LayerTaps]:
-    """The taps of a call of a deformable layer; None of any other."""
+    """The taps of a call of a deformable layer or of an attention; None of any other."""
+    if isinstance(call.layer, FADNeighborhoodAttention):
+        return _neighbours_of(call)
     layer, offset = call.layer, call.offset
     if offset is None:
         return None
@@ -68,7 +94,7 @@ def taps_of(call: LayerCall) -> Optional[LayerTaps]:
 
 
 def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
-    """The taps for six output positions, spread over the map; for fewer where the map is smaller.
+    """The taps for six output positions, spread over the map; for two of an attention; for fewer on smaller maps.
 
     Places are scaled from the layer's input map to the image by the ratio of their sizes, as the dilation maps are.
 
@@ -78,8 +104,9 @@ def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
         index: Which image of the batch.
     """
     height, width = taps.rest.shape[:2]
-    rows = sorted({(2 * i + 1) * height // (2 * _ROWS) for i in range(_ROWS)})
-    cols = sorted({(2 * i + 1) * width // (2 * _COLUMNS) for i in range(_COLUMNS)})
+    down, across = (1, _WINDOWS) if taps.attends else (_ROWS, _COLUMNS)
+    rows = sorted({(2 * i + 1) * height // (2 * down) for i in range(down)})
+    cols = sorted({(2 * i + 1) * width // (2 * across) for i in range(across)})
     size = torch.tensor(taps.size, dtype=torch.float32)
 
     def scaled(places: Tensor) -> np.ndarray:
@@ -89,14 +116,19 @@ def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
     offset, mask = taps.offset[index], taps.mask[index]
     lengths = offset.norm(dim=-1)
     rest = taps.rest[rows][:, cols].flatten(0, 1)
+    if taps.attends:
+        own = torch.tensor([[i, j] for i in rows for j in cols], dtype=torch.float32)
+        rest = own[:, None].expand_as(rest)
     places = (taps.rest + offset)[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
     weights = mask[:, rows][:, :, cols].flatten(1, 2).transpose(0, 1).flatten(1, 2)
     return StageTaps(
-        name, scaled(rest), scaled(places), weights.numpy(), (lengths.mean().item(), lengths.max().item()))
+        name, scaled(rest), scaled(places), weights.numpy(), (lengths.mean().item(), lengths.max().item()),
+        taps.attends)
 
 
 def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
-    """Draw taps as dots in the colour of their mask, each with a line from its place without the offset.
+    """Draw taps as dots in the colour of their mask, each with a line from its place without the offset, or from the
+    position that attends.
 
     Args:
         ax: Axes of matplotlib that show the image.
@@ -112,7 +144,7 @@ def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
     ends = taps.taps * scale
     starts = np.tile(taps.rest * scale, (1, ends.shape[1] // taps.rest.shape[1], 1))
     lines = np.stack((starts, ends), axis=2).reshape(-1, 2, 2)
-    ax.add_collection(LineCollection(list(lines), colors=_REST, linewidths=0.7, alpha=0.9))
+    ax.add_collection(LineCollection(list(lines), colors=_REST, linewidths=0.7, alpha=0.25 if taps.attends else 0.9))
     ax.scatter(*(taps.rest * scale).reshape(-1, 2).T, s=3, color=_REST, linewidths=0)
     dots = ax.scatter(
         *ends.reshape(-1, 2).T, c=taps.mask.reshape(-1), cmap='plasma', vmin=0, vmax=2, s=13, edgecolors='#222222',

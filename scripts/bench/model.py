@@ -8,9 +8,10 @@
     python -m scripts.bench.model --device cuda --amp float16 --channels-last --compile graph  # in CUDA graphs alone
     python -m scripts.bench.model --check                                       # fail where a ratio was lost
 
-Variants: `plain`, the base network; `today`, the FADC network as everyone runs it today (bench/today.py); `fadc`,
-this package; and on CUDA `triton`, the same with its Triton kernels, which are not chosen by themselves. FADC
-parameters are off the identity, and before a case is timed, all but `plain` must agree. What:
+Variants: `plain`, the base network, or what a network without one is compared with (`dinat_mini`: timm's Swin-T, at its
+own size alone); `today`, an FADC network with convolutions as everyone runs it today (bench/today.py); `fadc`, this
+package; and on CUDA `triton`, the same with its Triton kernels, which are not chosen by themselves. FADC parameters are
+off the identity, and before a case is timed, all but `plain` must agree. What:
 
 * inference: a batch, in milliseconds;
 * train: forward, loss, backward and a step of SGD;
@@ -50,7 +51,7 @@ from scripts.bench.measure import (
     reason,
     run_jobs,
 )
-from scripts.bench.subjects import COMPILE, Setting, Step, make_models, make_step, place, training_state
+from scripts.bench.subjects import COMPILE, RIVALS, Setting, Step, make_models, make_step, place, training_state
 from scripts.results import RESULTS, Row, Samples, make_rows
 
 OUTPUT = RESULTS / 'bench_model.csv'
@@ -75,7 +76,8 @@ class Case(NamedTuple):
         if self.what == 'import':
             return 'fadc_timm beyond timm'
         against = f' against {SMALL}' if self.what == 'per-pixel' else ''
-        return f'{self.model} {self.batch}x{self.size}{against}'
+        rival = f' against {RIVALS[self.model]}' if self.model in RIVALS else ''
+        return f'{self.model} {self.batch}x{self.size}{against}{rival}'
 
 
 # Targets are for two cores and float32,
@@ -91,10 +93,20 @@ CASES = (
     Case('convnext_tiny_fadc', 'train', 2, 224, 2.2),
     Case('resnet50_fadc', 'memory', 4, 224, 1.5),
     Case('resnet50_fadc', 'per-pixel', 1, 1024, 1.1),
+    Case('dinat_mini', 'inference', 4, 224, 1.6),
+    Case('dinat_mini', 'train', 4, 224, 2.),
+    Case('dinat_mini', 'memory', 4, 224, 1.5),
+    Case('dinat_mini_fadc', 'inference', 4, 224, 1.3),
+    Case('dinat_mini_fadc', 'train', 4, 224, 1.3),
+    Case('dinat_mini_fadc', 'per-pixel', 1, 896, 1.1),
     Case('resnet50_fadc', 'inference', 4, 224, 1.3, compile='yes', eager_target=1.),
     Case('resnet50_fadc', 'train', 4, 224, 1.3, compile='yes', eager_target=1.),
     Case('convnext_tiny_fadc', 'inference', 4, 224, 1.6, compile='yes'),
     Case('convnext_tiny_fadc', 'train', 2, 224, 2., compile='yes'),
+    Case('resnet50_dcn', 'inference', 4, 224, 1.5),
+    Case('resnet50_dcn', 'train', 4, 224, 1.7),
+    Case('resnet50_dcn_fadc', 'inference', 4, 224, 1.6),
+    Case('resnet50_dcn_fadc', 'train', 4, 224, 1.8),
     Case('', 'import', target=0.1),
 )
 # and these for an H100 or H200 and half precision.
@@ -279,7 +291,8 @@ def select_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', nargs='+', help='<base>_fadc or another architecture of this package')
+    parser.add_argument(
+        '--model', nargs='+', help='<base>_fadc or another architecture of this package, dinat_mini or nat_mini')
     parser.add_argument('--what', nargs='+', choices=WHAT, help='quantities')
     parser.add_argument('--batch', type=int, help='with --size: a case of your own (default: 4)')
     parser.add_argument('--size', type=int, help='with --batch: a case of your own (default: 224)')

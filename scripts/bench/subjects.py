@@ -9,20 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fadc_timm import FADConv2d
+from fadc_timm.layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention
 from fadc_timm.models._family import architecture_of
 from fadc_timm.ops import set_backend
 from scripts.bench.today import make_today
 
 __all__ = [
-    'AMP_DTYPES', 'COMPILE', 'FORMATS', 'Setting', 'captured', 'leave_identity', 'make_models', 'make_step', 'place',
-    'training_state']
+    'AMP_DTYPES', 'COMPILE', 'FORMATS', 'RIVALS', 'Setting', 'captured', 'leave_identity', 'make_models', 'make_step',
+    'place', 'training_state']
 
 Step = Callable[[], Any]
 
 AMP_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 COMPILE = ('no', 'yes', 'graph', 'reduce-overhead')
+
+# What a network without a plain base of its own is compared with.
+RIVALS = dict.fromkeys(('nat_mini', 'dinat_mini'), 'swin_tiny_patch4_window7_224')
 
 # Of the largest value of a step's result: by how much a captured step may differ from an eager one.
 _CAPTURE_TOLERANCE = 5e-2
@@ -56,8 +59,10 @@ def _draw(conv: nn.Conv2d, x: Tensor, mean: Tensor, std: Tensor) -> None:
     conv.bias.copy_(mean - scale * y.mean(dim=(0, 2, 3)))
 
 
-def _leave_identity(layer: FADConv2d, x: Tensor) -> None:
-    """Random FADC parameters, of a size that fits the layer's input x (B, C, H, W)."""
+def _leave_identity(layer: FADConv2d | FADNeighborhoodAttention, x: Tensor) -> None:
+    """Random FADC parameters, of a size that fits the layer's input x (B, C, H, W), or (B, H, W, C) of an attention."""
+    if isinstance(layer, FADNeighborhoodAttention):
+        x = x.permute(0, 3, 1, 2)
     if layer.freq_select is not None:
         conv = layer.freq_select.conv
         n = torch.ones(conv.out_channels)
@@ -78,6 +83,8 @@ def _leave_identity(layer: FADConv2d, x: Tensor) -> None:
                 assert head.bias is not None
                 nn.init.normal_(head.weight, std=head.weight[0].numel() ** -0.5)
                 nn.init.normal_(head.bias, std=0.3)
+    if isinstance(layer, FADNeighborhoodAttention):
+        return
     if layer.ada_dr is not None:
         dr = layer.ada_dr
         conv, g, d = dr.conv, dr.dilation_groups, dr.dilation
@@ -113,7 +120,7 @@ def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
         size: Side of the image, or of a layer's input, in pixels.
     """
     def before(layer: nn.Module, args: Any) -> None:
-        assert isinstance(layer, FADConv2d)
+        assert isinstance(layer, (FADConv2d, FADNeighborhoodAttention))
         _leave_identity(layer, args[0])
 
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +128,7 @@ def leave_identity(model: nn.Module, seed: int = 0, size: int = 128) -> None:
         channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
         x = torch.randn(2, channels, size, size)
         training = model.training
-        handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, FADConv2d)]
+        handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, FADC_LAYERS)]
         try:
             model.eval()(x)
         finally:
@@ -150,31 +157,33 @@ def make_models(name: str, variants: Any, seed: int = 0) -> dict[str, nn.Module]
     activations and gradients are those of a network in training.
 
     Args:
-        name: An architecture of this package, such as `<base>_fadc`.
-        variants: Which of the four; 'triton' is the FADC network with Triton's kernels.
+        name: An architecture of this package, such as `<base>_fadc`; or one of `RIVALS`, whose 'plain' is its rival.
+        variants: Which of the four; 'today' is for convolutions alone, 'triton' is the FADC network with Triton's
+            kernels.
         seed: Of all weights.
     """
     arch = architecture_of(name)
-    if arch is None:
+    if arch is None and name not in RIVALS:
         raise ValueError(f'The model must be one of this package, such as <base>_fadc, got {name!r}.')
     torch.manual_seed(seed)
-    plain = timm.create_model(arch.base)
+    plain = timm.create_model(RIVALS[name] if arch is None else arch.base)
     for key, p in plain.named_parameters():
         if (p == 0).all() and key.endswith('weight') or key.endswith('.gamma'):
             p.fill_(0.3)
     models = {'plain': plain}
     if set(variants) - {'plain'}:
         fadc = timm.create_model(name, num_classes=plain.num_classes)
-        unexpected = fadc.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f'{name} lacks parameters of its base: {", ".join(unexpected)}.')
-        leave_identity(fadc, seed)
+        if arch is not None:
+            unexpected = fadc.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f'{name} lacks parameters of its base: {", ".join(unexpected)}.')
+            leave_identity(fadc, seed)
         models['fadc'] = fadc
-        if 'today' in variants:
+        if 'today' in variants and any(isinstance(m, FADConv2d) for m in fadc.modules()):
             models['today'] = make_today(fadc)
         if 'triton' in variants:
             models['triton'] = _InTriton(copy.deepcopy(fadc))
-    return {v: models[v] for v in variants}
+    return {v: models[v] for v in variants if v in models}
 
 
 def place(model: nn.Module, x: Tensor, device: str, memory_format: str) -> tuple[nn.Module, Tensor]:

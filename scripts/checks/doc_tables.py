@@ -23,6 +23,7 @@ from fadc_timm.models.cost import listed_cost
 from scripts.bench import tables as speed_tables
 from scripts.results import RESULTS
 from scripts.segmentation import tables as segmentation_tables
+from scripts.studies import from_imagenet
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +71,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         'speed': partial(speed_tables.speed, ['cuda']), 'operator': partial(speed_tables.operator, ['cuda']),
         'bands': partial(speed_tables.bands, ['cuda'])},
     'docs/segmentation.md': {'segmentation': segmentation_tables.segmentation},
+    'docs/evidence.md': {'from_imagenet': from_imagenet.tables},
     'docs/integrations.md': {'works_with': works_with},
     'docs/zoo.md': {'zoo': zoo},
 }

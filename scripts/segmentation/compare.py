@@ -12,18 +12,10 @@ of the same command is finished; one that was interrupted goes on from its check
 `python -m scripts.checks.doc_tables`.
 """
 import argparse
-import csv
 import datetime
-import hashlib
-import json
-import os
-import shlex
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import timm
@@ -32,15 +24,16 @@ from torch import nn
 
 from fadc_timm.models.cost import module_cost
 from scripts.bench.measure import Clock, interleave, peak_memory
-from scripts.results import RESULTS, commit, device_name, quartiles, write_csv
+from scripts.results import RESULTS, commit, device_name, quartiles, read_csv
 from scripts.segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
 from scripts.segmentation.data import open_data
-from scripts.segmentation.engine import Objective
 from scripts.segmentation.model import Auxiliary
-from scripts.segmentation.optimizer import rate_groups
-from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, read, segmentation
-from scripts.segmentation.train import config_of, network_of
+from scripts.segmentation.recipe import Objective
+from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, segmentation
+from scripts.segmentation.train import integers, network_of, recipe_of
 from scripts.segmentation.train import parse_args as parse_training
+from scripts.training.jobs import Job, run_jobs, store, unfinished
+from scripts.training.optimizer import rate_groups
 
 TRAIN = 'scripts.segmentation.train'
 COLUMNS = (
@@ -50,132 +43,65 @@ TIME_COLUMNS = (
     'preset', 'setting', 'ms', 'ms_q25', 'ms_q75', 'ratio', 'ratio_q25', 'ratio_q75', 'rounds', 'peak_mb', 'threads',
     'device', 'torch', 'commit', 'date')
 
-Row = dict[str, str]
-
-
-def store(path: Path, columns: Sequence[str], keys: Sequence[str], new: Row) -> None:
-    """Put a row in the place of the one with its key, or at the end."""
-    rows = {tuple(row[k] for k in keys): row for row in read(path)}
-    rows[tuple(new[k] for k in keys)] = new
-    write_csv(path, columns, rows.values())
-
-
-def is_finished(rows: Sequence[Row], preset: str, setting: str, seed: int, text: str) -> bool:
-    """Whether there is a row of this run; one of another command does not count, and is replaced later."""
-    return any((row['preset'], row['setting'], row['seed'], row['command']) == (preset, setting, str(seed), text)
-               for row in rows)
-
-
-def folder_of(runs: Path, preset: str, setting: str, seed: int, text: str) -> Path:
-    """Where a run keeps its files: of another command, elsewhere."""
-    return runs / preset / f'{setting}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
-
 
 def gmacs_of(options: list[str], classes: int, crop: int) -> float:
     """GMACs of the network for one crop."""
     args = parse_training([*options, '--output', '-'])
-    built = network_of({**config_of(args)[1], 'init': ''}, classes)
+    built = network_of({**recipe_of(args)[1], 'init': ''}, classes)
     return module_cost(built.model.to('meta').eval(), (3, crop, crop)).gmacs
 
 
-class Children:
-    """The running processes, so that none outlives an interrupted comparison."""
-
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen] = set()
-        self.lock, self.stopped = threading.Lock(), False
-
-    def run(self, arguments: list[str], log: Path, env: dict[str, str]) -> int:
-        with log.open('a') as file:
-            with self.lock:
-                if self.stopped:
-                    return 1
-                process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=env)
-                self.running.add(process)
-            status = process.wait()
-        with self.lock:
-            self.running.discard(process)
-        return status
-
-    def stop(self) -> None:
-        with self.lock:
-            self.stopped = True
-            for process in self.running:
-                process.terminate()
+def data_options(args: argparse.Namespace) -> list[str]:
+    """Which data set, and what the numbers in its masks mean, as options of segmentation.train."""
+    values = [(f'--{name}', getattr(args, name.replace('-', '_'))) for name in ('mask-values', 'ignore-values')]
+    given = [text for name, numbers in values if numbers is not None for text in (name, ','.join(map(str, numbers)))]
+    return ['--data', args.data, *given]
 
 
-def run_one(options: list[str], text: str, data: list[str], folder: Path, threads: int, children: Children) -> dict:
-    """Run, or resume, a training.
-
-    Raises:
-        RuntimeError: It failed; the message has the end of what it printed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / 'result.json'
-    if not result.exists():
-        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
-        log = folder / 'output.txt'
-        arguments = [sys.executable, '-m', TRAIN, *options, *data, '--output', str(folder), '--threads', str(threads)]
-        if children.run(arguments, log, env):
-            raise RuntimeError(f'{text}\n  failed: ' + '\n  '.join(log.read_text().splitlines()[-5:]))
-    with (folder / 'log.csv').open(newline='') as file:
-        last = list(csv.DictReader(file))[-1]
-    return {**json.loads(result.read_text()), 'loss': last['loss'], 'seconds': last['seconds']}
+def classes_of(args: argparse.Namespace) -> int:
+    """Number of classes of the data set."""
+    return len(open_data(args.data, args.root, args.mask_values, args.ignore_values).classes)
 
 
-def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting], data: list[str]) -> int:
+def runs_of(args: argparse.Namespace) -> Path:
+    """The file of the results: that of the documentation has Blue Marble only."""
+    return RUNS if args.data == 'bluemarble' else args.runs / f'{args.data}.csv'
+
+
+def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting]) -> int:
     """Run what has no row yet; the exit status."""
-    rows, jobs, costs = read(RUNS), [], {}
-    classes = len(open_data(args.data, args.root).classes)
-    for seed in args.seeds:  # seed by seed, so that an early end leaves pairs
-        for setting in settings:
-            options = command(preset, setting, seed, args.steps)
-            text = shlex.join(options)
-            if is_finished(rows, args.preset, setting.name, seed, text):
-                print(f'{setting.name}, seed {seed}: has its row', flush=True)
-            else:
-                jobs.append((setting, seed, options, text))
-    for setting, _, options, _ in jobs:
-        if setting.name not in costs:
-            costs[setting.name] = gmacs_of(options, classes, preset.crop)
-    children, failures, env = Children(), [], {'torch': torch.__version__, 'timm': timm.__version__, 'commit': commit()}
+    data, root = data_options(args), ['--root', str(args.root)] if args.root else []
+    # rows of Blue Marble's runs do not name their data
+    own, further = ([], [*data, *root]) if args.data == 'bluemarble' else (data, root)
+    path, key = runs_of(args), COLUMNS[:3]
+    jobs = unfinished(
+        [Job((args.preset, s.name, str(seed)), TRAIN, (*command(preset, s, seed, args.steps), *own), tuple(further))
+         for seed in args.seeds for s in settings],  # seed by seed, so that an early end leaves pairs
+        path, key)
+    classes, costs = classes_of(args), {}
+    for job in jobs:
+        if job.key[1] not in costs:
+            costs[job.key[1]] = gmacs_of(list(job.options), classes, preset.crop)
+    env = {'torch': torch.__version__, 'timm': timm.__version__, 'commit': commit()}
     device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {
-            pool.submit(run_one, options, text, data, folder_of(args.runs, args.preset, setting.name, seed, text),
-                        args.threads, children): (setting, seed, text)
-            for setting, seed, options, text in jobs}
-        try:
-            for future in as_completed(futures):
-                setting, seed, text = futures[future]
-                try:
-                    result = future.result()
-                except RuntimeError as e:
-                    failures.append(f'{setting.name}, seed {seed}')
-                    print(f'{failures[-1]}: {e}', file=sys.stderr, flush=True)
-                    continue
-                store(RUNS, COLUMNS, COLUMNS[:3], {
-                    'preset': args.preset, 'setting': setting.name, 'seed': str(seed),
-                    **{k: f'{result[k]:.4f}' for k in ('miou', 'accuracy', 'mean_accuracy')},
-                    'iou': ' '.join('-' if v is None else f'{v:.2f}' for v in result['iou']), 'loss': result['loss'],
-                    'params': str(result['params']), 'added': str(result['added']),
-                    'gmacs': f'{costs[setting.name]:.4f}', 'steps': str(result['step']),
-                    'images': str(result['images']), 'seconds': f'{float(result["seconds"]):.1f}',
-                    'device': device_name(device), **env, 'date': datetime.date.today().isoformat(), 'command': text})
-                print(f'{setting.name}, seed {seed}: mIoU {result["miou"]:.2f} after {float(result["seconds"]):.0f} s',
-                      flush=True)
-        except BaseException:
-            children.stop()
-            pool.shutdown(cancel_futures=True)
-            raise
-    print(f'{len(jobs) - len(failures)} runs done, {len(failures)} failed', flush=True)
-    return int(bool(failures))
+
+    def finished(job: Job, result: dict) -> None:
+        store(path, COLUMNS, key, {
+            **dict(zip(key, job.key)), **{k: f'{result[k]:.4f}' for k in ('miou', 'accuracy', 'mean_accuracy')},
+            'iou': ' '.join('-' if v is None else f'{v:.2f}' for v in result['iou']), 'loss': result['loss'],
+            'params': str(result['params']), 'added': str(result['added']), 'gmacs': f'{costs[job.key[1]]:.4f}',
+            'steps': str(result['step']), 'images': str(result['images']),
+            'seconds': f'{float(result["seconds"]):.1f}', 'device': device_name(device), **env,
+            'date': datetime.date.today().isoformat(), 'command': job.command})
+        print(f'{job.name}: mIoU {result["miou"]:.2f} after {float(result["seconds"]):.0f} s', flush=True)
+
+    return run_jobs(jobs, args.runs, args.jobs, args.threads, finished)
 
 
 def training_step(options: list[str], classes: int, crop: int) -> tuple[Objective, object, int]:
     """A training step on a fixed random batch: (network and loss, step, bytes held between steps)."""
     args = parse_training([*options, '--output', '-'])
-    recipe, config = config_of(args)
+    recipe, config = recipe_of(args)
     built = network_of({**config, 'init': ''}, classes)
     auxiliary = None
     if recipe.aux_loss:
@@ -205,7 +131,7 @@ def training_step(options: list[str], classes: int, crop: int) -> tuple[Objectiv
 def time_steps(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting]) -> int:
     """Time a step of each setting, in turns, in this process."""
     torch.set_num_threads(args.threads)
-    classes = len(open_data(args.data, args.root).classes)
+    classes = classes_of(args)
     device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
     timed = [s for s in settings if s.longer == 1]
     if timed[0].name != 'plain':
@@ -238,6 +164,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1, help='of each process')
     parser.add_argument('--data', default='bluemarble')
     parser.add_argument('--root', type=Path, help='folder of the data set')
+    for name in ('--mask-values', '--ignore-values'):
+        parser.add_argument(name, type=integers, metavar='V,...', help='as in segmentation.train')
     parser.add_argument('--runs', type=Path, default=Path('runs'), help='folder of the runs (default: runs)')
     parser.add_argument('--time', action='store_true', help='time a step of each setting, and train none')
     parser.add_argument('--rounds', type=int, default=15, help='of --time')
@@ -254,13 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.time:
         return time_steps(args, preset, settings)
     if not args.report:
-        data = ['--data', args.data, *(['--root', str(args.root)] if args.root else [])]
-        status = run_all(args, preset, settings, data)
+        status = run_all(args, preset, settings)
         print(f'{time.time() - start:.0f} s')
-    if read(RUNS):
-        print(segmentation())
-        draw(PLOT)
-        print(f'drew {PLOT}')
+    path = runs_of(args)
+    if read_csv(path):
+        print(segmentation(None if path == RUNS else path))
+        if path == RUNS:
+            draw(PLOT)
+            print(f'drew {PLOT}')
     return status
 
 

@@ -1,7 +1,4 @@
-"""What is compared: settings and presets, and the statistics of paired runs."""
-import math
-import statistics
-from collections.abc import Mapping
+"""What is compared: settings and presets."""
 from typing import NamedTuple
 
 
@@ -44,7 +41,12 @@ REMEDIES = (
     Setting('plain_longer', 'plain', 'plain, twice the steps', longer=2.0),
     Setting('fadc_longer', 'fadc', 'FADC, twice the steps', longer=2.0, against='plain_longer'),
 )
-BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
+# Of a backbone of its own: neighbourhood attention, and FreqSelect before it.
+ATTENTION = (
+    Setting('dinat_mini', 'plain', 'DiNAT-Mini', ('--backbone', 'dinat_mini'), against='dinat_mini'),
+    Setting('dinat_mini_fadc', 'fadc', 'DiNAT-Mini + FreqSelect', ('--backbone', 'dinat_mini'), against='dinat_mini'),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES + ATTENTION}
 
 
 class Preset(NamedTuple):
@@ -75,32 +77,3 @@ def command(preset: Preset, setting: Setting, seed: int, steps: int = 0) -> list
     total = round((steps or preset.steps) * setting.longer)
     return ['--variant', setting.variant, '--crop', str(preset.crop), '--batch', str(preset.batch), '--steps',
             str(total), '--seed', str(seed), *preset.options, *setting.options]
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences with its 95% t interval, which one pair alone has not (NaN)."""
-    n: int
-    mean: float
-    low: float
-    high: float
-
-
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference:
-    """Differences of runs of the same seed, over the seeds that both have.
-
-    Raises:
-        ValueError: They have no seed in common.
-    """
-    from scipy import stats  # no dependency of the package, so not of --help either
-    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
-    if not differences:
-        raise ValueError('There is no seed that both settings were run with.')
-    mean, n = statistics.fmean(differences), len(differences)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    return Difference(n, mean, mean - half, mean + half)
-
-
-def mean_and_deviation(values: Mapping[int, float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) over the seeds; NaN for one."""
-    numbers = list(values.values())
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from scripts.bluemarble import segmentation as bluemarble
 from scripts.segmentation import layouts
-from scripts.segmentation.pairs import IGNORE, DataError, SegmentationData, Split
+from scripts.segmentation.pairs import IGNORE, SegmentationData, Split
+from scripts.training.images import DataError
 
 __all__ = ['DATA_SETS', 'IGNORE', 'DataError', 'SegmentationData', 'Split', 'open_data']
 

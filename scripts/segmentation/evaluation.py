@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scripts.segmentation.engine import World
 from scripts.segmentation.metrics import ConfusionMatrix, scores
 from scripts.segmentation.pictures import write_prediction
 from scripts.segmentation.slide import predictions
+from scripts.training.world import World
 
 
 def evaluate(

@@ -5,19 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.segmentation.pairs import (
-    IGNORE,
-    IMAGE_SUFFIXES,
-    DataError,
-    Pair,
-    Pairs,
-    SegmentationData,
-    Stored,
-    colours,
-    files_in,
-    match,
-    stored_as,
-)
+from scripts.segmentation.pairs import IGNORE, Pair, Pairs, SegmentationData, Stored, files_in, match, stored_as
+from scripts.training.images import IMAGE_SUFFIXES, DataError, colours
 
 # The 19 evaluated classes of Cityscapes in the order of their train ids: number in *_labelIds.png, name, colour.
 CITYSCAPES = (

@@ -3,13 +3,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of
-from scripts.segmentation.variants import apply_variant
-from scripts.segmentation.weights import find_init, load_backbone
+from scripts.training.variants import apply_variant, split_name
+from scripts.training.weights import find_init, load_backbone
 
 # Argument for the width of each decoder.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -21,7 +19,6 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     'segformer': lambda c: {'decoder_segmentation_channels': c},
     'pspnet': lambda c: {'psp_out_channels': c},
 }
-_VARIANTS = {FADC.suffix: 'fadc', DCN.suffix: 'dcnv2', DCN_FADC.suffix: 'dcnv2_fadc'}
 _SETS_STRIDE = ('deeplabv3', 'deeplabv3plus', 'pan')  # decoders that have an argument of their own for it
 
 
@@ -45,28 +42,6 @@ def import_smp() -> Any:
     except ImportError as e:
         raise ImportError("Segmentation needs segmentation_models_pytorch: pip install -e '.[segmentation]'") from e
     return segmentation_models_pytorch
-
-
-def split_name(backbone: str, variant: str) -> tuple[str, str]:
-    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`, `resnet50_dcn` and
-    `resnet50_dcn_fadc` are that with `dcnv2` and `dcnv2_fadc`.
-
-    Raises:
-        ValueError: timm has no such backbone; or a model of ours is to become another variant.
-    """
-    base, _, tag = backbone.partition('.')
-    if tag:
-        raise ValueError(f'{backbone!r} names a tag of weights: give --backbone {base} --init {tag}')
-    arch = architecture_of(base)
-    if arch is not None:
-        own = _VARIANTS[arch.variant.suffix]
-        if variant not in ('plain', own):
-            raise ValueError(f'{backbone} is the variant {own}: give --backbone {arch.base}')
-        base, variant = arch.base, own
-    if not timm.is_model(base):
-        close = ', '.join(timm.list_models(f'*{base}*')[:5])
-        raise ValueError(f'timm has no model {base!r}{f"; close to it are {close}" if close else ""}')
-    return base, variant
 
 
 def build(
@@ -104,6 +79,9 @@ def build(
     """
     smp = import_smp()
     base, variant = split_name(backbone, variant)
+    if decoder not in smp.MODEL_ARCHITECTURES_MAPPING:
+        raise ValueError(f'There is no decoder {decoder!r}: the decoders are '
+                         f'{", ".join(smp.MODEL_ARCHITECTURES_MAPPING)}.')
     initial = find_init(base, init, variant, dict(fadc or {})) if init else None
     kwargs: dict[str, Any] = dict(backbone_args or {})
     if decoder_channels is not None:
@@ -113,10 +91,7 @@ def build(
     if output_stride != 32:
         kwargs['encoder_output_stride' if decoder in _SETS_STRIDE else 'output_stride'] = output_stride
     torch.manual_seed(seed)
-    try:
-        model = smp.create_model(decoder, f'tu-{base}', encoder_weights=None, classes=classes, **kwargs)
-    except KeyError as e:
-        raise ValueError(str(e.args[0])) from e
+    model = smp.create_model(decoder, f'tu-{base}', encoder_weights=None, classes=classes, **kwargs)
     net = model.encoder.model
     options = {**(initial.options if initial else {}), **(fadc or {})}
     replaced = apply_variant(net, variant, options, freq_select_stages)

@@ -1,5 +1,4 @@
 """Pairs of an image and a mask in files: what a data set is, and everything that can be wrong with one of its files."""
-import colorsys
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,19 +8,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-from PIL.ExifTags import Base
 from torch.utils.data import Dataset
 
-from fadc_timm.visualize.images import check_frames
+from scripts.training.images import DataError, is_turned, open_file, open_image, read_image
 
 IGNORE = 255  # label of pixels that neither train nor count
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 Sample = tuple[np.ndarray, np.ndarray]
-
-
-class DataError(ValueError):
-    """A data set is not in its layout, or one of its files is not what it should be; the message names the file."""
 
 
 class Inspected(NamedTuple):
@@ -74,12 +67,6 @@ class SegmentationData:
     fit: tuple[int, int] | None = None  # long and short side that images are fitted into first, in the usual recipe
 
 
-def colours(count: int) -> np.ndarray:
-    """A palette (count, 3) uint8: hues a golden section apart, so that neighbours differ, at varying brightness."""
-    rgb = [colorsys.hsv_to_rgb(0.618034 * i % 1, (0.85, 0.55)[i // 2 % 2], (0.95, 0.7)[i % 2]) for i in range(count)]
-    return np.round(255 * np.array(rgb)).astype(np.uint8).reshape(count, 3)
-
-
 class Stored(NamedTuple):
     """What the numbers in a mask's file mean."""
 
@@ -108,42 +95,12 @@ class Pair(NamedTuple):
     stored: Stored
 
 
-def _open(path: Path, what: str, modes: Iterable[str], wanted: str) -> Image.Image:
-    try:
-        image = Image.open(path)
-        check_frames(image)
-        image.load()
-    except FileNotFoundError:
-        raise DataError(f'{path}: the {what} is no longer there') from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise DataError(f'{path}: the {what} cannot be read ({e})') from e
-    if image.mode not in modes:
-        raise DataError(f'{path}: the {what} has Pillow mode {image.mode}; wanted is {wanted}')
-    return image
-
-
-def _open_image(path: Path) -> Image.Image:
-    modes = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')
-    return _open(path, 'image', modes, 'an image of 8 bits a channel')
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Reads an image of 8 bits a channel as (H, W, 3) uint8; a rotation in its EXIF data is not applied."""
-    return np.array(_open_image(path).convert('RGB'))
-
-
-def _is_turned(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(Base.Orientation, 1) != 1
-    except Exception:  # EXIF data that Pillow cannot read, of whatever kind, turn nothing
-        return False
-
-
 def _open_mask(path: Path) -> tuple[Image.Image, np.ndarray]:
     """A mask's picture and the numbers (H, W) that its file stores."""
-    picture = _open(path, 'mask', ('1', 'L', 'P', 'I', 'I;16', 'I;16B'),
-                    'one channel of class numbers (L, P, I;16), not colours; of a mask in shades of grey, save one '
-                    'channel: Image.open(...).getchannel(0)')
+    picture = open_file(
+        path, 'mask', ('1', 'L', 'P', 'I', 'I;16', 'I;16B'),
+        'one channel of class numbers (L, P, I;16), not colours; of a mask in shades of grey, save one '
+        'channel: Image.open(...).getchannel(0)')
     if picture.format != 'PNG':
         raise DataError(f'{path}: the mask is a {picture.format} file, which may change numbers; wanted is a PNG file')
     numbers = np.array(picture)
@@ -225,8 +182,8 @@ class Pairs(Dataset[Sample]):
         pair = self.pairs[index]
         values: dict[int, int] = {}
         try:
-            image = _open_image(pair.image)
-            turned, size = _is_turned(image), (image.height, image.width)
+            image = open_image(pair.image)
+            turned, size = is_turned(image), (image.height, image.width)
             picture, numbers = _open_mask(pair.mask)
             values = count(numbers)
             _check_size(pair.mask, numbers, size, turned)

@@ -14,38 +14,46 @@ checkpoint. `last.pt` is a checkpoint for --init too, and for `fadc-timm convert
 import argparse
 import inspect
 import json
-import os
 import sys
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
-from datetime import timedelta
+from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from timm.utils import ParseKwargs
 from torch import nn
 
 from fadc_timm._writing import write_atomically
-from scripts.segmentation.batches import Samples
 from scripts.segmentation.check import SPLITS, check_data
-from scripts.segmentation.checkpoint import Log, load_checkpoint, read_state
 from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
-from scripts.segmentation.engine import AMP_DTYPES, Objective, Recipe, World, autocast, synchronized, train
 from scripts.segmentation.evaluation import evaluate
 from scripts.segmentation.layouts import folder as folder_layout
 from scripts.segmentation.metrics import table
-from scripts.segmentation.model import Auxiliary, Built, build, import_smp, split_name
-from scripts.segmentation.run_folder import Interrupted, owned
+from scripts.segmentation.model import Auxiliary, Built, build, import_smp
+from scripts.segmentation.recipe import Objective, Recipe
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
-from scripts.segmentation.variants import VARIANTS, added_keys
-from scripts.segmentation.weights import normalisation_of
+from scripts.training.batches import Samples
+from scripts.training.checkpoint import Log, check_classes, load_checkpoint, read_state
+from scripts.training.command_line import (
+    BACKBONE,
+    add_backbone,
+    add_recipe,
+    add_run,
+    at_least,
+    config_of,
+    exit_status,
+    refuse_unread,
+    try_network,
+    warmup_of,
+)
+from scripts.training.engine import autocast, synchronized, train
+from scripts.training.run_folder import owned
+from scripts.training.variants import added_keys
+from scripts.training.world import World, processes
 
-# Options that decide how a network is built, and what it sees: kept in the checkpoint.
-NETWORK = ('backbone', 'variant', 'decoder', 'decoder_channels', 'output_stride', 'init', 'fadc', 'freq_select_stages',
-           'backbone_args', 'mean', 'std')
+# Options that decide, with those of the backbone, how a network is built, and what it sees: kept in the checkpoint.
+DECODER = ('decoder', 'decoder_channels', 'output_stride')
 SIGHT = ('data', 'mask_values', 'ignore_values', 'crop', 'scale', 'cat_max_ratio', 'flip', 'photometric',
          'channels_last')
 # What --eval reads of the command line. All else it has from the checkpoint.
@@ -53,17 +61,8 @@ EVAL = ('eval', 'data', 'root', 'mask_values', 'ignore_values', 'anyway', 'strid
         'output', 'device', 'threads')
 
 
-def _at_least(least: int):
-    """A type of argparse: an integer that is not smaller."""
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f'must be at least {least}, got {value}')
-        return value
-    return integer
-
-
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
+    """A type of argparse: integers with commas between them."""
     try:
         return [int(part) for part in text.split(',')]
     except ValueError as e:
@@ -77,60 +76,39 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('data').add_argument
     add('--data', choices=DATA_SETS, help="(default: bluemarble; with --eval the checkpoint's); folder: see below")
     add('--root', type=Path, help='folder of the data set (bluemarble: the cache folder, which has a default)')
-    add('--mask-values', type=_integers, metavar='V0,V1,...',
+    add('--mask-values', type=integers, metavar='V0,V1,...',
         help='folder: the number in the masks that stands for class 0, 1, ..., as 0,255 (default: 0,1,...)')
-    add('--ignore-values', type=_integers, metavar='V,...',
+    add('--ignore-values', type=integers, metavar='V,...',
         help='folder: the numbers in the masks for pixels to ignore (default: 255, unless it stands for a class)')
     add('--check-data', action='store_true',
         help='do not train: read all files of all splits, count the classes, and say what is wrong')
     add('--anyway', action='store_true',
         help='use data that are in doubt: a class in no training mask, images without labels, palettes that differ, '
         'images in two splits')
-    add('--workers', type=_at_least(0), default=0, help='processes that load images')
+    add('--workers', type=at_least(0), default=0, help='processes that load images')
     add = parser.add_argument_group('network').add_argument
-    add('--backbone', default='resnet50', help="timm's name; NAME_fadc is NAME with --variant fadc")
-    add('--variant', default='plain', choices=VARIANTS)
-    add('--init', default='', help="a tag of timm's weights, or 'default' for those of pretrained=True, or a "
-        'checkpoint of the base, of an FADC model, of this script, or of the authors; default: random weights')
+    add_backbone(add)
     add('--decoder', default='upernet', help='of segmentation_models_pytorch')
-    add('--decoder-channels', type=_at_least(1), help="width of the decoder (default: the decoder's own)")
+    add('--decoder-channels', type=at_least(1), help="width of the decoder (default: the decoder's own)")
     add('--output-stride', type=int, default=32, choices=(8, 16, 32))
-    add('--fadc', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE', help='options of FADConv2d')
-    add('--freq-select-stages', type=int, nargs='*', default=[2, 3, 4], help='stages with FreqSelect')
-    add('--backbone-args', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
-        help='more arguments of timm.create_model')
-    add('--mean', type=float, nargs=3, help="of images in [0, 1] (default: the backbone's)")
-    add('--std', type=float, nargs=3)
     add = parser.add_argument_group('recipe').add_argument
-    for field in fields(Recipe):
-        kwargs: dict[str, Any] = {'default': field.default, 'help': f'(default: {field.default!r})'}
-        if field.name == 'amp':
-            kwargs['choices'] = ('', *AMP_DTYPES)
-        elif field.name == 'warmup':
-            kwargs.update(default=None, help=f'(default: {field.default!r}, at most a tenth of the steps)')
-        add(f'--{field.name.replace("_", "-")}', type=type(field.default), **kwargs)
-    add('--crop', type=_at_least(1), default=512, help='pixels, in training and of the windows in test (default: 512)')
+    add_recipe(add, Recipe)
+    add('--crop', type=at_least(1), default=512, help='pixels, in training and of the windows in test (default: 512)')
     add('--scale', type=float, nargs=2, default=[0.5, 2.0], help='random resize (default: 0.5 2)')
     add('--cat-max-ratio', type=float, default=0.75)
     add('--flip', type=float, default=0.5, help='probability (default: 0.5)')
     add('--no-photometric', dest='photometric', action='store_false')
     add('--channels-last', action='store_true')
     add = parser.add_argument_group('test').add_argument
-    add('--stride', type=_at_least(1), help='of the windows (default: two thirds of the crop)')
-    add('--eval-batch', type=_at_least(1), default=4, help='windows at once')
-    add('--eval-every', type=_at_least(0), default=0,
+    add('--stride', type=at_least(1), help='of the windows (default: two thirds of the crop)')
+    add('--eval-batch', type=at_least(1), default=4, help='windows at once')
+    add('--eval-every', type=at_least(0), default=0,
         help='steps between evaluations on the validation split (default: none)')
     add('--eval', type=Path, metavar='CHECKPOINT', help='do not train: test this checkpoint of the script')
     add('--split', default='test', choices=('val', 'test'))
-    add('--overlays', type=_at_least(0), default=0,
+    add('--overlays', type=at_least(0), default=0,
         help='write so many PNGs: image, truth and prediction, with a legend')
-    add = parser.add_argument_group('run').add_argument
-    add('--output', type=Path, help='folder of the run, of one run at a time (with --eval: of the checkpoint)')
-    add('--log-every', type=_at_least(1), default=50)
-    add('--save-every', type=_at_least(1), default=1000)
-    add('--stop-at', type=_at_least(0), default=0, help='end after so many steps of the run, which can be resumed')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--threads', type=_at_least(1), help='of torch on the CPU')
+    add_run(parser.add_argument_group('run').add_argument)
     return parser
 
 
@@ -140,56 +118,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval is not None:
         if args.check_data:
             parser.error('--check-data and --eval are two things: give one of them')
-        unset = object()
-        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-        others = [f'--{name.replace("_", "-")}' for name, value in vars(given).items()
-                  if value is not unset and name not in EVAL]
-        if others:
-            parser.error(f'--eval takes its network and recipe from the checkpoint: leave out {", ".join(others)}')
+        refuse_unread(parser, args, argv, EVAL)
         return args
     if args.data is None:
         if args.root is not None:
             parser.error(f'--root is given without --data: give one of {", ".join(DATA_SETS)}; folder is for your own')
         args.data = 'bluemarble'
-    if args.warmup is None:
-        args.warmup = max(min(Recipe.warmup, args.steps // 10), 0)
+    args.warmup = warmup_of(args.warmup, Recipe.warmup, args.steps)
     if args.output is None and not args.check_data:
         parser.error('--output is wanted: the folder of the run')
     return args
 
 
-@contextmanager
-def processes(device: str):
-    """This process among those that torchrun started, if it did."""
-    if 'RANK' not in os.environ or int(os.environ['WORLD_SIZE']) == 1:
-        yield World(torch.device(device))
-        return
-    cuda = device.startswith('cuda')
-    dist.init_process_group('nccl' if cuda else 'gloo')
-    local = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device(device)
-    if cuda:
-        torch.cuda.set_device(local)
-    try:
-        # the others wait while the first process checks the data
-        control = dist.new_group(backend='gloo', timeout=timedelta(days=1))
-        yield World(local, dist.get_rank(), dist.get_world_size(), control)
-    finally:
-        dist.destroy_process_group()
-
-
-def config_of(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
+def recipe_of(args: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and with the options of the network and of the samples all that decides a run's losses."""
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    args.backbone, args.variant = split_name(args.backbone, args.variant)
-    mean, std = normalisation_of(args.backbone, args.init, args.variant)
-    config = {name: getattr(args, name) for name in NETWORK + SIGHT}
-    config.update(mean=args.mean or mean, std=args.std or std)
-    return recipe, json.loads(json.dumps({**config, **asdict(recipe)}))
+    return recipe, config_of(args, recipe, (*DECODER, *SIGHT))
 
 
 def network_of(config: dict[str, Any], classes: int) -> Built:
     """The network of a configuration."""
-    names = [name for name in NETWORK if name not in ('mean', 'std', 'backbone')]
+    names = [name for name in (*BACKBONE, *DECODER) if name not in ('mean', 'std', 'backbone')]
     return build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
 
 
@@ -203,14 +152,6 @@ def test(
         model, data, split, transform, world, folder, args.overlays if folder else 0,
         crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
         autocast=partial(autocast, world.device, config['amp']))
-
-
-def check_device(world: World) -> None:
-    """Raises ValueError where the device is not there, before anything is read or downloaded."""
-    try:
-        torch.zeros((), device=world.device)
-    except (AssertionError, RuntimeError) as e:
-        raise ValueError(f'--device {world.device} cannot be used: {e}') from e
 
 
 def check_windows(crop: int, stride: int | None, output_stride: int) -> None:
@@ -230,31 +171,15 @@ def open_for(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationDa
     return open_data(name, args.root, **values)
 
 
-def check_classes(path: Path, config: dict[str, Any], data: SegmentationData) -> None:
-    """Raises ValueError where a checkpoint has other classes than the data."""
-    if 'classes' not in config:
-        raise ValueError(f'{path} does not name its classes: an older version of this script wrote it')
-    own, there = config['classes'], list(data.classes)
-    if len(own) != len(there):
-        names = [', '.join(classes[:8]) + ', ...' * (len(classes) > 8) for classes in (own, there)]
-        raise ValueError(f'{path} was trained on {len(own)} classes ({names[0]}); the data set {data.name} has '
-                         f'{len(there)} ({names[1]})')
-    differing = [i for i, pair in enumerate(zip(own, there)) if pair[0] != pair[1]]
-    if differing:
-        i = differing[0]
-        raise ValueError(f'{path} was trained on other classes than those of the data set {data.name}: class {i} was '
-                         f'{own[i]!r} and is {there[i]!r} ({len(differing)} of {len(own)} differ)')
-
-
 def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """--eval: the averaged weights, if the checkpoint has them."""
-    check_device(world)
-    state = read_state(args.eval)
+    world.check_device()
+    state = read_state(args.eval, needs=DECODER)
     config = state['config']
     check_windows(config['crop'], args.stride, config['output_stride'])
     import_smp()
     data = open_for(args, config)
-    check_classes(args.eval, config, data)
+    check_classes(args.eval, config, data.classes, data.name)
     world.first(lambda: world.say(check_data(data, [args.split], args.anyway)))
     built = network_of({**config, 'init': ''}, len(data.classes))
     built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
@@ -271,13 +196,14 @@ def run_check(args: argparse.Namespace) -> None:
 
 def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """Train and test; None where --stop-at ended it before."""
-    recipe, config = config_of(args)
+    recipe, config = recipe_of(args)
     recipe.check(world.size)
     check_windows(args.crop, args.stride, args.output_stride)
-    check_device(world)
+    world.check_device()
     import_smp()
     data = open_data(args.data, args.root, args.mask_values, args.ignore_values)
     config['classes'] = list(data.classes)
+    try_network(lambda: network_of({**config, 'init': ''}, len(data.classes)))
     transform = TrainTransform(
         args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric,
         config['mean'], config['std'], data.fit)
@@ -343,29 +269,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
+
+    def work() -> None:
         if args.check_data:
             run_check(args)
-            return 0
+            return
         with processes(args.device) as world:
             result = run_training(args, world) if args.eval is None else run_eval(args, world)
             if world.main and result is not None:
                 path = (args.output or args.eval.parent) / ('result.json' if args.eval is None else 'eval.json')
                 write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
                 world.say(table(result, result['classes']))
-    except (OSError, ValueError, RuntimeError, ImportError) as e:
-        print(f'segmentation.train: {e}', file=sys.stderr)
-        return 1
-    except Interrupted as e:
-        if str(e):
-            print(f'segmentation.train: {e}', file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
-        resumes = f'; the same command goes on from {last}' if last is not None and last.exists() else ''
-        print(f'segmentation.train: interrupted{resumes}', file=sys.stderr)
-        return 130
-    return 0
+
+    last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
+    return exit_status('segmentation.train', work, last)
 
 
 if __name__ == '__main__':

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import fadc_timm
 from scripts.bluemarble.globe import CACHE_DIR, CLASS_NAMES, load_rasters, split_tiles
 from scripts.results import RESULTS, write_csv
-from scripts.segmentation.optimizer import rate_groups
 from scripts.studies.train_default import dilation_stats, evaluate, test_set, train
+from scripts.training.optimizer import rate_groups
 
 OUTPUT = RESULTS / 'fadc_rates.csv'
 MODEL, BASE = 'test_resnet_fadc', 'test_resnet'

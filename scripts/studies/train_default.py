@@ -32,7 +32,7 @@ import fadc_timm  # noqa: F401  registers the models
 from fadc_timm._writing import write_atomically
 from fadc_timm.layers.hooks import LayerCall, watch_layers
 from scripts.bluemarble.globe import CACHE_DIR, CELL, CLASS_NAMES, REACH, TILE, Tiles, crop, load_rasters, split_tiles
-from scripts.segmentation.optimizer import rate_groups
+from scripts.training.optimizer import rate_groups
 
 WEIGHTS = Path(__file__).resolve().parents[2] / 'fadc_timm' / 'weights'
 SIZE = 160

@@ -64,7 +64,7 @@ def test_stages_of_feature_info(name, prefixes, number):
     assert set(report.replaced) == {n for n in taps if n.startswith(prefixes)}
     for conv, reason in report.left.items():
         assert ('outside' if not conv.startswith(prefixes) else '1x1') in reason
-    assert f'replaced {number} convolutions: {report.replaced[0]}, ' in str(report)
+    assert f'replaced {number} layers: {report.replaced[0]}, ' in str(report)
     assert all(conv in str(report) for conv in report.left)
 
 

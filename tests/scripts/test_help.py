@@ -8,7 +8,8 @@ SCRIPTS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts) for path
                  if "__name__ == '__main__'" in path.read_text())
 HELP = """
 import contextlib, io, runpy, sys
-for name in ('pytest', 'scipy', 'segmentation_models_pytorch', 'sklearn', 'skimage', 'fvcore', 'hypothesis'):
+for name in ('pytest', 'pycocotools', 'scipy', 'segmentation_models_pytorch', 'sklearn', 'skimage', 'fvcore',
+             'hypothesis'):
     sys.modules[name] = None
 for script in sys.argv[1:]:
     sys.argv = [script, '--help']

@@ -10,14 +10,16 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 import fadc_timm
-from fadc_timm import FADConv2d
+from fadc_timm.layers import FADC_LAYERS
 from tests.support.off_identity import off_identity
 
 PACKAGE = Path(fadc_timm.__file__).parent
-MODULES = ('resnet', 'convnext')
+MODULES = ('resnet', 'convnext', 'dinat')
 BASES = [base for module in MODULES for base in timm.list_models(module=module)]
-VARIANTS = {'resnet': ('_fadc', '_dcn', '_dcn_fadc'), 'convnext': ('_fadc',)}  # what our names end with
-STAGES = {'resnet': [f'layer{i}.' for i in range(1, 5)], 'convnext': [f'stages.{i}.' for i in range(4)]}
+VARIANTS = {'resnet': ('_fadc', '_dcn', '_dcn_fadc'), 'convnext': ('_fadc',),
+            'dinat': ('_fadc',)}  # what our names end with
+STAGES = {'resnet': [f'layer{i}.' for i in range(1, 5)], 'convnext': [f'stages.{i}.' for i in range(4)],
+          'dinat': [f'stages.{i}.' for i in range(4)]}
 
 # One block a stage is enough to see a kind of block.
 THIN = dict(layers=(1, 1, 1, 1))
@@ -100,7 +102,7 @@ def create_fadc(name, std=0.5, **kwargs):
 
 
 def fad_convs(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, FADConv2d)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, FADC_LAYERS)}
 
 
 def module_of(base):

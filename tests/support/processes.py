@@ -7,15 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(*arguments, processes=2, **env):
-    """Run a script with its arguments under torchrun with one restart, or, for one process, by itself."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--max-restarts=1']
+def torchrun(*arguments, **env):
+    """Run a script with its arguments in two processes under torchrun, with one restart."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1']
     environment = {**os.environ, **env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(
         [str(ROOT), os.environ.get('PYTHONPATH', '')])}
     # torchrun keeps one store for all restarts, where new processes find the addresses of the dead (pytorch#135712)
     environment['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)], env=environment,
+        [sys.executable, *launcher, *map(str, arguments)], env=environment,
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

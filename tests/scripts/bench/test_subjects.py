@@ -113,3 +113,16 @@ def test_models_have_the_same_weights():
         bench_model.check_same(models, torch.randn(1, 3, 64, 64), 'cpu')
     with pytest.raises(ValueError, match='resnet18'):
         subjects.make_models('resnet18', ('plain',))
+
+
+def test_networks_of_attention():
+    """FADC beside its base; a network without a base beside its rival. Neither has convolutions of today's way."""
+    models = subjects.make_models('test_dinat_fadc', ('plain', 'today', 'fadc'))
+    assert list(models) == ['plain', 'fadc']
+    fadc = models['fadc'].eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert (fadc(x) - models['plain'].eval()(x)).abs().max() > 1e-3
+    assert all((p != 0).any() for n, p in fadc.named_parameters() if '.freq_select.' in n)
+    models = subjects.make_models('dinat_mini', ('plain', 'today', 'fadc'))
+    assert [type(m).__name__ for m in models.values()] == ['SwinTransformer', 'DiNAT']
+    assert bench_model.Case('dinat_mini', 'train', 4).name == 'dinat_mini 4x224 against swin_tiny_patch4_window7_224'

@@ -19,6 +19,7 @@ def test_there_is_a_configuration_for_each_model():
         *(f'convnext_{n}' for n in ('atto', 'femto', 'pico', 'nano', 'tiny', 'small', 'base')), 'convnextv2_tiny'}
     models = {path.name.removesuffix('.yaml') for path in CONFIGS}
     resnets = {base for base in wanted if not base.startswith('convnext')}
+    wanted |= {f'dinat_{n}' for n in ('mini', 'tiny', 'small', 'base')}
     names = {f'{base}_fadc' for base in wanted} | {f'{base}{v}' for base in resnets for v in ('_dcn', '_dcn_fadc')}
     assert models == {f'{name}.{get_pretrained_cfg(name).tag}' for name in names} | {DEFAULT.stem}
 
@@ -37,7 +38,7 @@ def test_configuration(path):
             measured = json.loads(f.metadata()['accuracy'])
         assert [m.value for m in config.metrics if m.of == 'model'] == [measured['top1']]
     else:
-        assert config.base.repository == cfg.hf_hub_id and config.base.repository.startswith('timm/')
+        assert config.base.repository == cfg.hf_hub_id and config.base.repository.startswith(('timm/', 'shi-labs/'))
         assert {m.of for m in config.metrics} == {'base'}
         # nobody had these weights at hand yet; some of their hashes are on the Hub's pages
         assert config.base.sha256 or not config.base.revision

@@ -1,46 +1,30 @@
-"""compare.py: statistics against values computed by hand, what is run again, and the tables."""
+"""compare.py: its settings, what is run again, and the tables."""
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from scripts.results import read_csv
 from scripts.segmentation import tables
 from scripts.segmentation.comparison import (
+    ATTENTION,
     BY_NAME,
     PRESETS,
     REMEDIES,
     SETTINGS,
     command,
-    mean_and_deviation,
-    paired_difference,
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-def test_paired_difference():
-    """Differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3, and three degrees of freedom."""
-    base = {0: 10.0, 1: 20.0, 2: 5.0, 3: 7.0, 9: 1.0}
-    values = {3: 13.0, 0: 11.0, 1: 22.0, 2: 8.0, 8: 100.0}
-    d = paired_difference(values, base)
-    half = 3.182446 * math.sqrt(14 / 3) / 2
-    assert d.n == 4 and (d.mean, d.low, d.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-6)
-    one = paired_difference({0: 3.0}, {0: 1.0})
-    assert (one.n, one.mean) == (1, 2.0) and math.isnan(one.low) and math.isnan(one.high)
-    with pytest.raises(ValueError, match='no seed that both'):
-        paired_difference({0: 1.0}, {1: 1.0})
-
-
-def test_mean_and_deviation():
-    assert mean_and_deviation({0: 1.0, 1: 2.0, 2: 6.0}) == pytest.approx((3.0, math.sqrt(7)))
-    mean, deviation = mean_and_deviation({4: 2.0})
-    assert mean == 2 and math.isnan(deviation)
 
 
 def test_settings():
     """The issue's rows; what a setting is compared with is there, and takes as many steps."""
     assert [s.variant for s in SETTINGS] == [
         'plain', 'adadr', 'adadr_adakern', 'fadc', 'dcnv2', 'dcnv2_fadc', 'dilation2']
-    assert len(BY_NAME) == len(SETTINGS) + len(REMEDIES) and len(REMEDIES) >= 3
+    assert len(BY_NAME) == len(SETTINGS + REMEDIES + ATTENTION) and len(REMEDIES) >= 3
+    assert command(PRESETS['cpu'], BY_NAME['dinat_mini_fadc'], 0)[-2:] == ['--backbone', 'dinat_mini']
     for setting in BY_NAME.values():
         assert BY_NAME[setting.against].variant == 'plain'
         assert setting.name == 'plain_longer' or BY_NAME[setting.against].longer == setting.longer
@@ -92,35 +76,61 @@ def test_tables(tmp_path, monkeypatch):
     assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
-def test_runs(tmp_path, monkeypatch):
-    """A run is finished when its row has its command; a run that fails is told, and the others still run."""
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """The script, with the files of its results in a folder of the test, and runs that are not run."""
     pytest.importorskip('segmentation_models_pytorch')
     from scripts.segmentation import compare
+    from scripts.training import jobs
     for module, name in ((compare, 'RUNS'), (tables, 'RUNS'), (compare, 'PLOT'), (tables, 'TIMES')):
         monkeypatch.setattr(module, name, tmp_path / f'{name}.csv')
     monkeypatch.setattr(compare, 'open_data', lambda *_: type('Data', (), {'classes': ('a', 'b')}))
     monkeypatch.setattr(compare, 'gmacs_of', lambda *_: 0.5)
     monkeypatch.setattr(compare, 'draw', lambda path: None)
-    ran, broken = [], {('fadc', 1)}
+    ran: list = []
+    broken: set = set()
 
-    def run_one(options, text, data, folder, threads, children):
-        variant, seed = (options[options.index(name) + 1] for name in ('--variant', '--seed'))
-        ran.append((variant, int(seed)))
-        if ran[-1] in broken:
+    def run_one(job, folder, threads, children):
+        ran.append(job)
+        if job.key[1:] in broken:
             raise RuntimeError('out of memory')
-        return dict(miou=50 + int(seed), accuracy=1, mean_accuracy=1, iou=[1.0, None], loss='1', params=10, added=1,
-                    step=30, images=2, seconds='3')
+        return dict(miou=50 + int(job.key[2]), accuracy=1, mean_accuracy=1, iou=[1.0, None], loss='1', params=10,
+                    added=1, step=30, images=2, seconds='3')
 
-    monkeypatch.setattr(compare, 'run_one', run_one)
+    monkeypatch.setattr(jobs, 'run_one', run_one)
+    return SimpleNamespace(main=compare.main, columns=compare.COLUMNS, ran=ran, broken=broken)
+
+
+def test_runs(compare, tmp_path):
+    """A run is finished when its row has its command; a run that fails is told, and the others still run."""
     args = ['--settings', 'plain', 'fadc', '--seeds', '0', '1', '--runs', str(tmp_path)]
-    assert compare.main(args) == 1 and sorted(ran) == [('fadc', 0), ('fadc', 1), ('plain', 0), ('plain', 1)]
-    broken.clear()
-    ran.clear()
-    assert compare.main(args) == 0 and ran == [('fadc', 1)]
-    rows = tables.read(tmp_path / 'RUNS.csv')
-    assert len(rows) == 4 and rows[0]['iou'] == '1.00 -' and list(rows[0]) == list(compare.COLUMNS)
-    ran.clear()
-    assert compare.main([*args, '--steps', '40']) == 0 and len(ran) == 4
-    assert len(tables.read(tmp_path / 'RUNS.csv')) == 4
+    compare.broken.add(('fadc', '1'))
+    assert compare.main(args) == 1
+    assert sorted(job.key[1:] for job in compare.ran) == [
+        ('fadc', '0'), ('fadc', '1'), ('plain', '0'), ('plain', '1')]
+    compare.broken.clear()
+    compare.ran.clear()
+    assert compare.main(args) == 0 and [job.key[1:] for job in compare.ran] == [('fadc', '1')]
+    rows = read_csv(tmp_path / 'RUNS.csv')
+    assert len(rows) == 4 and rows[0]['iou'] == '1.00 -' and list(rows[0]) == list(compare.columns)
+    compare.ran.clear()
+    assert compare.main([*args, '--steps', '40']) == 0 and len(compare.ran) == 4
+    assert len(read_csv(tmp_path / 'RUNS.csv')) == 4
     text = ' '.join(command(PRESETS['cpu'], BY_NAME['fadc'], 3, 40))
     assert '--variant fadc' in text and '--steps 40 --seed 3' in text
+
+
+def test_runs_of_other_data(compare, tmp_path):
+    """They have rows of their own, and are told which number in a mask is which class."""
+    args = ['--settings', 'plain', '--seeds', '0', '--runs', str(tmp_path)]
+    assert compare.main(args) == 0
+    other = ['--data', 'folder', '--root', 'x', '--mask-values', '0,255', '--ignore-values', '7']
+    assert compare.main([*args, *other]) == 0
+    first, second = compare.ran
+    assert first.further == ('--data', 'bluemarble') and first.options == second.options[:len(first.options)]
+    assert second.options[len(first.options):] == (
+        '--data', 'folder', '--mask-values', '0,255', '--ignore-values', '7')
+    assert second.further == ('--root', 'x') and first.folder(tmp_path) != second.folder(tmp_path)
+    assert [len(read_csv(tmp_path / name)) for name in ('RUNS.csv', 'folder.csv')] == [1, 1]
+    from scripts.segmentation.train import parse_args
+    assert parse_args([*second.options, *second.further, '--output', 'y']).mask_values == [0, 255]

@@ -4,8 +4,8 @@ import timm
 import torch
 
 import fadc_timm
-from scripts.segmentation.variants import VARIANTS, apply_variant
-from scripts.segmentation.weights import Initial, load_backbone
+from scripts.training.variants import VARIANTS, apply_variant
+from scripts.training.weights import Initial, load_backbone
 from tests.support.segmentation_cases import BACKBONES, awake, backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -100,7 +100,7 @@ def test_init(tmp_path):
     ('fadc', 'test_resnet_fadc'), ('plain', 'test_resnet'), ('adadr', 'test_resnet'), ('dcnv2', 'test_resnet')])
 def test_default(variant, name):
     """`default` is the tag that `pretrained=True` takes."""
-    from scripts.segmentation.weights import find_init
+    from scripts.training.weights import find_init
     cfg = timm.get_pretrained_cfg(name)
     assert find_init('test_resnet', 'default', variant, {}).source == f'{name}.{cfg.tag}'
 
@@ -112,7 +112,7 @@ def test_default_weights():
 
 
 def test_default_of_every_architecture():
-    from scripts.segmentation.weights import find_init
+    from scripts.training.weights import find_init
     for name in timm.list_models('*_fadc'):
         cfg, base = timm.get_pretrained_cfg(name), name.removesuffix('_fadc')
         if cfg.has_weights:
@@ -121,7 +121,7 @@ def test_default_of_every_architecture():
 
 def test_normalisation(tmp_path):
     """Images are normalised as for the tag's weights, which may differ from those of the architecture's default."""
-    from scripts.segmentation.weights import normalisation_of
+    from scripts.training.weights import normalisation_of
     names = [f'convnext_base{tag}' for tag in ('', '.clip_laion2b_augreg_ft_in1k')]
     default, clip = ((list(cfg.mean), list(cfg.std)) for cfg in map(timm.get_pretrained_cfg, names))
     assert default != clip
@@ -135,22 +135,22 @@ def test_normalisation(tmp_path):
 def test_normalisation_is_kept():
     """--eval, which loads no initial weights, normalises as the training did."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation.train import config_of, parse_args
+    from scripts.segmentation.train import parse_args, recipe_of
     args = ['--output', 'x', '--backbone', 'convnext_base_fadc', '--init', 'clip_laion2b_augreg_ft_in1k']
     cfg = timm.get_pretrained_cfg('convnext_base.clip_laion2b_augreg_ft_in1k')
-    config = config_of(parse_args(args))[1]
+    config = recipe_of(parse_args(args))[1]
     assert (config['mean'], config['std']) == (list(cfg.mean), list(cfg.std))
-    config = config_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
+    config = recipe_of(parse_args([*args, '--mean', '0', '0.5', '1']))[1]
     assert (config['mean'], config['std']) == ([0, 0.5, 1], list(cfg.std))
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(decoder='other'), 'Wrong architecture type'), (dict(fadc={'bandz': 3}), 'bandz'),
+    (dict(decoder='other'), 'There is no decoder'), (dict(fadc={'bandz': 3}), 'bandz'),
     (dict(freq_select_stages=[1]), 'freq_select_stages must be'), (dict(backbone_args={'other': 1}), 'other')])
 def test_downloads_come_last(kwargs, message, monkeypatch):
     """What is wrong with the network is said before its weights are downloaded."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     monkeypatch.setattr(weights, '_download', lambda name: pytest.fail('downloaded'))
     with pytest.raises((TypeError, ValueError), match=message):
         build('test_resnet_fadc', 5, init='default', **kwargs)
@@ -161,7 +161,7 @@ def test_downloads_come_last(kwargs, message, monkeypatch):
 def test_init_official(tmp_path):
     """A checkpoint of the authors' is that of an FADC model padded as theirs are."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     full = timm.create_model('test_resnet_fadc', num_classes=0, padding_mode='replicate')
     called = {}
 
@@ -177,13 +177,20 @@ def test_init_official(tmp_path):
     layers = [m for m in built.model.modules() if isinstance(m, fadc_timm.FADConv2d)]
     assert {m.padding_mode for m in layers} == {'replicate'} and {m.ada_dr.dilation_act for m in layers} == {'relu'}
     assert torch.equal(built.model.encoder.model.layer2[0].conv1.weight, full.layer2[0].conv1.weight)
+    # --eval, which loads no initial weights, builds the same layers
+    from scripts.segmentation.train import parse_args, recipe_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, 'convert', convert)
+        args = ['--backbone', 'test_resnet_fadc', '--init', str(tmp_path / 'theirs.pth'), '--output', 'x']
+        config = recipe_of(parse_args([*args, '--fadc', 'eps=0.1']))[1]
+    assert config['fadc'] == {'padding_mode': 'replicate', 'dilation_act': 'abs', 'eps': 0.1}
 
 
 @pytest.mark.parametrize('args, kwargs, message', [
     (('resnet51', 5), {}, "timm has no model 'resnet51'"),
     (('resnet18.a1_in1k', 5), {}, 'give --backbone resnet18 --init a1_in1k'),
     (('resnet18_fadc', 5, 'dcnv2'), {}, 'resnet18_fadc is the variant fadc: give --backbone resnet18'),
-    (('test_resnet', 5), dict(decoder='other'), 'Wrong architecture type `other`'),
+    (('test_resnet', 5), dict(decoder='other'), "There is no decoder 'other': the decoders are"),
     (('test_resnet', 5), dict(decoder='linknet', decoder_channels=8), "decoder_channels is for .*, not for 'linknet'"),
 ])
 def test_build_errors(args, kwargs, message):

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.segmentation.pairs import colours
 from scripts.segmentation.pictures import overlay, prediction_figure, write_prediction
+from scripts.training.images import colours
 from tests.support.segmentation_cases import mask_of, picture_of
 
 PALETTE = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], dtype=np.uint8)

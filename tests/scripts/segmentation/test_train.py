@@ -1,5 +1,4 @@
 """scripts.segmentation.train: its losses, training resumed to the bit, and the script itself."""
-import csv
 import json
 import os
 import signal
@@ -14,11 +13,14 @@ from torch import nn
 
 import fadc_timm
 import fadc_timm.losses
-from scripts.segmentation.batches import Samples
-from scripts.segmentation.engine import Objective, Recipe, World, train
-from scripts.segmentation.variants import apply_variant
+from scripts.segmentation.recipe import Objective, Recipe
+from scripts.training.batches import Samples
+from scripts.training.engine import train
+from scripts.training.variants import apply_variant
+from scripts.training.world import World
 from tests.support.processes import torchrun
 from tests.support.segmentation_cases import Pictures, backbone, transform
+from tests.support.training_cases import losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -51,11 +53,6 @@ def small_run(output, stop_at=0, config=None, batch=transform, **recipe):
     recipe = Recipe(**{**dict(steps=6, batch=2, lr=1e-2, warmup=1, seed=5), **recipe})
     return train(objective, Samples(Pictures(), batch, recipe.seed), recipe, output, config or {'a': 1}, CPU,
                  log_every=2, save_every=3, stop_at=stop_at)
-
-
-def losses(path):
-    with (path / 'log.csv').open(newline='') as file:
-        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize('recipe', [dict(), dict(amp='bfloat16', ema=0.9)], ids=['float32', 'amp_ema'])
@@ -145,7 +142,7 @@ def main(*args):
 WORKER = '''
 import os, signal, sys
 from scripts.segmentation import train as train_segmentation
-from scripts.segmentation import checkpoint
+from scripts.training import checkpoint
 save = checkpoint.torch.save
 def save_half(state, part):
     save(state, part)
@@ -216,7 +213,7 @@ def test_two_processes(folder, worker, tmp_path):
     results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'killed')]
     assert results[0] == results[1] and results[0]['step'] == 6 and results[0]['images'] == 2
     # one process of the same batch has other norms and dropout, but not another problem
-    torchrun(worker, *args, tmp_path / 'one', processes=1)
+    assert main(*args, tmp_path / 'one') == 0
     for one, two in zip(losses(tmp_path / 'one'), losses(tmp_path / 'whole'), strict=True):
         assert float(one['loss']) == pytest.approx(float(two['loss']), rel=0.5) and one['loss'] != two['loss']
 
@@ -224,7 +221,7 @@ def test_two_processes(folder, worker, tmp_path):
 # the script with signals sent to it: those of `SIGNALS`, at the step after which the log has so many rows
 SIGNALLED = '''
 import os, signal, sys
-from scripts.segmentation import checkpoint
+from scripts.training import checkpoint
 from scripts.segmentation import train as train_segmentation
 add = checkpoint.Log.add
 def add_and_signal(self, row):
@@ -236,7 +233,7 @@ sys.exit(train_segmentation.main())
 '''
 
 
-@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('name', [pytest.param('SIGINT', marks=pytest.mark.sweep), 'SIGTERM'])
 def test_ctrl_c(name, folder, tmp_path, capsys):
     """The step is ended and a checkpoint written, from which the same command goes on as if nothing had happened."""
     pytest.importorskip('segmentation_models_pytorch')
@@ -254,7 +251,7 @@ def test_ctrl_c(name, folder, tmp_path, capsys):
 
 
 def test_ctrl_c_in_two_processes(folder, tmp_path):
-    """A signal to one of them ends both, after the same step."""
+    """SIGINT to one of them ends both, after the same step."""
     pytest.importorskip('segmentation_models_pytorch')
     (tmp_path / 'worker.py').write_text(SIGNALLED)  # one process writes the log
     args = [*OPTIONS, '--batch', '4', '--root', folder, '--save-every', '100', '--output', tmp_path / 'out']
@@ -268,11 +265,11 @@ def test_ctrl_c_in_two_processes(folder, tmp_path):
 
 def test_one_run_per_output(folder, tmp_path, capsys):
     """While another process owns the folder, a run is refused, and leaves its files alone."""
-    from scripts.segmentation.run_folder import LOCK
+    from scripts.training.run_folder import LOCK
     code = f"""
 import sys
 from pathlib import Path
-from scripts.segmentation.run_folder import owned
+from scripts.training.run_folder import owned
 with owned(Path({str(tmp_path / 'out')!r})):
     print('owns', flush=True)
     sys.stdin.read()
@@ -290,7 +287,7 @@ with owned(Path({str(tmp_path / 'out')!r})):
 def test_data_are_checked_first(folder, tmp_path, capsys, monkeypatch):
     """A wrong validation mask is found before weights are downloaded and a step is trained; --check-data alone too."""
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation import weights
+    from scripts.training import weights
     downloads = []
     monkeypatch.setattr(weights, '_download', lambda name: downloads.append(name) or {})
     args = [*OPTIONS, '--root', folder, '--init', 'default', '--output', tmp_path / 'out']
@@ -368,12 +365,23 @@ def test_errors_come_before_the_data(args, message, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('args, message', [
+    (['--decoder', 'other'], "There is no decoder 'other': the decoders are"),
+    (['--freq-select-stages', '1'], 'freq_select_stages must be among 2, 3 and 4'),
+    (['--fadc', 'bandz=3'], 'an option of the network is wrong: lift_model got unknown options bandz')])
+def test_wrong_options_come_before_wrong_data(args, message, folder, tmp_path, capsys):
+    """An option that the network refuses is named before the files are read."""
+    (folder / 'val' / 'masks' / '1.png').write_bytes(b'')
+    assert main(*OPTIONS, '--root', folder, '--output', tmp_path / 'out', *args) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 def test_warmup_of_short_runs():
     pytest.importorskip('segmentation_models_pytorch')
-    from scripts.segmentation.train import config_of, parse_args
+    from scripts.segmentation.train import parse_args, recipe_of
     for steps, given, warmup in ((160_000, [], 1500), (4000, [], 400), (10, [], 1), (5, [], 0), (10, ['7'], 7)):
         args = parse_args(['--output', 'x', '--steps', str(steps), *(['--warmup', *given] if given else [])])
-        recipe = config_of(args)[0]
+        recipe = recipe_of(args)[0]
         assert recipe.warmup == warmup
         recipe.check()
 

@@ -1,12 +1,13 @@
 """What a step of scripts.segmentation.train is made with: its recipe, its learning rates and its batch."""
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from scripts.segmentation.batches import Samples, step_batches
-from scripts.segmentation.engine import Recipe
-from scripts.segmentation.optimizer import poly_schedule, rate_groups
-from scripts.segmentation.variants import added_keys, apply_variant
+from scripts.segmentation.recipe import Recipe
+from scripts.training.batches import Samples, step_batches
+from scripts.training.optimizer import poly_schedule, rate_groups
+from scripts.training.variants import added_keys, apply_variant
 from tests.support.segmentation_cases import Pictures, backbone, transform
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -68,3 +69,22 @@ def test_batches():
     assert not torch.equal(samples[0][0], Samples(Pictures(), transform, 8)[0][0])
     with pytest.raises(ValueError, match='batch size 4 is no multiple of the 3'):
         step_batches(samples, 0, 5, 4, 0, 3)
+
+
+def test_groups_of_batches():
+    """Batches of one group as far as it fills them; all images in each epoch, in an order of its own."""
+    groups = [0, 0, 0, 1, 1, 0, 0]
+
+    class Seven(Pictures):
+        def __len__(self):
+            return 7
+
+    samples = Samples(Seven(), transform, 7, groups, batch=2)
+    assert samples.epoch_length == 8
+    epochs = [np.array([samples.index(8 * e + i) for i in range(8)]).reshape(4, 2) for e in range(4)]
+    for batches in epochs:
+        assert set(batches.ravel()) == set(range(7))
+        assert sum(groups[a] != groups[b] for a, b in batches) <= 1
+    assert len({tuple(batches.ravel()) for batches in epochs}) > 1
+    again = Samples(Seven(), transform, 7, groups, batch=2)
+    assert [again.index(i) for i in range(16, 24)] == list(epochs[2].ravel())

@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from scripts.segmentation.batches import Samples, step_batches
-from scripts.segmentation.run_folder import Interruption, owned
+from scripts.training.batches import Samples, step_batches
+from scripts.training.run_folder import Interruption, owned
 from tests.support.processes import ROOT
 from tests.support.segmentation_cases import Pictures, transform
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from scripts.segmentation.run_folder import owned
+from scripts.training.run_folder import owned
 with owned(Path(sys.argv[1])):
     if sys.argv[2] == 'child':
         child = os.fork()

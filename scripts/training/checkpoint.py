@@ -1,6 +1,6 @@
 """Files of a run: its checkpoint and its CSV logs. Whenever a process is killed, they are those of some step."""
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda part: torch.save(state, part))
 
 
-def read_state(path: Path, device: str | torch.device = 'cpu') -> dict[str, Any]:
+def read_state(
+        path: Path, device: str | torch.device = 'cpu', needs: Collection[str] = ()) -> dict[str, Any]:
     """Read a checkpoint of any run.
 
+    Args:
+        path: The file.
+        device: Where to.
+        needs: What its configuration must have, which only runs of one script have.
+
     Raises:
-        RuntimeError: There is no such file, it is damaged, or it is no checkpoint of a run.
+        RuntimeError: There is no such file, it is damaged, or it is no checkpoint of a run, or one of another script.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -38,7 +44,10 @@ def read_state(path: Path, device: str | torch.device = 'cpu') -> dict[str, Any]
     except Exception as e:
         raise RuntimeError(f'{path} cannot be read as a checkpoint: {e}') from e
     if not isinstance(state, dict) or 'config' not in state or 'step' not in state:
-        raise RuntimeError(f'{path} is no checkpoint of segmentation.train')
+        raise RuntimeError(f'{path} is no checkpoint of a training script')
+    lacking = [name for name in needs if name not in state['config']]
+    if lacking:
+        raise RuntimeError(f'{path} is a checkpoint of another script: its configuration has no {", ".join(lacking)}')
     return state
 
 
@@ -61,6 +70,22 @@ def load_checkpoint(path: Path, config: dict[str, Any], device: str | torch.devi
         raise RuntimeError(
             f'{path} is of another run: {"; ".join(differing)}. Give the same options, or another --output.')
     return state
+
+
+def check_classes(path: Path, config: dict[str, Any], classes: Sequence[str], name: str) -> None:
+    """Raises ValueError where a checkpoint has other classes than the data set of that name."""
+    if 'classes' not in config:
+        raise ValueError(f'{path} does not name its classes: an older version of this script wrote it')
+    own, there = config['classes'], list(classes)
+    if len(own) != len(there):
+        names = [', '.join(some[:8]) + ', ...' * (len(some) > 8) for some in (own, there)]
+        raise ValueError(f'{path} was trained on {len(own)} classes ({names[0]}); the data set {name} has '
+                         f'{len(there)} ({names[1]})')
+    differing = [i for i, pair in enumerate(zip(own, there)) if pair[0] != pair[1]]
+    if differing:
+        i = differing[0]
+        raise ValueError(f'{path} was trained on other classes than those of the data set {name}: class {i} was '
+                         f'{own[i]!r} and is {there[i]!r} ({len(differing)} of {len(own)} differ)')
 
 
 class Log:

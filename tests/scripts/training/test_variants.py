@@ -8,8 +8,8 @@ from torch import nn
 
 import fadc_timm
 from fadc_timm.models.cost import module_cost
-from scripts.segmentation.model import split_name
-from scripts.segmentation.variants import VARIANTS, added_keys, apply_variant
+from scripts.training.variants import VARIANTS, added_keys, apply_variant, split_name
+from scripts.training.weights import find_init, load_backbone
 from tests.support.segmentation_cases import BACKBONES, backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -106,3 +106,25 @@ def test_backbone_cut_off():
 def test_variant_errors(args, message):
     with pytest.raises(ValueError, match=message):
         apply_variant(backbone(), *args)
+
+
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v not in ('plain', 'dilation2')])
+def test_init_of_a_variant(variant, tmp_path):
+    """A run's checkpoint starts a run of the same variant, and of no other one."""
+    net = backbone()
+    apply_variant(net, variant)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save({'model': {f'encoder.model.{k}': v for k, v in net.state_dict().items()}}, tmp_path / 'last.pt')
+
+    def load(name):
+        other = backbone()
+        apply_variant(other, name)
+        load_backbone(other, find_init('test_resnet', str(tmp_path / 'last.pt'), name, {}))
+        return other.state_dict()
+
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in load(variant).items())
+    with pytest.raises(ValueError, match='has weights of FADC, for the variant fadc, not for plain'):
+        load('plain')
+    with pytest.raises(RuntimeError, match='does not fit the backbone'):
+        load('dcnv2' if variant != 'dcnv2' else 'adadr')

@@ -12,7 +12,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 from fadc_timm.checkpoints import RELEASES, convert, read_checkpoint
-from scripts.segmentation.variants import added_keys
+from scripts.training.variants import added_keys
 
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar')
 
@@ -33,7 +33,8 @@ class Initial:
 
 
 def _is_lifted(state_dict: dict[str, Tensor]) -> bool:
-    return any(part in key for key in state_dict for part in ('.ada_dr.', '.ada_kern.', '.freq_select.'))
+    parts = ('.ada_dr.', '.ada_kern.', '.freq_select.', '.free_offsets.')
+    return any(part in key for key in state_dict for part in parts)
 
 
 def _download(name: str) -> dict[str, Tensor]:
@@ -98,21 +99,37 @@ def find_init(base: str, init: str, variant: str, options: dict[str, Any]) -> In
         base: Plain backbone.
         init: A tag of timm's (of the backbone, or of its FADC model), a file, or `default`: the tag that
             `timm.create_model` takes with `pretrained=True`, for the variant `fadc` that of the FADC model.
-        variant: Variant of the backbone; weights of FADC go with `fadc` only.
+        variant: Variant of the backbone. A tag of an FADC model is for `fadc`. What a file has beyond the plain network
+            must be what the variant has, as `load_backbone` checks.
         options: Options of FADConv2d; `dilation_act='relu'` says that a checkpoint of the authors is of April 2024.
 
     Raises:
         FileNotFoundError, RuntimeError: No such file, or it holds no weights.
-        ValueError: There is no such tag, or the weights are of FADC and the variant is another.
+        ValueError: There is no such tag, or the weights are of FADC and the variant has none of it.
     """
     if _is_file(init):
         initial = _from_file(base, Path(init).expanduser(), options)
     else:
         name = _named(base, init, variant)
         initial = Initial(name, partial(_download, name), name.partition('.')[0] != base)
-    if initial.lifted and variant != 'fadc':
+    if initial.lifted and (variant in ('plain', 'dilation2') or variant != 'fadc' and not _is_file(init)):
         raise ValueError(f'{initial.source} has weights of FADC, for the variant fadc, not for {variant}')
     return initial
+
+
+def options_for(base: str, init: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of FADConv2d that initial weights want, under those that are given: what --eval builds without weights.
+
+    Args:
+        base: Plain backbone.
+        init: What `--init` names.
+        variant: Variant of the backbone.
+        options: Options that are given.
+
+    Raises:
+        As `find_init`, for a file.
+    """
+    return {**find_init(base, init, variant, options).options, **options} if init and _is_file(init) else options
 
 
 def load_backbone(net: nn.Module, initial: Initial) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import timm
 from torch import nn
 
 from fadc_timm import lift_model
+from fadc_timm.layers import NeighborhoodAttention
 from fadc_timm.layers.fad_conv import read_options
-from fadc_timm.models._family import fadc_keys
+from fadc_timm.models._family import DCN, DCN_FADC, FADC, architecture_of, fadc_keys
 from fadc_timm.models.lift import DEFAULT_STAGES, NothingToLift
 
 # options of FADConv2d by variant
@@ -25,6 +27,29 @@ _LIFTED: dict[str, dict[str, Any]] = {
     **FADC_VARIANTS, 'dcnv2': {'sampling': 'deform', 'kernel_decompose': 'none', 'freq_select': False}}
 VARIANTS = ('plain', *_LIFTED, 'dilation2')
 _BARE = {'sampling': 'fixed', 'kernel_decompose': 'none', 'freq_select': False}
+_OWN = {FADC.suffix: 'fadc', DCN.suffix: 'dcnv2', DCN_FADC.suffix: 'dcnv2_fadc'}  # of our models
+
+
+def split_name(backbone: str, variant: str) -> tuple[str, str]:
+    """Plain backbone and variant of a name: `resnet50_fadc` is `resnet50` with the variant `fadc`, `resnet50_dcn` and
+    `resnet50_dcn_fadc` are that with `dcnv2` and `dcnv2_fadc`.
+
+    Raises:
+        ValueError: timm has no such backbone; or a model of ours is to become another variant.
+    """
+    base, _, tag = backbone.partition('.')
+    if tag:
+        raise ValueError(f'{backbone!r} names a tag of weights: give --backbone {base} --init {tag}')
+    arch = architecture_of(base)
+    if arch is not None:
+        own = _OWN[arch.variant.suffix]
+        if variant not in ('plain', own):
+            raise ValueError(f'{backbone} is the variant {own}: give --backbone {arch.base}')
+        base, variant = arch.base, own
+    if not timm.is_model(base):
+        close = ', '.join(timm.list_models(f'*{base}*')[:5])
+        raise ValueError(f'timm has no model {base!r}{f"; close to it are {close}" if close else ""}')
+    return base, variant
 
 
 def stage_names(net: nn.Module) -> list[tuple[bool, ...] | tuple[str, ...]]:
@@ -63,10 +88,11 @@ def apply_variant(
         freq_select_stages: Stages, of 2 to 4, in which the variants `fadc` and `dcnv2_fadc` have FreqSelect.
 
     Returns:
-        Names of the convolutions that are others now.
+        Names of the layers that are others now.
 
     Raises:
-        ValueError: There is no such variant, an option is given to a variant without FADC, there is nothing to replace.
+        ValueError: There is no such variant, an option is given to a variant without FADC, there is nothing to replace,
+            or the variant is none of a network of attention.
     """
     if variant not in VARIANTS:
         raise ValueError(f'There is no variant {variant!r}: the variants are {", ".join(VARIANTS)}.')
@@ -76,6 +102,9 @@ def apply_variant(
         raise ValueError(f'freq_select_stages must be among 2, 3 and 4, got {list(freq_select_stages)}.')
     if variant == 'plain':
         return []
+    if variant != 'fadc' and any(isinstance(m, NeighborhoodAttention) for m in net.modules()):
+        raise ValueError(f'The variant {variant!r} is for convolutions, and {type(net).__name__} has neighbourhood '
+                         "attention: its variants are 'plain' and 'fadc'.")
     stages = stage_names(net)
     names: list[str] = []
     if variant in _LIFTED:

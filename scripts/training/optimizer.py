@@ -6,7 +6,7 @@ from timm.scheduler import PolyLRScheduler
 from torch import nn
 
 from fadc_timm import param_groups
-from scripts.segmentation.variants import added_keys
+from scripts.training.variants import added_keys
 
 
 def rate_groups(model: nn.Module, multiplier: float, weight_decay: float) -> list[dict[str, Any]]:

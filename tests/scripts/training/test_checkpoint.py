@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
-from scripts.segmentation import checkpoint as files
-from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
+from scripts.training import checkpoint as files
+from scripts.training.checkpoint import Log, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -45,7 +45,7 @@ def test_checkpoint_errors(tmp_path):
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint'):
         load_checkpoint(path, {})
     torch.save([1], path)
-    with pytest.raises(RuntimeError, match='is no checkpoint of segmentation.train'):
+    with pytest.raises(RuntimeError, match='is no checkpoint of a training script'):
         load_checkpoint(path, {})
 
 

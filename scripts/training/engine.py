@@ -1,71 +1,63 @@
-"""The training loop: AdamW, poly schedule, clipping, AMP, EMA, DDP, checkpoints that resume exactly."""
+"""The training loop: clipping, AMP, EMA, DDP, a CSV log, checkpoints that resume exactly."""
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fadc_timm import AdaDR
-from fadc_timm.losses import dilation_frequency_loss, record_dilations
-from scripts.segmentation.batches import Samples, seed_of, step_batches
-from scripts.segmentation.checkpoint import Log, load_checkpoint, save_checkpoint
-from scripts.segmentation.optimizer import poly_schedule, rate_groups
-from scripts.segmentation.pairs import IGNORE
-from scripts.segmentation.run_folder import Interrupted, Interruption
+from scripts.training.batches import Samples, seed_of, step_batches
+from scripts.training.checkpoint import Log, load_checkpoint, save_checkpoint
+from scripts.training.run_folder import Interrupted, Interruption
+from scripts.training.world import World
 
 AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('step', 'loss', 'lr', 'grad_norm', 'seconds')
+Trained = TypeVar('Trained', bound='Objective')
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does with a network and samples; the defaults are those published for UPerNet with FADC on ADE20K.
+    """What a run does with a network and samples. The recipe of a task has defaults, and an optimizer.
 
     steps: Number of steps.
     batch: Batch size, over all processes.
-    lr: Learning rate of AdamW, its betas being 0.9 and 0.999.
-    fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network: 1 at the published rate, less
-        at higher ones, where AdaDR's dilation grows past the map.
+    lr: Learning rate.
+    fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network.
     weight_decay: None on 1-D parameters.
     clip: Largest norm of the gradient, 0 for no clipping.
-    power: Of the polynomial decay.
     warmup: Steps of linear warm-up.
-    aux_loss: Weight of the auxiliary head's loss, 0 for no head.
-    dilation_loss: Weight of `fadc_timm.losses.dilation_frequency_loss`.
     amp: '', 'bfloat16' or 'float16'.
     ema: Decay of the averaged weights, 0 for none.
     seed: Of everything random.
     """
-    steps: int = 160_000
-    batch: int = 16
-    lr: float = 1e-4
-    fadc_lr: float = 1.0
-    weight_decay: float = 0.05
-    clip: float = 0.1
-    power: float = 1.0
-    warmup: int = 1500
-    aux_loss: float = 0.4
-    dilation_loss: float = 0.0
-    amp: str = ''
-    ema: float = 0.0
-    seed: int = 0
+    steps: int
+    batch: int
+    lr: float
+    fadc_lr: float
+    weight_decay: float
+    clip: float
+    warmup: int
+    amp: str
+    ema: float
+    seed: int
+
+    not_negative: ClassVar[tuple[str, ...]] = ('fadc_lr', 'weight_decay', 'clip', 'warmup')
+    least_share: ClassVar[tuple[int, str]] = 1, ''  # images of a process in a batch, and why so many
 
     def check(self, world: int = 1) -> None:
         """Raises ValueError where a value is none that a run can have."""
         for name in ('steps', 'batch', 'lr'):
             if not getattr(self, name) > 0:
                 raise ValueError(f'{name} must be above 0, got {getattr(self, name)!r}')
-        for name in ('fadc_lr', 'weight_decay', 'clip', 'power', 'warmup', 'aux_loss', 'dilation_loss'):
+        for name in self.not_negative:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name} must be finite and not negative, got {getattr(self, name)!r}')
         if self.amp and self.amp not in AMP_DTYPES:
@@ -74,109 +66,31 @@ class Recipe:
             raise ValueError(f'ema must be at least 0 and below 1, got {self.ema!r}')
         if self.warmup >= self.steps:
             raise ValueError(f'warmup must be shorter than the run of {self.steps} steps, got {self.warmup}')
-        if self.batch % world or self.batch // world < 2:
-            raise ValueError(
-                f'batch must give each of {world} processes the same number of images, at least 2 (decoders have '
-                f'BatchNorm on pooled maps of one pixel), got {self.batch}')
+        least, why = self.least_share
+        if self.batch % world or self.batch // world < least:
+            raise ValueError(f'batch must give each of {world} processes the same number of images, at least {least}'
+                             f'{why}, got {self.batch}')
+
+    def make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a network and its loss; its groups have an `lr_scale`."""
+        raise NotImplementedError
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """The learning rate as a function of the step: `step_update(n)` sets the rate after n steps."""
+        raise NotImplementedError
 
 
 class Objective(nn.Module):
-    """A network with its loss: cross entropy, that of an auxiliary head on the map at stride 16, and AdaDR's.
+    """A network with its loss; `forward(x, y)` gives the loss of a batch, as the samples collate it.
 
-    Raises:
-        ValueError: There is a weight for AdaDR's loss, and no AdaDR.
+    Args:
+        model: The network.
+        auxiliary: What is trained beside the network and is no part of it, None for nothing.
     """
 
-    def __init__(
-            self,
-            model: nn.Module,
-            auxiliary: nn.Module | None = None,
-            aux_loss: float = 0.0,
-            dilation_loss: float = 0.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, auxiliary: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.auxiliary, self.aux_loss, self.dilation_loss = model, auxiliary, aux_loss, dilation_loss
-        if dilation_loss and not any(isinstance(m, AdaDR) for m in model.modules()):
-            raise ValueError('dilation_loss is a loss for AdaDR, which this network has not')
-        self._feature: Tensor | None = None
-        if auxiliary is not None:
-            model.get_submodule('encoder').register_forward_hook(self._keep)
-
-    def _keep(self, _encoder: nn.Module, _inputs: Any, features: list[Tensor]) -> None:
-        if self.training:
-            self._feature = features[-2]
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of images (B, 3, H, W) and labels (B, H, W); the mean over all pixels, ignored ones counting as 0."""
-        if self.dilation_loss:
-            with record_dilations(self.model) as records:
-                logits = self.model(x)
-            loss = self._loss(logits, y) + self.dilation_loss * dilation_frequency_loss(records)
-        else:
-            loss = self._loss(self.model(x), y)
-        if self.auxiliary is not None:
-            assert self._feature is not None
-            logits = self.auxiliary(self._feature)
-            self._feature = None
-            logits = F.interpolate(logits.float(), y.shape[-2:], mode='bilinear', align_corners=False)
-            loss = loss + self.aux_loss * self._loss(logits, y)
-        return loss
-
-    @staticmethod
-    def _loss(logits: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), y, ignore_index=IGNORE, reduction='sum') / y.numel()
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those of the run."""
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    control: Any = None  # a group of processes on CPUs, which waits for no GPU
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
-
-    def mean(self, value: Tensor) -> float:
-        """Mean over the processes."""
-        if self.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.size
-        return value.item()
-
-    def any(self, question: bool) -> bool:
-        """Whether one of the processes says yes."""
-        if self.size > 1:
-            answers = torch.tensor(int(question))
-            dist.all_reduce(answers, dist.ReduceOp.MAX, group=self.control)
-            return bool(answers)
-        return question
-
-    def first(self, work: Callable[[], object]) -> None:
-        """Let the first process work; the others wait, and end if it fails, as it has said why."""
-        failed = True
-        try:
-            if self.main:
-                work()
-            failed = False
-        finally:
-            failed = self.any(failed)
-        if failed:
-            raise SystemExit(1)
-
-    def share(self, module: nn.Module) -> nn.Module:
-        """Give all processes the buffers of the first: statistics of batch norms that are not synchronised."""
-        if self.size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
-        return module
+        self.model, self.auxiliary = model, auxiliary
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
@@ -184,7 +98,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     return torch.autocast(device.type, AMP_DTYPES[amp]) if amp else nullcontext()
 
 
-def synchronized(module: Objective, world: World) -> Objective:
+def synchronized(module: Trained, world: World) -> Trained:
     """Convert its batch norms to SyncBatchNorm, where several processes train on GPUs."""
     if world.size == 1:
         return module
@@ -192,6 +106,16 @@ def synchronized(module: Objective, world: World) -> Objective:
         world.say('batch norm: statistics of each process for itself, as SyncBatchNorm trains on GPUs only')
         return module
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def _to(value: Any, device: torch.device, channels_last: bool) -> Any:
+    """A batch on the device: a tensor, or a list or dictionary of such."""
+    if isinstance(value, Tensor):
+        value = value.to(device, non_blocking=True)
+        return value.contiguous(memory_format=torch.channels_last) if channels_last and value.ndim == 4 else value
+    if isinstance(value, dict):
+        return {key: _to(entry, device, False) for key, entry in value.items()}
+    return [_to(entry, device, False) for entry in value]
 
 
 def train(
@@ -235,9 +159,8 @@ def train(
     """
     recipe.check(world.size)
     device, model = world.device, objective.model
-    optimizer = torch.optim.AdamW(
-        rate_groups(objective, recipe.fadc_lr, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.999))
-    scheduler = poly_schedule(optimizer, recipe.steps, recipe.power, recipe.warmup)
+    optimizer = recipe.make_optimizer(objective)
+    scheduler = recipe.make_schedule(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == 'float16')
     ema = ModelEmaV3(model, recipe.ema) if recipe.ema else None
     path = output / 'last.pt'
@@ -278,9 +201,7 @@ def train(
     objective.train()
     with Interruption(world.main) as interruption:
         for step, (x, y) in enumerate(bar, start=first):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            if channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
+            x, y = _to(x, device, channels_last), _to(y, device, False)
             scheduler.step_update(num_updates=step)
             lr = max(group['lr'] / group['lr_scale'] if group['lr_scale'] else 0.0 for group in optimizer.param_groups)
             torch.manual_seed(seed_of(recipe.seed, step, world.rank))

@@ -1,0 +1,168 @@
+"""Neighbourhood attention: the signature, its checks, and the dispatch to a backend.
+
+Papers: `Neighborhood Attention Transformer` - https://arxiv.org/abs/2204.07143, and
+`Dilated Neighborhood Attention Transformer` - https://arxiv.org/abs/2209.15001
+"""
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime import without_autocast
+from .arguments import AttentionArgs
+from .backends import BACKENDS, choose_backend
+from .neighbours import neighbours
+
+__all__ = ['neighborhood_attention2d', 'neighborhood_mean2d', 'padding_of', 'window_means']
+
+IntOrPair = Union[int, Tuple[int, int]]
+
+
+def _pair(name: str, value: Any) -> Tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
+        raise TypeError(f'{name} must be an integer or a pair of integers, got {value!r}.')
+    if any(v < 1 for v in pair):
+        raise ValueError(f'{name} must be at least 1, got {value!r}.')
+    return pair
+
+
+def _window(kernel_size: Any, dilation: Any) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+    kernel, spacing = _pair('kernel_size', kernel_size), _pair('dilation', dilation)
+    if any(n % 2 == 0 for n in kernel):
+        raise ValueError(f'kernel_size must be odd, got {kernel_size!r}.')
+    return kernel, spacing
+
+
+def padding_of(size: Sequence[int], kernel_size: IntOrPair, dilation: IntOrPair = 1) -> Tuple[int, int]:
+    """Rows and columns that a map of a size (H, W) lacks: it must have kernel size times dilation of each."""
+    kernel, spacing = _window(kernel_size, dilation)
+    rows, cols = (max(k * d - n, 0) if n < k * d else 0 for n, k, d in zip(size, kernel, spacing, strict=True))
+    return rows, cols
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, kernel: Tuple[int, int], bias: Optional[Tensor], dropout_p: float) -> None:
+    for name, t in (('q', q), ('k', k), ('v', v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f'{name} must be a tensor of shape (B, heads, H, W, c), got {type(t).__name__}.')
+        if t.dim() != 5 or t.shape[2] < 1 or t.shape[3] < 1 or t.shape[4] < 1:
+            raise ValueError(f'{name} must have shape (B, heads, H, W, c), got {tuple(t.shape)}.')
+        if not t.is_floating_point():
+            raise TypeError(f'{name} must have a floating point dtype, got {t.dtype}.')
+        if t.shape != q.shape:
+            raise ValueError(f'{name} must have the shape of q, {tuple(q.shape)}, got {tuple(t.shape)}.')
+        if t.dtype != q.dtype:
+            raise TypeError(f'{name} must have the dtype of q, {q.dtype}, got {t.dtype}.')
+        if t.device != q.device:
+            raise ValueError(f'{name} is on {t.device} and q is on {q.device}, they must be on one device.')
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f'bias must be a tensor of shape (heads, 2*kh - 1, 2*kw - 1), got {type(bias).__name__}.')
+        shape = (q.shape[1], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+        if tuple(bias.shape) != shape:
+            raise ValueError(f'bias must have shape (heads, 2*kh - 1, 2*kw - 1) = {shape}, got {tuple(bias.shape)}.')
+        if bias.dtype not in (q.dtype, torch.float32):
+            raise TypeError(f'bias must have the dtype of q, {q.dtype}, or float32, got {bias.dtype}.')
+        if bias.device != q.device:
+            raise ValueError(f'bias is on {bias.device} and q is on {q.device}, they must be on one device.')
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f'dropout_p must be at least 0 and less than 1, got {dropout_p!r}.')
+
+
+def neighborhood_attention2d(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kernel_size: IntOrPair,
+        dilation: IntOrPair = 1,
+        bias: Optional[Tensor] = None,
+        backend: Optional[str] = None,
+        *,
+        dropout_p: float = 0.,
+) -> Tensor:
+    """Attention of every position to its neighbours: softmax(q k^T / sqrt(c) + bias) v over a window of keys.
+
+    On each axis the neighbours of a position are `kernel_size` points, `dilation` apart, itself in their middle. Near a
+    border the window ends at the border, so every position has the same number of neighbours.
+
+    Args:
+        q: Queries (B, heads, H, W, c). A permuted view of a map (B, H, W, heads, c) is read as it is.
+        k: Keys, likewise.
+        v: Values, likewise.
+        kernel_size: Odd size of the window, or one for rows and one for columns.
+        dilation: Distance of neighbours, or one for rows and one for columns. A map with fewer than
+            kernel_size * dilation rows or columns is padded with zeros below and to the right, which are attended to.
+        bias: (heads, 2*kh - 1, 2*kw - 1), in the dtype of q or float32: added to the scores by the distance of key and
+            query in points, of which (kh - 1, kw - 1) is none.
+        backend: 'windows' (dense products of tiles, on any device), 'written_out' (in operators that every runtime
+            has), 'flex' (torch's flex_attention), 'reference' (the definition in float64), or None to choose: see
+            :func:`choose_backend`.
+        dropout_p: Share of the attention weights that is dropped.
+
+    Returns:
+        (B, heads, H, W, c) in the dtype of q. Under autocast q, k and v are cast to its dtype first.
+
+    Raises:
+        TypeError: An argument is not a tensor or of another dtype than q, or a size is no integer.
+        ValueError: A shape, device or number is none of those above, or there is no such backend.
+        NotImplementedError: The named backend cannot run this call.
+    """
+    kernel, spacing = _window(kernel_size, dilation)
+    if isinstance(q, Tensor) and q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+                   for t in (q, k, v))
+    _check(q, k, v, kernel, bias, dropout_p)
+    h, w = q.shape[2:4]
+    down, across = padding_of((h, w), kernel, spacing)
+    if down or across:
+        q, k, v = (F.pad(t, (0, 0, 0, across, 0, down)) for t in (q, k, v))
+    args = AttentionArgs(q, k, v, kernel, spacing, bias, dropout_p)
+    if backend is None:
+        backend = choose_backend(args)
+    elif backend not in BACKENDS:
+        raise ValueError(f'There is no backend {backend!r} of neighbourhood attention, the backends are '
+                         f'{", ".join(BACKENDS)}.')
+    else:
+        reason = BACKENDS[backend].why_not(args)
+        if reason:
+            raise NotImplementedError(f'The backend {backend!r} cannot run this call: {reason}.')
+    with without_autocast(q):
+        y = BACKENDS[backend].forward(args)
+    return y[:, :, :h, :w] if down or across else y
+
+
+def neighborhood_mean2d(x: Tensor, kernel_size: IntOrPair, dilation: IntOrPair = 1) -> Tensor:
+    """The mean of the neighbours of every position, as :func:`neighborhood_attention2d` has them.
+
+    The mean over a window is that over rows of the mean over columns. Along an axis, k shifted maps are added up, and
+    each position takes the sum of its window.
+
+    Args:
+        x: Map (B, H, W, C), with at least kernel size times dilation rows and columns.
+        kernel_size: Odd size of the window, or one for rows and one for columns.
+        dilation: Distance of neighbours, or one for rows and one for columns.
+
+    Returns:
+        (B, H, W, C) in the dtype of x.
+
+    Raises:
+        ValueError: The map is smaller than a window.
+    """
+    kernel, spacing = _window(kernel_size, dilation)
+    if any(padding_of(x.shape[1:3], kernel, spacing)):
+        raise ValueError(f'x (B, H, W, C) must have at least kernel size {kernel} times dilation {spacing} rows and '
+                         f'columns, got {tuple(x.shape)}.')
+    return window_means(x, list(kernel), list(spacing))
+
+
+def window_means(x: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
+    """See :func:`neighborhood_mean2d`, without its checks; TorchScript can compile it."""
+    for axis in range(1, 3):
+        k, d, length = kernel_size[axis - 1], dilation[axis - 1], x.shape[axis]
+        sums = x.narrow(axis, 0, length - (k - 1) * d)
+        for i in range(1, k):
+            sums = sums + x.narrow(axis, i * d, length - (k - 1) * d)
+        x = (sums / k).index_select(axis, neighbours(length, k, d, x.device)[0][:, 0])
+    return x

@@ -1,0 +1,1 @@
+"""Object detection with FADC backbones: training and evaluation with torchvision's detectors."""

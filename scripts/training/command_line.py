@@ -1,0 +1,143 @@
+"""Options that the training scripts share, and how their runs end."""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs
+
+from scripts.training.engine import AMP_DTYPES, Recipe
+from scripts.training.run_folder import Interrupted
+from scripts.training.variants import VARIANTS, split_name
+from scripts.training.weights import normalisation_of, options_for
+
+# Options that decide how a backbone is built, and what it sees.
+BACKBONE = ('backbone', 'variant', 'init', 'fadc', 'freq_select_stages', 'backbone_args', 'mean', 'std')
+WARMUP_SHARE = 10  # the warm-up is at most this part of the steps, unless it is given
+
+Add = Callable[..., Any]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: an integer that is not smaller."""
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f'must be at least {least}, got {value}')
+        return value
+    return integer
+
+
+def add_backbone(add: Add) -> None:
+    """The options of a backbone."""
+    add('--backbone', default='resnet50', help="timm's name; NAME_fadc is NAME with --variant fadc")
+    add('--variant', default='plain', choices=VARIANTS)
+    add('--init', default='', help="a tag of timm's weights, or 'default' for those of pretrained=True, or a "
+        'checkpoint of the base, of an FADC model, of a training script, or of the authors; default: random weights')
+    add('--fadc', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE', help='options of FADConv2d')
+    add('--freq-select-stages', type=int, nargs='*', default=[2, 3, 4], help='stages with FreqSelect')
+    add('--backbone-args', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+        help='more arguments of timm.create_model')
+    add('--mean', type=float, nargs=3, help="of images in [0, 1] (default: the backbone's)")
+    add('--std', type=float, nargs=3)
+
+
+def add_recipe(add: Add, recipe: type[Recipe], **changes: dict[str, Any]) -> None:
+    """An option for each field of a recipe.
+
+    Args:
+        add: Of the parser.
+        recipe: Class of the recipe.
+        **changes: By field, other arguments of `add`.
+    """
+    for field in fields(recipe):
+        kwargs: dict[str, Any] = {
+            'type': type(field.default), 'default': field.default, 'help': f'(default: {field.default!r})'}
+        if field.name == 'amp':
+            kwargs['choices'] = ('', *AMP_DTYPES)
+        elif field.name == 'warmup':
+            kwargs.update(default=None, help=f'(default: {field.default!r}, at most a tenth of the steps)')
+        add(f'--{field.name.replace("_", "-")}', **{**kwargs, **changes.get(field.name, {})})
+
+
+def add_run(add: Add) -> None:
+    """The options of a run."""
+    add('--output', type=Path, help='folder of the run, of one run at a time (with --eval: of the checkpoint)')
+    add('--log-every', type=at_least(1), default=50)
+    add('--save-every', type=at_least(1), default=1000)
+    add('--stop-at', type=at_least(0), default=0, help='end after so many steps of the run, which can be resumed')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--threads', type=at_least(1), help='of torch on the CPU')
+
+
+def refuse_unread(
+        parser: argparse.ArgumentParser,
+        args: argparse.Namespace,
+        argv: list[str] | None,
+        read: Collection[str],
+) -> None:
+    """End with an error where --eval comes with options that it takes from the checkpoint, all but those in `read`."""
+    unset = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    others = [f'--{name.replace("_", "-")}' for name, value in vars(given).items()
+              if value is not unset and name not in read]
+    if others:
+        parser.error(f'--eval takes its network and recipe from the checkpoint: leave out {", ".join(others)}')
+
+
+def warmup_of(given: int | None, usual: int, steps: int) -> int:
+    """The warm-up that is given, else the usual one, at most a tenth of the steps."""
+    return given if given is not None else max(min(usual, steps // WARMUP_SHARE), 0)
+
+
+def config_of(args: argparse.Namespace, recipe: Recipe, names: Collection[str]) -> dict[str, Any]:
+    """All that decides a run's losses, as JSON holds it: the backbone, further options, the recipe.
+
+    The name of one of our models becomes its base and its variant, in `args` too.
+    """
+    args.backbone, args.variant = split_name(args.backbone, args.variant)
+    mean, std = normalisation_of(args.backbone, args.init, args.variant)
+    config = {name: getattr(args, name) for name in (*BACKBONE, *names)}
+    config.update(mean=args.mean or mean, std=args.std or std)
+    config['fadc'] = options_for(args.backbone, args.init, args.variant, args.fadc)
+    return json.loads(json.dumps({**config, **asdict(recipe)}))
+
+
+def try_network(build: Callable[[], object]) -> None:
+    """Build a network for the errors in its options, before the data are read and weights are downloaded.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+    try:
+        build()
+    except TypeError as e:  # of an argument that timm or FADConv2d does not know
+        raise ValueError(f'an option of the network is wrong: {e}') from e
+
+
+def exit_status(script: str, work: Callable[[], object], checkpoint: Path | None) -> int:
+    """Do a script's work, and say on stderr what went wrong.
+
+    Args:
+        script: Its name.
+        work: What it does.
+        checkpoint: That from which the same command goes on, if there is one by then.
+    """
+    try:
+        work()
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
+        print(f'{script}: {e}', file=sys.stderr)
+        return 1
+    except Interrupted as e:
+        if str(e):
+            print(f'{script}: {e}', file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        resumes = f'; the same command goes on from {checkpoint}' if checkpoint and checkpoint.exists() else ''
+        print(f'{script}: interrupted{resumes}', file=sys.stderr)
+        return 130
+    return 0

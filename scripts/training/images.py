@@ -1,0 +1,66 @@
+"""Images in files, everything that can be wrong with one of them, and colours to draw classes in."""
+import colorsys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.ExifTags import Base
+
+from fadc_timm.visualize.images import check_frames
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+class DataError(ValueError):
+    """A data set is not in its layout, or one of its files is not what it should be; the message names the file."""
+
+
+def open_file(path: Path, what: str, modes: Iterable[str], wanted: str) -> Image.Image:
+    """Open and load a picture.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+        modes: Pillow's modes that are allowed.
+        wanted: These modes in words.
+
+    Raises:
+        DataError: It cannot be read, or has another mode.
+    """
+    try:
+        image = Image.open(path)
+        check_frames(image)
+        image.load()
+    except FileNotFoundError:
+        raise DataError(f'{path}: the {what} is no longer there') from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError(f'{path}: the {what} cannot be read ({e})') from e
+    if image.mode not in modes:
+        raise DataError(f'{path}: the {what} has Pillow mode {image.mode}; wanted is {wanted}')
+    return image
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image of 8 bits a channel, and no other one."""
+    modes = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')
+    return open_file(path, 'image', modes, 'an image of 8 bits a channel')
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image of 8 bits a channel as (H, W, 3) uint8; a rotation in its EXIF data is not applied."""
+    return np.array(open_image(path).convert('RGB'))
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image's EXIF data name an orientation."""
+    try:
+        return image.getexif().get(Base.Orientation, 1) != 1
+    except Exception:  # EXIF data that Pillow cannot read, of whatever kind, turn nothing
+        return False
+
+
+def colours(count: int) -> np.ndarray:
+    """A palette (count, 3) uint8: hues a golden section apart, so that neighbours differ, at varying brightness."""
+    rgb = [colorsys.hsv_to_rgb(0.618034 * i % 1, (0.85, 0.55)[i // 2 % 2], (0.95, 0.7)[i % 2]) for i in range(count)]
+    return np.round(255 * np.array(rgb)).astype(np.uint8).reshape(count, 3)

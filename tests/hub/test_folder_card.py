@@ -1,0 +1,24 @@
+"""The card of a folder says where FADC is, and what it does there."""
+import pytest
+import timm
+
+import fadc_timm
+from fadc_timm.hub.folder_card import folder_card
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.mark.parametrize('name, network, place', [
+    ('test_dinat_fadc', '`test_dinat` of fadc_timm; replaced neighbourhood attention', 'in some of its neighbourhood'),
+    ('test_dinat', '`test_dinat` of fadc_timm; replaced neighbourhood attention', 'in some of its neighbourhood'),
+    ('test_resnet', f'`test_resnet` of timm {timm.__version__}; replaced convolutions', 'in place of some of its conv'),
+])
+def test_place(name, network, place, tmp_path):
+    model = timm.create_model(name, num_classes=2)
+    if not name.endswith('_fadc'):
+        fadc_timm.lift_model(model)
+    folder = fadc_timm.save(model, tmp_path / 'model', pretrained_cfg=dict(input_size=(3, 64, 64)))
+    text = folder_card(folder, 'me/model', licence='mit')
+    assert network in text and place in text
+    assert ('predict their dilation' in text) == (name == 'test_resnet')
+    assert ('neighborhood-attention' in text) == (name != 'test_resnet')

@@ -1,0 +1,192 @@
+"""scripts.detection.train: the script itself, resumed to the bit, its evaluation, two processes."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts.detection.annotations import CocoImages
+from tests.support.detection_cases import content, write, write_folder
+from tests.support.processes import torchrun
+from tests.support.training_cases import losses
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+OPTIONS = ['--backbone', 'test_resnet_fadc', '--fpn-channels', '8', '--short', '48', '64', '--long', '96', '--batch',
+           '2', '--steps', '4', '--warmup', '1', '--ema', '0.5', '--data', 'folder', '--log-every', '1',
+           '--save-every', '2', '--threads', '1', '--device', 'cpu']
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_folder(tmp_path / 'data')
+
+
+def main(*args):
+    pytest.importorskip('pycocotools')
+    from scripts.detection import train as train_detector
+    return train_detector.main([str(a) for a in args])
+
+
+def test_script(root, tmp_path, capsys):
+    """Ended and resumed as left alone; then tested, with the averaged weights, again by --eval, with pictures."""
+    args = [*OPTIONS, '--root', root]
+    assert main(*args, '--output', tmp_path / 'whole', '--eval-every', 3) == 0
+    out = capsys.readouterr().out
+    assert 'faster_rcnn over test_resnet, fadc' in out and '5 convolutions replaced' in out
+    assert 'at a learning rate of 0.0025' in out and '4 images to train; 4 steps, 1 of them warm-up' in out
+    assert out.count('Average Precision') == out.count('Average Recall') == 6
+    assert main(*args, '--output', tmp_path / 'ended', '--stop-at', 2) == 0
+    assert [row['step'] for row in losses(tmp_path / 'ended')] == ['1', '2']
+    assert main(*args, '--output', tmp_path / 'ended') == 0
+    assert 'after 2 of 4 steps' in capsys.readouterr().out
+    assert losses(tmp_path / 'ended') == losses(tmp_path / 'whole')
+    results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'ended')]
+    assert results[0] == results[1] and results[0]['images'] == 2
+    assert results[0]['config']['classes'] == ['square', 'wide'] and results[0]['added'] > 0
+    assert (tmp_path / 'whole' / 'val.csv').read_text().splitlines()[0] == 'step,ap,ap50,ap75'
+    found = json.loads((tmp_path / 'whole' / 'detections_test.json').read_text())
+    assert len(found) == results[0]['detections']
+    assert main('--eval', tmp_path / 'whole' / 'last.pt', '--root', root, '--draw', 2, '--draw-score', 0,
+                '--device', 'cpu') == 0
+    tested = json.loads((tmp_path / 'whole' / 'eval.json').read_text())
+    assert tested['lines'] == results[0]['lines'] and tested['ap'] == results[0]['ap']
+    assert sorted(p.name for p in (tmp_path / 'whole' / 'pictures_test').iterdir()) == ['v0.png', 'v1.png']
+    # the checkpoint is one for --init too
+    from scripts.detection.model import build
+    built = build('test_resnet', 7, 'fadc', init=str(tmp_path / 'whole' / 'last.pt'), fpn_channels=8)
+    ema = torch.load(tmp_path / 'whole' / 'last.pt', weights_only=True)['model_ema']
+    key = next(k for k in ema if k.startswith('backbone.timm_model.') and k.endswith('.ada_dr.conv.weight'))
+    assert 'model_ema' in built.loaded and torch.equal(built.model.state_dict()[key], ema[key])
+    # another recipe is refused, and so are other classes and other scripts
+    capsys.readouterr()
+    assert main(*args, '--output', tmp_path / 'whole', '--lr', '1e-2') == 1
+    assert 'is of another run: lr is 0.01, was 0.02' in capsys.readouterr().err
+    for split in ('train', 'val'):
+        made, pictures = content(split)
+        made['categories'][0]['name'] = 'long'
+        write(root, split, made, pictures)
+    assert main('--eval', tmp_path / 'whole' / 'last.pt', '--root', root, '--device', 'cpu') == 1
+    assert "class 1 was 'wide' and is 'long'" in capsys.readouterr().err
+
+
+@pytest.mark.sweep
+def test_two_processes(root, tmp_path):
+    """Under torchrun one process writes, each sees its half of the batch, and each image is tested once."""
+    pytest.importorskip('pycocotools')
+    args = ['-m', 'scripts.detection.train', *OPTIONS, '--batch', '4', '--steps', '2', '--root', root, '--output']
+    out = torchrun(*args, tmp_path / 'two')
+    assert out.count('5 convolutions replaced') == 1 and out.count('Average Precision') == 6
+    result = json.loads((tmp_path / 'two' / 'result.json').read_text())
+    found = json.loads((tmp_path / 'two' / 'detections_test.json').read_text())
+    assert result['images'] == 2 and result['detections'] == len(found)
+    assert [d['image_id'] for d in found] == sorted(d['image_id'] for d in found)
+    assert main(*args[2:], tmp_path / 'one') == 0
+    for one, two in zip(losses(tmp_path / 'one'), losses(tmp_path / 'two'), strict=True):
+        assert float(one['loss']) == pytest.approx(float(two['loss']), rel=0.3)
+
+
+@pytest.mark.parametrize('detector', ['retinanet', 'mask_rcnn'])
+def test_other_detectors(detector, root, tmp_path, capsys):
+    """With frozen stages and norms; masks have twelve lines of their own."""
+    args = [*OPTIONS, '--detector', detector, '--frozen-stages', '2', '--frozen-bn', '--steps', '1', '--warmup', '0',
+            '--batch', '1', '--ema', '0', '--root', root]
+    assert main(*args, '--output', tmp_path / 'out') == 0
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / 'out' / 'result.json').read_text())
+    assert 'frozen: 2 stages with ' in out and result['config']['frozen_bn'] is True
+    masks = detector == 'mask_rcnn' and result['detections'] > 0
+    assert out.count('Average Precision') == 6 + 6 * masks and ('masks' in result) == masks
+
+
+@pytest.mark.sweep
+def test_learns(root, tmp_path):
+    """Bright boxes on dark noise are found after some steps of AdamW."""
+    args = ['--backbone', 'test_resnet_fadc', '--fpn-channels', '16', '--short', '64', '--long', '96', '--batch', '4',
+            '--preset', 'adamw', '--lr', '2e-3', '--steps', '60', '--data', 'folder', '--root', root, '--threads',
+            '1', '--device', 'cpu', '--output', tmp_path / 'out', '--milestones', '9', '--flip-vertical', '0.5']
+    assert main(*args) == 0
+    result = json.loads((tmp_path / 'out' / 'result.json').read_text())
+    assert result['ap50'] > 30
+
+
+def test_truth_scores_full(root):
+    """The true boxes as detections have an AP of 100; none have 0."""
+    pytest.importorskip('pycocotools')
+    from scripts.detection.evaluation import SCORES, coco_scores
+    split = CocoImages(root / 'val' / 'annotations.json', root / 'val')
+    found = [{key: a[key] for key in ('image_id', 'category_id', 'bbox', 'segmentation')} | {'score': 0.9}
+             for e in split.entries for a in e.annotations]
+    for kind in ('bbox', 'segm'):
+        scores, lines = coco_scores(split, found, kind)
+        assert scores['ap'] == scores['ap75'] == pytest.approx(100) and len(lines.splitlines()) == len(SCORES) == 12
+    scores, lines = coco_scores(split, [])
+    assert scores['ap'] == 0 and scores['ap_large'] == -1 and len(lines.splitlines()) == 12
+
+
+def test_picture(root, tmp_path):
+    """A box is drawn in its colour around the bright square, on both sides."""
+    from scripts.detection.pictures import write_detections
+    split = CocoImages(root / 'val' / 'annotations.json', root / 'val')
+    entry = split.entries[0]
+    found = [{'category_id': 3, 'bbox': entry.annotations[0]['bbox'], 'score': 0.75}]
+    write_detections(tmp_path / 'a.png', 'v0', split.read(0), entry, found, split.categories)
+    picture = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(int)
+    assert picture.shape[1] > 2 * 490
+    from scripts.training.images import colours
+    near = (abs(picture - colours(2)[0]).max(2) < 30)
+    half = picture.shape[1] // 2
+    assert near[:, :half].sum() > 200 and near[:, half:].sum() > 200
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--root', 'x', '--output', 'y'], '--root is given without --data: give one of trees, coco, folder'),
+    (['--eval', 'x', '--lr', '1', '--short', '64'], 'recipe from the checkpoint: leave out --lr, --short'),
+    (['--eval', 'x', '--check-data'], '--check-data and --eval are two things'),
+    ([], '--output is wanted')])
+def test_command_line_errors(args, message, capsys):
+    with pytest.raises(SystemExit):
+        main(*args)
+    assert message in capsys.readouterr().err
+
+
+def test_defaults():
+    """Presets, and what is frozen with initial weights."""
+    pytest.importorskip('pycocotools')
+    from scripts.detection.train import parse_args, recipe_of
+    args = parse_args(['--output', 'x'])
+    recipe, config = recipe_of(args, 1000)
+    assert (recipe.optimizer, recipe.rate, recipe.weight_decay, recipe.steps, recipe.warmup) == (
+        'sgd', 0.02, 1e-4, 750, 75)
+    assert (config['frozen_stages'], config['frozen_bn'], config['short']) == (0, False, [800])
+    args = parse_args(['--output', 'x', '--preset', 'adamw', '--init', 'default', '--batch', '8', '--clip', '1'])
+    recipe, config = recipe_of(args, 118_000)
+    assert (recipe.optimizer, recipe.rate, recipe.clip, recipe.warmup) == ('adamw', 1e-4, 1.0, 500)
+    assert (config['frozen_stages'], config['frozen_bn']) == (1, True)
+    assert parse_args(['--output', 'x', '--init', 'a', '--no-frozen-bn']).frozen_bn is False
+
+
+def test_data_errors(root, tmp_path, capsys):
+    """A wrong annotation is told with its file and id, before anything is written; --check-data tells it too."""
+    made, pictures = content('val')
+    made['annotations'][0]['bbox'][2] = 900
+    write(root, 'val', made, pictures)
+    for args in ([*OPTIONS, '--output', tmp_path / 'out'], ['--data', 'folder', '--check-data']):
+        assert main(*args, '--root', root) == 1
+        err = capsys.readouterr().err
+        assert err.startswith('detection.train: ') and f'{root}/val/annotations.json: annotation 1 of image 10' in err
+    assert not (tmp_path / 'out').exists()
+    assert main('--data', 'folder', '--check-data', '--anyway', '--root', root) == 0
+    assert main(*OPTIONS, '--output', tmp_path / 'out', '--root', root, '--anyway', '--detector', 'mask_rcnn',
+                '--fadc', 'eps=-1') == 1
+    assert 'eps' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_without_pycocotools(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pycocotools', None)
+    from scripts.detection import train as train_detector
+    args = [*OPTIONS, '--root', root, '--output', tmp_path / 'out']
+    assert train_detector.main([str(a) for a in args]) == 1
+    assert "Detection needs pycocotools: pip install -e '.[detection]'" in capsys.readouterr().err
