@@ -111,7 +111,9 @@ class AdaDR(nn.Module):
             o = torch.where(o < 0, torch.zeros_like(o), o)
         else:
             o = (o + 1).relu() - 1
-        return 1 + o * self.dilation, 2 * torch.sigmoid(mask)
+        if self.dilation != 1:
+            o = o * self.dilation
+        return 1 + o, 2 * torch.sigmoid(mask)
 
     def _abs(self, o: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

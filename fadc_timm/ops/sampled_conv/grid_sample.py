@@ -83,6 +83,8 @@ def _merge(t: Tensor) -> Tensor:
 def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
     """Equal parts of a dimension, laid into another; symbolic sizes not by a reshape, which would ask about them."""
     if all(type(n) is int for n in t.shape[1:]):
+        if t.shape[source] == parts and into == source + 1:
+            return t.flatten(source, into).unsqueeze(source)
         return t.unflatten(source, (parts, -1)).movedim(source, into).flatten(into, into + 1)
     return torch.cat(t.chunk(parts, source), into)
 
