@@ -14,7 +14,6 @@ from ..runtime import (
     as_dtype,
     constant,
     is_exporting,
-    is_plain_eager,
     is_transformed,
     match_layout,
     once_per_graph,
@@ -38,11 +37,10 @@ def _coordinates(
         dtype: torch.dtype,
         device: torch.device,
 ) -> List[Tensor]:
-    """Parts of a grid, as F.grid_sample wants it: align_corners=False puts the centre of pixel p at (2p + 1)/size - 1.
+    """Parts of a grid: positions are `start + moves * steps` in pixels, of which `sizes` says how many there are.
 
     Returns:
-        Where the taps of the positions start, (H', W', k*k*2), and what multiplies their steps, (k*k*2,); columns
-        before rows. Sizes may be symbolic.
+        start (H', W', k*k*2), moves (k*k*2,), sizes (k*k*2,): per tap a column, then a row. Sizes may be symbolic.
     """
     like = dict(dtype=dtype, device=table_device(device))
 
@@ -52,7 +50,7 @@ def _coordinates(
     (h, w), taps = size, k * k
     places = [t % k for t in range(taps)], [t // k for t in range(taps)]
     ones, zeros = [1.] * taps, [0.] * taps
-    scale = vector([2.] * taps, zeros) / w + vector(zeros, [2.] * taps) / h
+    sizes = vector(ones, zeros) * w + vector(zeros, ones) * h
     rows, cols = (torch.arange(n, **like) for n in out_size)
     pixels = cols[:, None] * vector([stride[1] * v for v in ones], zeros)
     pixels = pixels + rows[:, None, None] * vector(zeros, [stride[0] * v for v in ones])
@@ -60,19 +58,25 @@ def _coordinates(
              for axis, p in ((1, padding[1]), (0, padding[0]))]
     if any(map(any, first)):
         pixels = pixels + vector(*first)
-    start = pixels * scale + (scale / 2 - 1)
+    moves = vector(ones, ones)
     if spacing is None:
-        scale = scale * vector(*([float(i - k // 2) for i in along] for along in places))
-    return [t if t.device == device else t.to(device) for t in (start, scale)]
+        moves = vector(*([float(i - k // 2) for i in along] for along in places))
+    return [t if t.device == device else t.to(device) for t in (pixels, moves, sizes)]
+
+
+def _scaled(*args: Any) -> List[Tensor]:
+    """start and moves as F.grid_sample wants them: see :func:`_grid`."""
+    start, moves, sizes = _coordinates(*args)
+    return [(2 * start + 1) / sizes - 1, 2 * moves / sizes]
 
 
 @constant
 def _constant_coordinates(which: int, *args: Any) -> Tensor:
     *geometry, dtype, device = args
-    return _coordinates(*geometry, torch.float64, table_device(device))[which].to(dtype).to(device)
+    return _scaled(*geometry, torch.float64, table_device(device))[which].to(dtype).to(device)
 
 
-_traced_coordinates = once_per_graph(_coordinates)
+_traced_coordinates = once_per_graph(_scaled)
 
 
 def _merge(t: Tensor) -> Tensor:
@@ -93,19 +97,23 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     """Where the taps read: (B*G, k*k*H', W', 2), one tap below the other."""
     taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
     call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
-    if all(type(n) is int for n in (*size, *out_size)) and (is_exporting() or is_plain_eager(args.x)):
-        start, moves = (_constant_coordinates(i, *call) for i in range(2))
-    else:
-        start, moves = _traced_coordinates(*call)
     steps = as_dtype(args.steps, dtype)
     if args.step_groups > 1:
         steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
     if args.spacing is not None:
         steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
+    steps = steps.permute(0, 2, 3, 1)
+    # align_corners=False puts the centre of pixel p at (2p + 1)/size - 1, on maps of one pixel too
+    if not is_exporting():
+        start, moves, sizes = _coordinates(*call)
+        grid = (2 * (steps * moves + start) + 1) / sizes - 1
+    else:  # in few nodes, at the price of a rounding
+        known = all(type(n) is int for n in (*size, *out_size))
+        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if known else _traced_coordinates(*call)
+        grid = steps * moves + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    grid = (steps.permute(0, 2, 3, 1) * moves + start).clamp(-2, 2)
-    return _stack(grid, taps, 3, 1)
+    return _stack(grid.clamp(-2, 2), taps, 3, 1)
 
 
 def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
