@@ -202,7 +202,8 @@ def test_offload(way, name, tmp_path):
         places = {child: 'disk' for child, _ in model.named_children()}
         places[next(iter(places))] = 'cpu'
         model = accelerate.load_checkpoint_and_dispatch(
-            model, str(tmp_path / 'model.safetensors'), device_map=places, offload_folder=str(tmp_path / 'offload'))
+            model, str(tmp_path / 'model.safetensors'), device_map=places, offload_folder=str(tmp_path / 'offload'),
+            offload_buffers=True)
     assert any(p.device.type == 'meta' for m in model.modules() if isinstance(m, FADConv2d) for p in m.parameters())
     assert error(model(photos()), expected.double()) < 1e-6
 

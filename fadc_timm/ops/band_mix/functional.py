@@ -1,5 +1,5 @@
 """Mixing of frequency bands: the signature, and the choice of a backend (FADC paper, section 3, FreqSelect)."""
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of]
     more = [float(i == bands == count) for i in of]
     with without_autocast(x):
-        like = dict(dtype=exact.dtype, device=x.device)
+        like: Dict[str, Any] = dict(dtype=exact.dtype, device=x.device)
         steps = F.conv2d(
             torch.sigmoid(as_dtype(maps, exact.dtype)), torch.tensor(product * groups, **like)[:, :, None, None],
             torch.tensor(more * groups, **like), groups=groups)

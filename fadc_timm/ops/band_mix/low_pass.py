@@ -4,7 +4,7 @@ The filter at 1/f of the Nyquist frequency keeps, on the shifted spectrum of an 
 `round(n/2 - n/2f) : round(n/2 + n/2f)`, rounding half to even as the released code does, so tiny maps can have empty
 masks. Two forms compute the same: a real FFT with the mask made Hermitian, and products with the waves of each axis.
 """
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -68,10 +68,10 @@ def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, de
         the right, (n, 2K) and (F, 2, 2K, n).
     """
     home = table_device(device)
-    like = dict(dtype=torch.float64, device=home)
+    like: Dict[str, Any] = dict(dtype=torch.float64, device=home)
     # The filter keeps from -below to above - 1 periods. In integers this is `edges`, and exact here too.
-    ends, twice = ([f + 1., f - 1.] for f in factors), ([2. * f] for f in factors)
-    ends = torch.tensor(list(ends), **like) * n / torch.tensor(list(twice), **like)
+    twice = torch.tensor([[2. * f] for f in factors], **like)
+    ends = torch.tensor([[f + 1., f - 1.] for f in factors], **like) * n / twice
     above_below = (torch.round(ends) - n // 2) * torch.tensor([1., -1.], **like)
     periods = torch.arange(n // (2 * min(factors)) + 2, **like)
     # Whether m and -m periods pass, (F, 2, K): 0 <= m < above, 1 <= m <= below.

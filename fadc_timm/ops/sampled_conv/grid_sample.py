@@ -2,7 +2,7 @@
 
 For devices without another backend, and for exporters. Half dtypes are sampled in float32, as coordinates need it.
 """
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def _coordinates(
     Returns:
         start (H', W', k*k*2), moves (k*k*2,), sizes (k*k*2,): per tap a column, then a row. Sizes may be symbolic.
     """
-    like = dict(dtype=dtype, device=table_device(device))
+    like: Dict[str, Any] = dict(dtype=dtype, device=table_device(device))
 
     def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
         return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)
