@@ -13,12 +13,11 @@ import sys
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from scripts.results import RESULTS, write_csv
-
-ROOT = RESULTS.parents[1]
-OUTPUT = RESULTS / 'works_with.csv'
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / 'scripts' / 'results' / 'works_with.csv'
 
 COLUMNS = ('package', 'version', 'what', 'models', 'tests', 'date', 'commit')
 
@@ -91,6 +90,8 @@ def main() -> int:
             package=package, version=version(package).partition('+')[0], what=what,
             models=' '.join(collector.models[line]), tests=collector.passed[line], date=date.today(), commit=commit)
 
+    # Not before the tests: it imports Triton, and they choose how its kernels run.
+    from scripts.results import write_csv
     write_csv(OUTPUT, COLUMNS, map(row, sorted({*collector.passed, *kept})))
     print(f'wrote {OUTPUT.relative_to(ROOT)}')
     return 0

@@ -50,7 +50,7 @@ def test_flops(backend, case):
     if not set(GAINS).isdisjoint(case.use):
         taps = case.k ** 2
         own = 0 if case.groups == case.o else 1
-        more = {'torchvision': taps if case.x[0] > 1 else 0, 'gather': own, 'triton': own}.get(backend, 1)
+        more = {'torchvision': taps if case.x[0] > 1 else 0}.get(backend, own)
         expected = expected * (taps + more) // taps
     forward, backward = flops_of(lambda: cases.call(case, inputs, backend))
     assert forward == expected
