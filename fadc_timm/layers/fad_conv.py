@@ -77,11 +77,24 @@ def _one_int(name: str, value: Any, minimum: int) -> int:
     return values[0]
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks were registered with the module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def reset_parts(module: nn.Module) -> None:
+    """Make what FADC added to a layer the identity again."""
+    for name in PARTS:
+        part = getattr(module, name, None)  # nn.Conv2d resets its parameters before there are modules
+        if part is not None:
+            part.reset_parameters()
+
+
 def _has_hooks(module: Optional[nn.Module]) -> bool:
     """Whether a call of the module does more than its class: hooks, of it or of all modules, or a forward set on it."""
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or 'forward' in module.__dict__ or torch.nn.modules.module._has_any_global_hook())
+    return module is not None and (
+        has_own_hooks(module) or 'forward' in module.__dict__ or torch.nn.modules.module._has_any_global_hook())
 
 
 @register_notrace_module
@@ -206,7 +219,7 @@ class FADConv2d(nn.Conv2d):
         """
         if type(conv) is not nn.Conv2d:
             raise TypeError(f'from_conv takes an nn.Conv2d, got {type(conv).__module__}.{type(conv).__name__}.')
-        if conv._forward_pre_hooks or conv._forward_hooks or conv._backward_pre_hooks or conv._backward_hooks:
+        if has_own_hooks(conv):
             raise ValueError('The convolution has hooks (as weight_norm and pruning add them), which would be lost.')
         replicates = conv.padding_mode == 'replicate' and conv.padding not in ('valid', (0, 0))
         if replicates and 'padding_mode' not in cfg and conv.dilation != (1, 1):
@@ -229,10 +242,7 @@ class FADConv2d(nn.Conv2d):
 
     def reset_fadc_parameters(self) -> None:
         """Make FreqSelect, AdaKern, AdaDR and the free offsets the identity again; weight and bias stay."""
-        for name in PARTS:
-            module = getattr(self, name, None)  # nn.Conv2d resets its parameters before there are modules
-            if module is not None:
-                module.reset_parameters()
+        reset_parts(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) to (B, O, H', W'), of the size that the plain convolution gives."""

@@ -16,7 +16,7 @@ from ..ops.neighborhood_attention import BACKENDS, neighborhood_attention2d
 from ..ops.neighborhood_attention.functional import window_means
 from ..ops.neighborhood_attention.written_out import attention, attention_weights
 from .ada_kern import AdaKern
-from .fad_conv import PARTS
+from .fad_conv import has_own_hooks, reset_parts
 from .freq_select import FreqSelect
 
 __all__ = ['ATTENTION_OPTIONS', 'FADNeighborhoodAttention', 'NeighborhoodAttention']
@@ -91,12 +91,12 @@ class NeighborhoodAttention(nn.Module):
             tracer: Any = getattr(x, 'tracer', None)
             if tracer is not None:  # a proxy of torch.fx, and what follows branches on sizes
                 return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
-        self._check(x)
-        return self._attend(x, None, None, None)
-
-    def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[3] != self.dim or x.shape[1] < 1 or x.shape[2] < 1:
             raise ValueError(f'NeighborhoodAttention wants (B, H, W, {self.dim}), got {list(x.shape)}.')
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._attend(x, None, None, None)
 
     def _attend(self, x: Tensor, values: Optional[Tensor], low: Optional[Tensor], high: Optional[Tensor]) -> Tensor:
         """Attention of x (B, H, W, C) to itself, or to values of another map; under gains (B, C), None for ones."""
@@ -252,7 +252,7 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
         if type(attn) is not NeighborhoodAttention:
             raise TypeError(
                 f'from_attention takes a NeighborhoodAttention, got {type(attn).__module__}.{type(attn).__name__}.')
-        if attn._forward_pre_hooks or attn._forward_hooks or attn._backward_pre_hooks or attn._backward_hooks:
+        if has_own_hooks(attn):
             raise ValueError('The attention has hooks, which would be lost.')
         args = dict(
             dim=attn.dim, num_heads=attn.num_heads, kernel_size=attn.kernel_size, dilation=attn.dilation,
@@ -264,18 +264,9 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
 
     def reset_fadc_parameters(self) -> None:
         """Make FreqSelect and AdaKern the identity again; all others stay."""
-        for name in PARTS:
-            module = getattr(self, name, None)
-            if module is not None:
-                module.reset_parameters()
+        reset_parts(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) to the same shape."""
-        if not torch.jit.is_scripting():
-            tracer: Any = getattr(x, 'tracer', None)
-            if tracer is not None:  # a proxy of torch.fx, and what follows branches on sizes
-                return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
-        self._check(x)
+    def _forward(self, x: Tensor) -> Tensor:
         selected = x
         if self.freq_select is not None:
             # a view (B, C, H, W), channels_last in memory, so FreqSelect copies nothing

@@ -3,14 +3,18 @@ import hashlib
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Iterator, Mapping, Optional, Set, Tuple, Type, Union
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from torch import nn
 
-__all__ = ['DownloadError', 'checked_download', 'file_sha256']
+from ._checkpoint import check_source
+
+__all__ = ['DownloadError', 'build_checked', 'checked_download', 'file_sha256']
 
 _SHA256 = re.compile('[0-9a-f]{64}')
 
@@ -113,3 +117,33 @@ def checked_download(cfg: PretrainedCfg, cache_dir: Union[str, Path, None] = Non
         _refuse_damaged(_blobs(folder), what)
         raise
     _refuse_damaged(_blobs(folder) - before, what)
+
+
+def build_checked(
+        build: Callable[[bool], nn.Module],
+        name: str,
+        pretrained: bool,
+        kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """Build a network; one with weights only after its source and its arguments are found to be right.
+
+    Args:
+        build: Builds it, with weights or without.
+        name: The architecture.
+        pretrained: Load weights.
+        kwargs: Arguments of the entry point.
+
+    Raises:
+        DownloadError: See :func:`checked_download`.
+        FileNotFoundError: There is no such checkpoint.
+        RuntimeError: The checkpoint is cut off.
+    """
+    if not pretrained:
+        return build(False)
+    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    check_source(cfg)
+    if kwargs.get('features_only'):  # timm looks at out_indices and the like only after it loaded the weights
+        with torch.device('meta'):
+            build(False)
+    with checked_download(cfg, kwargs.get('cache_dir')):
+        return build(True)

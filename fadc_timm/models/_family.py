@@ -12,21 +12,19 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
-import torch
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     build_model_with_cfg,
     get_arch_pretrained_cfgs,
     model_entrypoint,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from ..layers import FADC_LAYERS
 from ..layers.fad_conv import OPTIONS, PARTS, read_options
-from ._checkpoint import check_source, settle_head
-from ._download import checked_download
+from ._checkpoint import settle_head
+from ._download import build_checked
 from .lift import DEFAULT_STAGES, lift_model
 
 __all__ = [
@@ -306,15 +304,7 @@ def create(arch: Architecture, pretrained: bool = False, **kwargs: Any) -> nn.Mo
             partial(_build_lifted, arch), name, pretrained, pretrained_filter_fn=filter_fn,
             feature_cfg=dict(family.feature_cfg), **kwargs)
 
-    if not pretrained:
-        return build(False)
-    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    check_source(cfg)
-    if features_only:  # timm looks at out_indices and the like only after it loaded the weights
-        with torch.device('meta'):
-            build(False)
-    with checked_download(cfg, kwargs.get('cache_dir')):
-        return build(True)
+    return build_checked(build, name, pretrained, kwargs)
 
 
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:

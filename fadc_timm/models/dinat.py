@@ -27,14 +27,13 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention
-from ._checkpoint import check_keys, check_source, check_values, settle_head
-from ._download import checked_download
+from ._checkpoint import check_keys, check_values, settle_head
+from ._download import build_checked
 
 __all__ = ['DiNAT']
 
@@ -486,12 +485,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
             DiNAT, variant, pretrained, pretrained_filter_fn=filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs)
 
-    if not pretrained:
-        return build(False)
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    check_source(cfg)
-    with checked_download(cfg, kwargs.get('cache_dir')):
-        return build(True)
+    return build_checked(build, variant, pretrained, kwargs)
 
 
 _NAT_ORIGIN = dict(paper_ids='arXiv:2204.07143', paper_name='Neighborhood Attention Transformer')

@@ -3,7 +3,7 @@ neighbourhood attention, a FADNeighborhoodAttention each of these."""
 import logging
 from collections import Counter
 from collections.abc import Sequence as SequenceABC
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 from torch import nn
 
@@ -23,24 +23,21 @@ class Kind(NamedTuple):
 
     plain: Their class; subclasses may compute something else, and are left.
     lifted: The class that takes them over.
+    lift: Makes a layer of that class out of a plain one and options.
     options: Its options.
     name: What the plain ones are called, in the plural.
     """
     plain: Type[nn.Module]
     lifted: Type[nn.Module]
+    lift: Callable[..., nn.Module]
     options: Tuple[str, ...]
     name: str
 
-    def lift(self, module: nn.Module, **cfg: Any) -> nn.Module:
-        """A layer of the lifted class that takes over a plain one."""
-        if self.lifted is FADConv2d:
-            return FADConv2d.from_conv(module, **cfg)  # type: ignore[arg-type]
-        return FADNeighborhoodAttention.from_attention(module, **cfg)  # type: ignore[arg-type]
 
-
-_CONVOLUTIONS = Kind(nn.Conv2d, FADConv2d, OPTIONS, 'convolutions')
+_CONVOLUTIONS = Kind(nn.Conv2d, FADConv2d, FADConv2d.from_conv, OPTIONS, 'convolutions')
 _ATTENTIONS = Kind(
-    NeighborhoodAttention, FADNeighborhoodAttention, ATTENTION_OPTIONS, 'neighbourhood attentions')
+    NeighborhoodAttention, FADNeighborhoodAttention, FADNeighborhoodAttention.from_attention, ATTENTION_OPTIONS,
+    'neighbourhood attentions')
 # Where a network has several of these, the first kind is lifted.
 KINDS = (_ATTENTIONS, _CONVOLUTIONS)
 _PLAIN = tuple(kind.plain for kind in KINDS)

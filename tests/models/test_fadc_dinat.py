@@ -9,7 +9,7 @@ from fadc_timm import lift_model
 from fadc_timm.layers import FADConv2d, FADNeighborhoodAttention, NeighborhoodAttention
 from fadc_timm.models.lift import NothingToLift
 from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d
-from tests.support.backbones import photos
+from tests.support.backbones import check_learns, photos
 from tests.support.cases import error
 from tests.support.dinat_cases import close, create, load
 from tests.support.off_identity import off_identity
@@ -207,13 +207,5 @@ def test_training():
     groups = fadc_timm.param_groups(model, 2e-3)
     assert sum(len(g['params']) for g in groups) == len(list(model.parameters()))
     optimizer = torch.optim.AdamW(groups)
-    losses = []
-    for _ in range(8):
-        loss = nn.functional.cross_entropy(model(photos()), torch.arange(6))
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    check_learns(model, optimizer)
     model(photos()[:1]).sum().backward()

@@ -79,11 +79,6 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 _traced_coordinates = once_per_graph(_scaled)
 
 
-def _merge(t: Tensor) -> Tensor:
-    """t (B, G, ...) to (B*G, ...). For one group not by a reshape, which would ask about symbolic sizes."""
-    return t[:, 0] if t.shape[1] == 1 else t.flatten(0, 1)
-
-
 def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
     """Equal parts of a dimension, laid into another; symbolic sizes not by a reshape, which would ask about them."""
     if all(type(n) is int for n in t.shape[1:]):
