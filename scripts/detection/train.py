@@ -14,19 +14,15 @@ Ctrl-C ends a run after its step, with a checkpoint. `last.pt` is a checkpoint f
 """
 import argparse
 import inspect
-import json
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fadc_timm._writing import write_atomically
 from scripts.detection.annotations import CocoImages, DetectionData, import_coco
 from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
@@ -35,7 +31,7 @@ from scripts.detection.model import DETECTORS, Built, build
 from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe
 from scripts.detection.transforms import TrainTransform, collate
 from scripts.training.batches import Samples
-from scripts.training.checkpoint import Log, check_classes, load_checkpoint, read_state
+from scripts.training.checkpoint import check_classes, read_state
 from scripts.training.command_line import (
     BACKBONE,
     add_backbone,
@@ -43,15 +39,13 @@ from scripts.training.command_line import (
     add_run,
     at_least,
     config_of,
-    exit_status,
     refuse_unread,
     try_network,
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
-from scripts.training.run_folder import owned
-from scripts.training.variants import added_keys
-from scripts.training.world import World, processes
+from scripts.training.script import count_parameters, final_result, log_validation, run_folder, run_script
+from scripts.training.world import World
 
 # Options that decide, with those of the backbone, how a network is built, and what it sees: kept in the checkpoint.
 DETECTOR = ('detector', 'fpn_channels', 'short', 'long', 'frozen_stages', 'frozen_bn')
@@ -205,16 +199,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     samples = samples_of(data.train, config)
     config['classes'] = list(data.classes)
     try_network(lambda: network_of({**config, 'init': ''}, len(data.classes)))
-    with owned(args.output) if world.main else nullcontext():
-        path = args.output / 'last.pt'
-
-        def check() -> None:
-            if path.exists():
-                load_checkpoint(path, config)
-            world.say(f'checking the data set {args.data}')
-            world.say(data.check())
-
-        world.first(check)
+    with run_folder(args, config, world, data.check):
         return train_and_test(args, world, recipe, config, data, samples)
 
 
@@ -229,9 +214,7 @@ def train_and_test(
     """Train and test on data that were checked; None where --stop-at ended it before."""
     built = network_of(config, len(data.classes))
     model = built.model
-    params = sum(p.numel() for p in model.parameters())
-    keys = set(added_keys(model))
-    added = sum(p.numel() for name, p in model.named_parameters() if name in keys)
+    params, added = counts = count_parameters(model)
     world.say(f'{args.detector} over {args.backbone}, {args.variant}: {params} parameters, {added} of them added to '
               f'the plain network; {len(built.replaced)} convolutions replaced')
     world.say(f'weights: {built.loaded or "random"}; frozen: {built.frozen}')
@@ -243,9 +226,7 @@ def train_and_test(
         result = test(network, data, 'val', config, args, world, None)
         if world.main:
             world.say(f'step {step} validation AP {result["ap"]:.2f}')
-            columns = ('ap', 'ap50', 'ap75')
-            log = Log(args.output / 'val.csv', ('step', *columns), step - 1)
-            log.add({'step': step, **{name: result[name] for name in columns}})
+            log_validation(args.output, step, result, ('ap', 'ap50', 'ap75'))
 
     trained = train(
         objective, samples, recipe, args.output, config, world, args.workers, args.log_every, args.save_every,
@@ -253,31 +234,16 @@ def train_and_test(
     if 0 < args.stop_at < recipe.steps:
         return None
     result = test(trained, data, args.split, config, args, world, args.output)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == 'cuda' else None
-    return {'step': recipe.steps, 'split': args.split, **result, 'params': params, 'added': added, 'peak_mb': peak,
-            'config': config}
+    return final_result(args, recipe, config, world, result, counts)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """pycocotools' lines, for boxes and for masks."""
+    return '\n'.join([result['lines'], *([f'masks\n{result["masks"]["lines"]}'] if 'masks' in result else [])])
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    def work() -> None:
-        if args.check_data:
-            run_check(args)
-            return
-        with processes(args.device) as world:
-            result = run_training(args, world) if args.eval is None else run_eval(args, world)
-            if world.main and result is not None:
-                path = (args.output or args.eval.parent) / ('result.json' if args.eval is None else 'eval.json')
-                write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
-                world.say(result['lines'])
-                if 'masks' in result:
-                    world.say(f'masks\n{result["masks"]["lines"]}')
-
-    last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
-    return exit_status('detection.train', work, last)
+    return run_script('detection.train', parse_args(argv), run_check, run_training, run_eval, describe)
 
 
 if __name__ == '__main__':

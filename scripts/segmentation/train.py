@@ -13,9 +13,7 @@ checkpoint. `last.pt` is a checkpoint for --init too, and for `fadc-timm convert
 """
 import argparse
 import inspect
-import json
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fadc_timm._writing import write_atomically
 from scripts.segmentation.check import SPLITS, check_data
 from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
 from scripts.segmentation.evaluation import evaluate
@@ -34,7 +31,7 @@ from scripts.segmentation.model import Auxiliary, Built, build, import_smp
 from scripts.segmentation.recipe import Objective, Recipe
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
 from scripts.training.batches import Samples
-from scripts.training.checkpoint import Log, check_classes, load_checkpoint, read_state
+from scripts.training.checkpoint import check_classes, read_state
 from scripts.training.command_line import (
     BACKBONE,
     add_backbone,
@@ -42,15 +39,13 @@ from scripts.training.command_line import (
     add_run,
     at_least,
     config_of,
-    exit_status,
     refuse_unread,
     try_network,
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
-from scripts.training.run_folder import owned
-from scripts.training.variants import added_keys
-from scripts.training.world import World, processes
+from scripts.training.script import count_parameters, final_result, log_validation, run_folder, run_script
+from scripts.training.world import World
 
 # Options that decide, with those of the backbone, how a network is built, and what it sees: kept in the checkpoint.
 DECODER = ('decoder', 'decoder_channels', 'output_stride')
@@ -207,16 +202,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     transform = TrainTransform(
         args.crop, len(data.classes), tuple(args.scale), args.cat_max_ratio, args.flip, args.photometric,
         config['mean'], config['std'], data.fit)
-    with owned(args.output) if world.main else nullcontext():
-        path = args.output / 'last.pt'
-
-        def check() -> None:
-            if path.exists():
-                load_checkpoint(path, config)
-            world.say(f'checking the data set {args.data}')
-            world.say(check_data(data, SPLITS, args.anyway, args.output / 'data.json'))
-
-        world.first(check)
+    with run_folder(args, config, world, lambda: check_data(data, SPLITS, args.anyway, args.output / 'data.json')):
         return train_and_test(args, world, recipe, config, data, transform)
 
 
@@ -231,9 +217,7 @@ def train_and_test(
     """Train and test on data that were checked; None where --stop-at ended it before."""
     built = network_of(config, len(data.classes))
     model = built.model
-    params = sum(p.numel() for p in model.parameters())
-    keys = set(added_keys(model))
-    added = sum(p.numel() for name, p in model.named_parameters() if name in keys)
+    params, added = counts = count_parameters(model)
     world.say(f'{args.decoder} over {args.backbone}, {args.variant}: {params} parameters, {added} of them added to the '
               f'plain network; {len(built.replaced)} convolutions replaced')
     world.say(f'weights: {built.loaded or "random"}; {args.data}: {len(data.train)} images to train, '
@@ -251,8 +235,7 @@ def train_and_test(
         result = test(network, data, 'val', config, args, world, None)
         world.say(f'step {step} validation mIoU {result["miou"]:.2f}')
         if world.main:
-            log = Log(args.output / 'val.csv', ('step', 'miou', 'accuracy'), step - 1)
-            log.add({'step': step, 'miou': result['miou'], 'accuracy': result['accuracy']})
+            log_validation(args.output, step, result, ('miou', 'accuracy'))
 
     trained = train(
         objective, Samples(data.train, transform, recipe.seed), recipe, args.output, config, world, args.workers,
@@ -260,29 +243,12 @@ def train_and_test(
     if 0 < args.stop_at < recipe.steps:
         return None
     result = test(trained, data, args.split, config, args, world, args.output / f'overlays_{args.split}')
-    peak = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == 'cuda' else None
-    return {'step': recipe.steps, 'split': args.split, **result, 'params': params, 'added': added, 'peak_mb': peak,
-            'config': config}
+    return final_result(args, recipe, config, world, result, counts)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    def work() -> None:
-        if args.check_data:
-            run_check(args)
-            return
-        with processes(args.device) as world:
-            result = run_training(args, world) if args.eval is None else run_eval(args, world)
-            if world.main and result is not None:
-                path = (args.output or args.eval.parent) / ('result.json' if args.eval is None else 'eval.json')
-                write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
-                world.say(table(result, result['classes']))
-
-    last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
-    return exit_status('segmentation.train', work, last)
+    return run_script('segmentation.train', parse_args(argv), run_check, run_training, run_eval,
+                      lambda result: table(result, result['classes']))
 
 
 if __name__ == '__main__':
