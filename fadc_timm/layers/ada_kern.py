@@ -3,18 +3,45 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import get_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_linear_bn_weights
 
 from ..ops.runtime import is_exporting, without_autocast
 
-__all__ = ['AdaKern']
+__all__ = ['AdaKern', 'NormLayer']
+
+# What makes a norm: a name of timm's, or a callable that takes a number of channels.
+NormLayer = Union[str, Callable[..., nn.Module]]
+
+
+def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.Module:
+    """A norm of parts * width channels in which the parts do not meet.
+
+    Raises:
+        ValueError: norm_layer makes no BatchNorm, LayerNorm or GroupNorm.
+    """
+    try:
+        make: Any = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
+    except KeyError:
+        make = None
+    norm = make(width, **dd) if callable(make) else None
+    if isinstance(norm, _BatchNorm):
+        return make(parts * width, **dd)
+    # in one call: a group per part is a LayerNorm of each part
+    if isinstance(norm, nn.LayerNorm):
+        return nn.GroupNorm(parts, parts * width, norm.eps, norm.elementwise_affine, **dd)
+    if isinstance(norm, nn.GroupNorm):
+        return nn.GroupNorm(parts * norm.num_groups, parts * width, norm.eps, norm.affine, **dd)
+    raise ValueError(
+        "AdaKern's norm must be a BatchNorm, a LayerNorm or a GroupNorm, made by a callable or one of timm's names "
+        f"such as 'batchnorm2d' and 'layernorm2d', got {norm_layer!r}.")
 
 
 class _Head(nn.Linear):
@@ -42,6 +69,7 @@ class AdaKern(nn.Module):
             depthwise: bool = False,
             reduction: int = 16,
             min_channels: int = 16,
+            norm_layer: NormLayer = 'batchnorm2d',
             device=None,
             dtype=None,
     ) -> None:
@@ -53,9 +81,12 @@ class AdaKern(nn.Module):
             depthwise: The kernel is depthwise: input gains only.
             reduction: The trunk has in_channels // reduction channels.
             min_channels: The least number of the trunk's channels.
+            norm_layer: The trunk's norm: 'batchnorm2d', as in the authors' code; 'layernorm2d', per image and part, so
+                that no image depends on others; another of timm's names, or a callable, that makes a BatchNorm,
+                LayerNorm or GroupNorm. The last two are each made as one GroupNorm for both parts.
 
         Raises:
-            ValueError: There is no such kernel_decompose.
+            ValueError: There is no such kernel_decompose or norm_layer.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -72,7 +103,10 @@ class AdaKern(nn.Module):
         # the trunks of both parts read the same vector: one product, low before high; so do the heads of a part
         self.fc = nn.Linear(in_channels, parts * width, bias=False, **dd)
         # Any, as SyncBatchNorm may replace it, and reparameterize() does
-        self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
+        self.norm: Any = _make_norm(norm_layer, width, parts, **dd)
+        # a configuration holds names
+        name = 'batchnorm2d' if isinstance(self.norm, _BatchNorm) else 'layernorm2d'
+        self.norm_layer = norm_layer if isinstance(norm_layer, str) else name
         self.act = nn.ReLU()
         self.low = None if kernel_decompose == 'high' else _Head(width, heads, **dd)
         self.high = None if kernel_decompose == 'low' else _Head(width, heads, **dd)
@@ -83,16 +117,17 @@ class AdaKern(nn.Module):
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out', nonlinearity='relu')
         if self.fc.bias is not None:
             nn.init.zeros_(self.fc.bias)
-        if isinstance(self.norm, _BatchNorm):
+        if isinstance(self.norm, (_BatchNorm, nn.GroupNorm)):
             self.norm.reset_parameters()
         for head in (self.low, self.high):
             if head is not None:
                 head.reset_parameters()
 
     def reparameterize(self) -> None:
-        """Fold the norm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
+        """Fold a BatchNorm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
 
-        Once folded, there is no norm in training either, and nothing is left to fold.
+        Once folded, there is no norm in training either, and nothing is left to fold. Other norms stay, as their
+        statistics are those of each image.
         """
         norm = self.norm
         if isinstance(norm, _BatchNorm):
@@ -162,7 +197,7 @@ class AdaKern(nn.Module):
         return low, high
 
     def _scripted_norm(self, x: Tensor) -> Tensor:
-        """:meth:`_normalize` in TorchScript, where the norm is a BatchNorm or, once folded, the identity."""
+        """:meth:`_normalize` in TorchScript, where only a BatchNorm has running statistics."""
         if hasattr(self.norm, 'running_mean'):
             if self.norm.training and x.shape[0] == 1:
                 return F.batch_norm(
@@ -177,6 +212,8 @@ class AdaKern(nn.Module):
         timm's split BatchNorm gives every part of the batch to a norm of its own.
         """
         norm = self.norm
+        if isinstance(norm, (nn.GroupNorm, nn.Identity)):
+            return norm(x)
         if is_exporting() and isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None:
             # which a product takes up, and a map of one pixel would not
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
@@ -211,6 +248,30 @@ class AdaKern(nn.Module):
             return low_in, None, high_in, None
         low_in, low_out, high_in, high_out = gains.split([self.in_channels, self.out_channels] * 2, 1)
         return low_in, low_out, high_in, high_out
+
+    def _load_from_state_dict(
+            self,
+            state_dict: Dict[str, Any],
+            prefix: str,
+            local_metadata: Dict[str, Any],
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
+        """As that of `nn.Module`, with an error where the weights are those of another kind of norm.
+
+        Without strictness too, where torch would drop the running statistics.
+        """
+        has_weight, has_statistics = (f'{prefix}norm.{name}' in state_dict for name in ('weight', 'running_mean'))
+        if isinstance(self.norm, nn.GroupNorm) and has_statistics:
+            error_msgs.append(f"{prefix}norm is a BatchNorm in the weights and a GroupNorm here: AdaKern's option "
+                              "norm_layer, ada_kern_norm of layers and models, is 'batchnorm2d' for these weights.")
+        elif isinstance(self.norm, _BatchNorm) and strict and has_weight and not has_statistics:
+            error_msgs.append(f"{prefix}norm is a BatchNorm here and none in the weights: AdaKern's option norm_layer, "
+                              "ada_kern_norm of layers and models, is 'layernorm2d' for these weights.")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         return f'{self.in_channels}, {self.out_channels}, kernel_decompose={self.kernel_decompose!r}'

@@ -43,7 +43,9 @@ def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
     def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
         if into is not None:
             # input channels are counted within the group of the output channel
-            into = into.unflatten(1, (groups, 1, -1)).expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
+            into = into.unflatten(1, (groups, -1))
+            if len(weight) > groups:
+                into = into[:, :, None].expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
             part = part * into[:, :, :, None, None]
         return part if out is None else part * out[:, :, None, None, None]
 
