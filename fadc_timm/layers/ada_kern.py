@@ -31,7 +31,8 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
         make: Any = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
     except KeyError:
         make = None
-    norm = make(width, **dd) if callable(make) else None
+    is_kind = not isinstance(make, type) or issubclass(make, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))
+    norm = make(width, **dd) if callable(make) and is_kind else None
     if isinstance(norm, _BatchNorm):
         return make(parts * width, **dd)
     # in one call: a group per part is a LayerNorm of each part
@@ -124,10 +125,10 @@ class AdaKern(nn.Module):
                 head.reset_parameters()
 
     def reparameterize(self) -> None:
-        """Fold a BatchNorm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
+        """Fold a BatchNorm's running statistics into the trunk, for inference.
 
-        Once folded, there is no norm in training either, and nothing is left to fold. Other norms stay, as their
-        statistics are those of each image.
+        `timm.utils.reparameterize_model` calls it. Once folded, there is no norm in training either, and nothing is
+        left to fold. Other norms stay, as their statistics are those of each image.
         """
         norm = self.norm
         if isinstance(norm, _BatchNorm):
@@ -259,17 +260,13 @@ class AdaKern(nn.Module):
             unexpected_keys: List[str],
             error_msgs: List[str],
     ) -> None:
-        """As that of `nn.Module`, with an error where the weights are those of another kind of norm.
+        """As that of `nn.Module`, with an error where the weights are those of a BatchNorm, and the norm is none.
 
         Without strictness too, where torch would drop the running statistics.
         """
-        has_weight, has_statistics = (f'{prefix}norm.{name}' in state_dict for name in ('weight', 'running_mean'))
-        if isinstance(self.norm, nn.GroupNorm) and has_statistics:
+        if isinstance(self.norm, nn.GroupNorm) and f'{prefix}norm.running_mean' in state_dict:
             error_msgs.append(f"{prefix}norm is a BatchNorm in the weights and a GroupNorm here: AdaKern's option "
                               "norm_layer, ada_kern_norm of layers and models, is 'batchnorm2d' for these weights.")
-        elif isinstance(self.norm, _BatchNorm) and strict and has_weight and not has_statistics:
-            error_msgs.append(f"{prefix}norm is a BatchNorm here and none in the weights: AdaKern's option norm_layer, "
-                              "ada_kern_norm of layers and models, is 'layernorm2d' for these weights.")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

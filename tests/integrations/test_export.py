@@ -134,9 +134,10 @@ def test_opsets(opset, name, tmp_path):
         assert (run(path)(x) - model(x)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('kernel, groups', [(3, 1), (7, 8)], ids=['dense', 'depthwise'])
+@pytest.mark.parametrize('kernel, groups, norm', [
+    (3, 1, 'batchnorm2d'), (7, 8, 'batchnorm2d'), (7, 8, 'layernorm2d')], ids=['dense', 'depthwise', 'of a ConvNeXt'])
 @torch.no_grad()
-def test_layer_has_few_nodes(kernel, groups, tmp_path):
+def test_layer_has_few_nodes(kernel, groups, norm, tmp_path):
     """In a viewer a layer is some dozen nodes, its filters are constants."""
     onnx = pytest.importorskip('onnx')
 
@@ -145,7 +146,8 @@ def test_layer_has_few_nodes(kernel, groups, tmp_path):
         to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(1, 8, 12, 12))
         return len(onnx.load(path).graph.node)
 
-    layers = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False) for _ in range(2)]
+    layers = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False, ada_kern_norm=norm)
+              for _ in range(2)]
     assert nodes(*layers) <= 2 * MOST_NODES
 
 
