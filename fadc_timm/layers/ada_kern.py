@@ -41,8 +41,8 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
     if isinstance(norm, nn.GroupNorm):
         return nn.GroupNorm(parts * norm.num_groups, parts * width, norm.eps, norm.affine, **dd)
     raise ValueError(
-        "AdaKern's norm must be a BatchNorm, a LayerNorm or a GroupNorm, made by a callable or one of timm's names "
-        f"such as 'batchnorm2d' and 'layernorm2d', got {norm_layer!r}.")
+        'norm_layer, which is ada_kern_norm in FADConv2d, must make a BatchNorm, a LayerNorm or a GroupNorm: one of '
+        f"timm's names, as 'batchnorm2d' or 'layernorm2d', or a callable; got {norm_layer!r}.")
 
 
 class _Head(nn.Linear):
