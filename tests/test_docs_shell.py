@@ -189,7 +189,7 @@ class Shop:
                 'fadc-timm', 'run']
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # with timm's scripts, which train
 @pytest.mark.usefixtures('one_thread', 'offline')
 @pytest.mark.parametrize('page', [page for page in PAGES if '```sh\n' in (ROOT / page).read_text()])
 def test_shell_blocks(page, tmp_path, monkeypatch, request):
