@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import FADConv2d
 from ..models._family import fadc_keys
+from ..ops.runtime import is_depthwise
 
 __all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
 
@@ -93,7 +94,7 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
         raise NotImplementedError(f'kernel_decompose={kernel_decompose!r} is not supported.')
     if bias == 'auto':
         bias = True  # mmcv decides by norm_cfg, which is None here
-    if depthwise != (groups > 1 and groups == in_channels == out_channels):
+    if depthwise != is_depthwise(in_channels, out_channels, groups):
         raise NotImplementedError(
             f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} '
             'is not supported.')

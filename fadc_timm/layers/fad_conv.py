@@ -12,6 +12,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
+from ..ops.runtime import is_depthwise
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
@@ -192,7 +193,7 @@ class FADConv2d(nn.Conv2d):
         self.pads_itself = padding_mode == 'replicate' and self.inner_padding > 0
         self.sampling = sampling
         self.backend = backend
-        depthwise = groups > 1 and groups == in_channels == out_channels
+        depthwise = is_depthwise(in_channels, out_channels, groups)
         self.freq_select = FreqSelect(in_channels, bands, lowfreq_att, spatial_group, **dd) if freq_select else None
         self.ada_kern = None
         if kernel_decompose != 'none':

@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_transformed
+from ..runtime import accumulation_dtype, is_depthwise, is_transformed
 
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
@@ -103,8 +103,7 @@ class ConvArgs(NamedTuple):
 
     @property
     def is_depthwise(self) -> bool:
-        """One input and one output channel per group (without a channel multiplier)."""
-        return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
+        return is_depthwise(self.x.shape[1], self.weight.shape[0], self.groups)
 
     def to(self, dtype: torch.dtype) -> 'ConvArgs':
         """The call in another dtype."""
