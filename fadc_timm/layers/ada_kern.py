@@ -185,10 +185,9 @@ class AdaKern(nn.Module):
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)
         if torch.jit.is_scripting():
-            x = self._scripted_norm(x[:, :, None, None]).flatten(1)
+            parts = self.act(self._scripted_norm(x[:, :, None, None]).flatten(1)).chunk(self.parts, 1)
         else:
-            x = self._normalize(x)
-        parts = self.act(x).chunk(self.parts, 1)
+            parts = self._normalized_parts(x)
         low: Optional[Tensor] = None
         high: Optional[Tensor] = None
         if self.low is not None:
@@ -205,6 +204,18 @@ class AdaKern(nn.Module):
                     x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, False, 0.,
                     self.norm.eps)
         return self.norm(x)
+
+    @torch.jit.unused
+    def _normalized_parts(self, x: Tensor) -> List[Tensor]:
+        """The trunks of the parts behind norm and activation."""
+        norm = self.norm
+        if is_exporting() and isinstance(norm, nn.GroupNorm) and norm.affine and norm.num_groups == self.parts:
+            # other runtimes have a LayerNorm, and write a GroupNorm out; slices of parameters become constants
+            width = self.fc.out_features // self.parts
+            rows = [slice(i * width, (i + 1) * width) for i in range(self.parts)]
+            return [self.act(F.layer_norm(part, (width,), norm.weight[r], norm.bias[r], norm.eps))
+                    for part, r in zip(x.chunk(self.parts, 1), rows)]
+        return list(self.act(self._normalize(x)).chunk(self.parts, 1))
 
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
