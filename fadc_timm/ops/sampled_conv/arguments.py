@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_transformed
+from ..runtime import accumulation_dtype, is_exporting, is_transformed
 
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
@@ -131,9 +131,17 @@ class ConvArgs(NamedTuple):
         return split_kernel(self.weight)
 
 
+def per_channel(gain: Tensor) -> Tensor:
+    """A gain (B, C) as (B, C, 1, 1)."""
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            return gain.view(-1, gain.shape[1], 1, 1)  # one node
+    return gain[:, :, None, None]
+
+
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
     """Multiply the channels of x (B, C, H, W) by a gain (B, C), or by one."""
-    return x if gain is None else x * gain[:, :, None, None]
+    return x if gain is None else x * per_channel(gain)
 
 
 def combine_parts(high: Tensor, low: Tensor, args: ConvArgs) -> Tensor:

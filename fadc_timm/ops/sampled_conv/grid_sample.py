@@ -19,7 +19,7 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
+from .arguments import ConvArgs, combine_parts, per_channel, scale_channels, split_kernel
 from .reference import bilinear
 
 
@@ -40,28 +40,24 @@ def _coordinates(
     """Parts of a grid: positions are `start + moves * steps` in pixels, of which `sizes` says how many there are.
 
     Returns:
-        start (H', W', k*k*2), moves (k*k*2,), sizes (k*k*2,): per tap a column, then a row. Sizes may be symbolic.
+        start (T, 2, H', W'), moves (T, 2, 1, 1), sizes (2, 1, 1), a column before a row, where T is 1 if all taps are
+        alike, else k*k. Sizes may be symbolic.
     """
     like: Dict[str, Any] = dict(dtype=dtype, device=table_device(device))
-
-    def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
-        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)
-
-    (h, w), taps = size, k * k
-    places = [t % k for t in range(taps)], [t // k for t in range(taps)]
-    ones, zeros = [1.] * taps, [0.] * taps
-    sizes = vector(ones, zeros) * w + vector(zeros, ones) * h
-    rows, cols = (torch.arange(n, **like) for n in out_size)
-    pixels = cols[:, None] * vector([stride[1] * v for v in ones], zeros)
-    pixels = pixels + rows[:, None, None] * vector(zeros, [stride[0] * v for v in ones])
-    first = [[k // 2 - p if spacing is None else i * spacing[axis] - p for i in places[1 - axis]]
-             for axis, p in ((1, padding[1]), (0, padding[0]))]
-    if any(map(any, first)):
-        pixels = pixels + vector(*first)
-    moves = vector(ones, ones)
+    # for the columns, then for the rows: of dilations the moves, of offsets the first pixels differ from tap to tap
+    axes = torch.eye(2, **like)[:, :, None, None]
+    places = [[float(t % k), float(t // k)] for t in range(k * k)]
     if spacing is None:
-        moves = vector(*([float(i - k // 2) for i in along] for along in places))
-    return [t if t.device == device else t.to(device) for t in (pixels, moves, sizes)]
+        moves = [[n - k // 2 for n in tap] for tap in places]
+        first = [[float(k // 2 - padding[1]), float(k // 2 - padding[0])]]
+    else:
+        moves = [[1., 1.]]
+        first = [[n * spacing[1 - i] - padding[1 - i] for i, n in enumerate(tap)] for tap in places]
+    sizes = axes[0] * size[1] + axes[1] * size[0]
+    rows, cols = (torch.arange(n, **like) for n in out_size)
+    start = axes[0] * stride[1] * cols + axes[1] * stride[0] * rows[:, None]
+    start, moves = (start + torch.tensor(first, **like)[:, :, None, None]), torch.tensor(moves, **like)[:, :, None, None]
+    return [t if t.device == device else t.to(device) for t in (start, moves, sizes)]
 
 
 def _scaled(*args: Any) -> List[Tensor]:
@@ -79,13 +75,8 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 _traced_coordinates = once_per_graph(_scaled)
 
 
-def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
-    """Equal parts of a dimension, laid into another; symbolic sizes not by a reshape, which would ask about them."""
-    if all(type(n) is int for n in t.shape[1:]):
-        if t.shape[source] == parts and into == source + 1:
-            return t.flatten(source, into).unsqueeze(source)
-        return t.unflatten(source, (parts, -1)).movedim(source, into).flatten(into, into + 1)
-    return torch.cat(t.chunk(parts, source), into)
+def _known(*sizes: int) -> bool:
+    return all(type(n) is int for n in sizes)
 
 
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
@@ -95,20 +86,25 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     steps = as_dtype(args.steps, dtype)
     if args.step_groups > 1:
         steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
-    if args.spacing is not None:
-        steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
+    if args.spacing is None:
+        steps = steps.unsqueeze(1)  # (B*G, 1, 1, H', W')
+    else:
+        steps = steps.unflatten(1, (taps, 2)).flip(2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
-    steps = steps.permute(0, 2, 3, 1)
     # align_corners=False puts the centre of pixel p at (2p + 1)/size - 1, on maps of one pixel too
     if not is_exporting():
         start, moves, sizes = _coordinates(*call)
         grid = (2 * (steps * moves + start) + 1) / sizes - 1
     else:  # in few nodes, at the price of a rounding
-        known = all(type(n) is int for n in (*size, *out_size))
-        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if known else _traced_coordinates(*call)
+        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if _known(*size, *out_size) \
+            else _traced_coordinates(*call)
         grid = steps * moves + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    return _stack(grid.clamp(-2, 2), taps, 3, 1)
+    grid = grid.clamp(-2, 2)  # (B*G, k*k, 2, H', W')
+    if _known(*out_size):
+        return grid.permute(0, 1, 3, 4, 2).flatten(1, 2)
+    # a reshape would ask about the sizes
+    return torch.cat(grid.permute(0, 3, 4, 1, 2).unbind(3), 1)
 
 
 def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
@@ -151,20 +147,32 @@ def differentiable(args: ConvArgs) -> Tensor:
     return forward(args, _written_out)
 
 
+def _below(mask: Tensor, groups: int, taps: int) -> Tensor:
+    """The mask (B, G*k*k, H', W') with one tap below the other: (B*G, 1, k*k*H', W')."""
+    b, _, h, w = mask.shape
+    if _known(h, w):
+        return mask.reshape(b * groups if type(b) is int else -1, 1, taps * h, w)
+    if groups > 1:
+        mask = mask.unflatten(1, (groups, taps)).flatten(0, 1)
+    return torch.cat(mask.split(1, 1), 2)
+
+
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     b, c, _, _ = args.x.shape
     taps, groups = args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
+    if split and high_in is not None and is_exporting():
+        # The map is smaller than its samples. From their total the gain is taken out again, as all are that are not too
+        # small for that.
+        scale = as_dtype(high_in, dtype).clamp(min=1e-20)
+        x, low_in, high_in = scale_channels(x, scale), (1. if low_in is None else as_dtype(low_in, dtype)) / scale, None
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
     if args.mask is not None:
-        mask = as_dtype(args.mask, dtype)
-        if groups > 1:
-            mask = mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = samples * _stack(mask, taps, 1, 2)
+        samples = samples * _below(as_dtype(args.mask, dtype), groups, taps)
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
     samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B, C, k*k, H', W')
@@ -174,7 +182,7 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     scaled = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
     # the taps of a channel are channels of their own, in the order of the kernel's
     columns = as_dtype(scaled, args.x.dtype).flatten(1, 2)
-    high = F.conv2d(columns, kernel.flatten(1)[:, :, None, None], groups=args.groups)
+    high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
@@ -183,11 +191,21 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     return match_layout(y, args.x)
 
 
+def _depthwise_kernels(args: ConvArgs) -> Tensor:
+    """The kernel of each image, of the depthwise operator under gains: (B, C, 1, k*k)."""
+    low_in, low_out, high_in, high_out = (None if g is None else per_channel(g) for g in args.gains)
+    parts = []
+    for part, *gains in zip(split_kernel(args.weight.reshape(1, len(args.weight), 1, -1)), (low_in, high_in), (low_out, high_out)):
+        for gain in gains:
+            part = part if gain is None else part * gain
+        parts.append(part)
+    return parts[0] + parts[1]
+
+
 def _depthwise(args: ConvArgs, samples: Tensor) -> Tensor:
     """The depthwise operator under gains, of masked samples (B, C, k*k, H', W')."""
-    if all(type(n) is int for n in samples.shape[1:]):
-        y = sample_kernels(args.weight, args.gains, args.groups).flatten(-2) @ samples.flatten(3)
-        y = y.squeeze(2).unflatten(2, args.out_size)
+    if _known(*samples.shape[1:]):
+        y = (_depthwise_kernels(args) @ samples.flatten(3)).squeeze(2).unflatten(2, args.out_size)
         return y if args.bias is None else y + args.bias[:, None, None]
     # For symbolic sizes, about which the product would ask: both parts of a channel's kernel at once.
     columns, (mean, rest) = samples.flatten(1, 2), args.split_weight()
