@@ -40,24 +40,29 @@ def _coordinates(
     """Parts of a grid: positions are `start + moves * steps` in pixels, of which `sizes` says how many there are.
 
     Returns:
-        start (T, 2, H', W'), moves (T, 2, 1, 1), sizes (2, 1, 1), a column before a row, where T is 1 if all taps are
-        alike, else k*k. Sizes may be symbolic.
+        start (k*k*2, H', W'), moves (k*k*2, 1, 1), sizes (k*k*2, 1, 1): per tap a column, then a row. Sizes may be
+        symbolic.
     """
     like: Dict[str, Any] = dict(dtype=dtype, device=table_device(device))
-    # for the columns, then for the rows: of dilations the moves, of offsets the first pixels differ from tap to tap
-    axes = torch.eye(2, **like)[:, :, None, None]
-    places = [[float(t % k), float(t // k)] for t in range(k * k)]
-    if spacing is None:
-        moves = [[n - k // 2 for n in tap] for tap in places]
-        first = [[float(k // 2 - padding[1]), float(k // 2 - padding[0])]]
-    else:
-        moves = [[1., 1.]]
-        first = [[n * spacing[1 - i] - padding[1 - i] for i, n in enumerate(tap)] for tap in places]
-    sizes = axes[0] * size[1] + axes[1] * size[0]
+
+    def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
+        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)[:, None, None]
+
+    taps = k * k
+    places = [t % k for t in range(taps)], [t // k for t in range(taps)]
+    ones, zeros = [1.] * taps, [0.] * taps
+    sizes = vector(ones, zeros) * size[1] + vector(zeros, ones) * size[0]
     rows, cols = (torch.arange(n, **like) for n in out_size)
-    start = axes[0] * stride[1] * cols + axes[1] * stride[0] * rows[:, None]
-    start, moves = (start + torch.tensor(first, **like)[:, :, None, None]), torch.tensor(moves, **like)[:, :, None, None]
-    return [t if t.device == device else t.to(device) for t in (start, moves, sizes)]
+    pixels = cols * vector([stride[1] * v for v in ones], zeros)
+    pixels = pixels + rows[:, None] * vector(zeros, [stride[0] * v for v in ones])
+    first = [[k // 2 - p if spacing is None else i * spacing[axis] - p for i in places[1 - axis]]
+             for axis, p in ((1, padding[1]), (0, padding[0]))]
+    if any(map(any, first)):
+        pixels = pixels + vector(*first)
+    moves = vector(ones, ones)
+    if spacing is None:
+        moves = vector(*([float(i - k // 2) for i in along] for along in places))
+    return [t if t.device == device else t.to(device) for t in (pixels, moves, sizes)]
 
 
 def _scaled(*args: Any) -> List[Tensor]:
@@ -86,10 +91,8 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     steps = as_dtype(args.steps, dtype)
     if args.step_groups > 1:
         steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
-    if args.spacing is None:
-        steps = steps.unsqueeze(1)  # (B*G, 1, 1, H', W')
-    else:
-        steps = steps.unflatten(1, (taps, 2)).flip(2)  # columns before rows
+    if args.spacing is not None:
+        steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
     # align_corners=False puts the centre of pixel p at (2p + 1)/size - 1, on maps of one pixel too
     if not is_exporting():
@@ -100,11 +103,11 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
             else _traced_coordinates(*call)
         grid = steps * moves + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    grid = grid.clamp(-2, 2)  # (B*G, k*k, 2, H', W')
+    grid = grid.clamp(-2, 2)  # (B*G, k*k*2, H', W')
     if _known(*out_size):
-        return grid.permute(0, 1, 3, 4, 2).flatten(1, 2)
-    # a reshape would ask about the sizes
-    return torch.cat(grid.permute(0, 3, 4, 1, 2).unbind(3), 1)
+        return grid.unflatten(1, (taps, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    # not by a reshape, which would ask about symbolic sizes
+    return torch.cat(grid.permute(0, 2, 3, 1).split(2, 3), 1)
 
 
 def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
@@ -147,16 +150,6 @@ def differentiable(args: ConvArgs) -> Tensor:
     return forward(args, _written_out)
 
 
-def _below(mask: Tensor, groups: int, taps: int) -> Tensor:
-    """The mask (B, G*k*k, H', W') with one tap below the other: (B*G, 1, k*k*H', W')."""
-    b, _, h, w = mask.shape
-    if _known(h, w):
-        return mask.reshape(b * groups if type(b) is int else -1, 1, taps * h, w)
-    if groups > 1:
-        mask = mask.unflatten(1, (groups, taps)).flatten(0, 1)
-    return torch.cat(mask.split(1, 1), 2)
-
-
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     b, c, _, _ = args.x.shape
     taps, groups = args.kernel_size ** 2, args.step_groups
@@ -171,11 +164,12 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
+    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B*G, C/G, k*k, H', W')
     if args.mask is not None:
-        samples = samples * _below(as_dtype(args.mask, dtype), groups, taps)
+        mask = as_dtype(args.mask, dtype)
+        samples = samples * (mask if groups == 1 else mask.unflatten(1, (groups, -1)).flatten(0, 1)).unsqueeze(1)
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
-    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B, C, k*k, H', W')
     if args.has_gains and args.is_depthwise:
         return match_layout(_depthwise(args, as_dtype(samples, args.x.dtype)), args.x)
     mean, kernel = args.split_weight() if split else (None, args.weight)
