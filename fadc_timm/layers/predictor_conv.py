@@ -63,7 +63,7 @@ class PredictorConv2d(nn.Conv2d):
             if wants_padding(x, self.weight, dtype):
                 return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-        if is_exporting() and exact and self.padding_mode == 'zeros' and self.out_channels == 1 < self.kernel_size[1] <= BLOCK:
+        if is_exporting() and exact and self._fills_a_block():
             return self._by_columns(x)
         if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
@@ -88,6 +88,10 @@ class PredictorConv2d(nn.Conv2d):
             y = F.fold(taps @ pixels, size, (k, k_cols), padding=(k - 1 - p, k_cols - 1 - p_cols))
         assert isinstance(y, Tensor)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _fills_a_block(self) -> bool:
+        return (self.out_channels == self.groups == 1 and 1 < self.kernel_size[1] <= BLOCK
+                and self.padding_mode == 'zeros')
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """The only output from one map per column of the kernel: as many outputs as a runtime computes anyway."""

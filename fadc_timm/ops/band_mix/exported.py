@@ -4,7 +4,8 @@ Where sizes are known, it is the fused operator's way: analysis, projections, an
 applies the steps, so that no low-pass is stored. Its tables are constants. Where sizes are symbolic, the low-passes are
 products with tables that the graph computes.
 """
-from typing import Any, Dict, List, Tuple
+from functools import lru_cache
+from typing import List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +13,32 @@ from torch import Tensor
 
 from ..runtime import accumulation_dtype, as_dtype, constant, without_autocast
 from .frequencies import Frequencies, frequencies
-from .low_pass import low_passes_by_products
+from .low_pass import edges, low_passes_by_products
 
 __all__ = ['mix_exported_bands']
 
 
-def _waves(n: int, m: int, factors: Tuple[int, ...], device: torch.device) -> Tuple[Frequencies, Frequencies, List]:
-    """The filters of both axes, and what they pass, in the order in which the products make it.
+class _Part(NamedTuple):
+    """What a filter passes: the real part of the height's projection times that of the width's.
 
-    The last list has (filter, is it the imaginary part, the coefficients of the width that enter). A filter passes the
-    real part of the height's projection times that of the width's. Where it is one-sided on both axes, it passes the
-    imaginary parts too: the cosine and the sine of one frequency.
+    Where the filter is one-sided on both axes, the imaginary parts too: the cosine and the sine of one frequency.
     """
-    rows, cols = frequencies(n, factors, device), frequencies(m, factors, device)
-    parts: List[Tuple[int, bool, List[int]]] = []
-    for i, kept in enumerate(cols.kept):
-        parts.append((i, False, list(range(len(kept)))))
-        if rows.one_sided[i][1] * cols.one_sided[i][1] != 0:
-            k = cols.one_sided[i][0]
-            parts.append((i, True, [2 * k - 1, 2 * k]))
-    return rows, cols, parts
+    filter: int
+    imaginary: bool
+    waves: Tuple[int, ...]  # of the width, columns of the basis
 
 
-def _row_waves(n: int, m: int, factors: Tuple[int, ...]) -> List[int]:
-    """Of which filter each column of the table `rows` of :func:`_table` is."""
-    return [i for i, _, taken in _waves(n, m, factors, torch.device('cpu'))[2] for _ in taken]
+@lru_cache(maxsize=256)
+def _parts(n: int, m: int, factors: Tuple[int, ...]) -> List[_Part]:
+    """The parts of all filters on maps of n times m pixels, in the order in which the products make them."""
+    parts = []
+    for i, f in enumerate(factors):
+        (low, high), (left, right) = edges(n, f), edges(m, f)
+        parts.append(_Part(i, False, tuple(range(2 * max(-left, right - 1, 0) + 1))))
+        if high > low and right > left and low + high != 1 and left + right != 1:
+            k = max(-left, right - 1)
+            parts.append(_Part(i, True, (2 * k - 1, 2 * k)))
+    return parts
 
 
 def _turned(filters: Frequencies, i: int) -> Tensor:
@@ -52,14 +54,15 @@ def _table(name: str, n: int, m: int, factors: Tuple[int, ...], dtype: torch.dty
 
     Args:
         name: 'analysis' (m, J): waves of the width. 'projections' (n*N, n): those of the height, N per row, the real
-            parts and the imaginary parts of `_waves`. 'places' (R,): which of the N*J coefficients of a row pass.
+            parts and the imaginary parts of `_parts`. 'places' (R,): which of the N*J coefficients of a row pass.
             'rows' (m, R): the waves of these.
     """
-    rows, cols, parts = _waves(n, m, factors, device)
+    rows, cols = (frequencies(size, factors, device) for size in (n, m))
+    parts = _parts(n, m, factors)
     if name == 'analysis':
         table = cols.basis
     elif name == 'places':
-        at = [j + p * cols.basis.shape[1] for p, (_, _, taken) in enumerate(parts) for j in taken]
+        at = [j + p * cols.basis.shape[1] for p, part in enumerate(parts) for j in part.waves]
         return torch.tensor(at, device=device)
     elif name == 'projections':
         table = torch.stack([
@@ -68,38 +71,46 @@ def _table(name: str, n: int, m: int, factors: Tuple[int, ...], dtype: torch.dty
             for i, imaginary, _ in parts], 1).flatten(0, 1)
     else:
         table = torch.cat([
-            -_turned(cols, i) if imaginary else cols.basis[:, :len(taken)] * (cols.kept[i] / m)
-            for i, imaginary, taken in parts], 1)
+            -_turned(cols, i) if imaginary else cols.basis[:, :len(waves)] * (cols.kept[i] / m)
+            for i, imaginary, waves in parts], 1)
     return table.to(dtype).to(device).contiguous()
 
 
-def _steps(maps: Tensor, of: List[int], count: int) -> Tensor:
-    """What multiplies the map (0) and its low-passes 1...count, from the sigmoids (B, M, H, W): (B, len(of), H, W).
+@constant
+def _step_kernel(
+        bias: bool, of: Tuple[int, ...], bands: int, filters: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of :func:`_steps`."""
+    if bias:
+        table = torch.tensor([float(i == bands == filters) for i in of])
+    else:
+        table = torch.tensor([[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of])[:, :, None, None]
+    return table.to(dtype).to(device)
 
-    The steps are twice the differences of the sigmoids; the last is 1 - that where no weight is given.
+
+def _steps(maps: Tensor, of: List[int], filters: int) -> List[Tensor]:
+    """What multiplies the map (B, 1, H, W), and what multiplies the low-passes `of` (B, len(of), H, W).
+
+    The steps are twice the differences of the sigmoids (B, M, H, W); the last is 1 - that where no weight is given.
     """
-    bands = maps.shape[1]
-    like: Dict[str, Any] = dict(dtype=maps.dtype, device=maps.device)
-    product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of]
-    more = [float(i == bands == count) for i in of]
-    return F.conv2d(maps, torch.tensor(product, **like)[:, :, None, None], torch.tensor(more, **like))
+    call = (0, *(1 + i for i in of)), maps.shape[1], filters, maps.dtype, maps.device
+    kernel, bias = (_step_kernel(which, *call) for which in (False, True))
+    return list(F.conv2d(maps, kernel, bias).split([1, len(of)], 1))
 
 
 def _of_known_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
     c, h, w = x.shape[1:]
+    parts = _parts(h, w, tuple(factors))
     analysis, projections, places, rows = (
         _table(name, h, w, tuple(factors), x.dtype, x.device) for name in ('analysis', 'projections', 'places', 'rows'))
-    first, steps = _steps(maps, [0, *(1 + i for i in _row_waves(h, w, tuple(factors)))], len(factors)).split(
-        [1, len(places)], 1)
+    first, steps = _steps(maps, [part.filter for part in parts for _ in part.waves], len(factors))
     waves = projections @ (x @ analysis).permute(0, 2, 3, 1).flatten(2)  # (B, H*N, J*C)
-    waves = waves.view(-1, h, len(projections) // h * analysis.shape[1], c).index_select(2, places)  # (B, H, R, C)
+    waves = waves.view(-1, h, len(parts) * analysis.shape[1], c).index_select(2, places)  # (B, H, R, C)
     return x * first + ((steps.permute(0, 2, 3, 1) * rows) @ waves).permute(0, 3, 1, 2)
 
 
 def _of_any_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
-    lows, count = low_passes_by_products(x, factors), len(factors)
-    of = [1 + i for i in range(count) for _ in range(lows.shape[2] // count)]
-    first, steps = _steps(maps, [0, *of], count).split([1, len(of)], 1)
+    lows, filters = low_passes_by_products(x, factors), len(factors)
+    first, steps = _steps(maps, [i for i in range(filters) for _ in range(lows.shape[2] // filters)], filters)
     return x * first + (lows * steps.unsqueeze(1)).sum(2)
 
 

@@ -19,7 +19,7 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, per_channel, scale_channels, split_kernel
+from .arguments import ConvArgs, combine_parts, scale_channels, split_kernel
 from .reference import bilinear
 
 
@@ -151,23 +151,23 @@ def differentiable(args: ConvArgs) -> Tensor:
 
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
-    b, c, _, _ = args.x.shape
-    taps, groups = args.kernel_size ** 2, args.step_groups
+    b, taps, groups = args.x.shape[0], args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
     if split and high_in is not None and is_exporting():
-        # The map is smaller than its samples. From their total the gain is taken out again, as all are that are not too
-        # small for that.
+        # The map is smaller than its samples. Their total has the gain divided out again; a gain of zero, which leaves
+        # nothing of the map, is too small to show.
         scale = as_dtype(high_in, dtype).clamp(min=1e-20)
-        x, low_in, high_in = scale_channels(x, scale), (1. if low_in is None else as_dtype(low_in, dtype)) / scale, None
+        low_in = (1. if low_in is None else as_dtype(low_in, dtype)) / scale
+        x, high_in = scale_channels(x, scale), None
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
     samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B*G, C/G, k*k, H', W')
     if args.mask is not None:
         mask = as_dtype(args.mask, dtype)
-        samples = samples * (mask if groups == 1 else mask.unflatten(1, (groups, -1)).flatten(0, 1)).unsqueeze(1)
+        samples = samples * (mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)).unsqueeze(1)
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
     if args.has_gains and args.is_depthwise:
@@ -187,13 +187,10 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
 
 def _depthwise_kernels(args: ConvArgs) -> Tensor:
     """The kernel of each image, of the depthwise operator under gains: (B, C, 1, k*k)."""
-    low_in, low_out, high_in, high_out = (None if g is None else per_channel(g) for g in args.gains)
-    parts = []
-    for part, *gains in zip(split_kernel(args.weight.reshape(1, len(args.weight), 1, -1)), (low_in, high_in), (low_out, high_out)):
-        for gain in gains:
-            part = part if gain is None else part * gain
-        parts.append(part)
-    return parts[0] + parts[1]
+    low_in, low_out, high_in, high_out = args.gains
+    mean, rest = split_kernel(args.weight.reshape(1, len(args.weight), 1, -1))
+    low = scale_channels(scale_channels(mean, low_in), low_out)
+    return low + scale_channels(scale_channels(rest, high_in), high_out)
 
 
 def _depthwise(args: ConvArgs, samples: Tensor) -> Tensor:
