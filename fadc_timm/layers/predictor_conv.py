@@ -91,7 +91,7 @@ class PredictorConv2d(nn.Conv2d):
 
     def _fills_a_block(self) -> bool:
         return (self.out_channels == self.groups == 1 and 1 < self.kernel_size[1] <= BLOCK
-                and self.padding_mode == 'zeros')
+                and self.padding_mode == 'zeros' and not isinstance(self.padding, str))
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """The only output from one map per column of the kernel: as many outputs as a runtime computes anyway."""

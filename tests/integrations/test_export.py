@@ -145,7 +145,8 @@ def test_layer_has_few_nodes(kernel, groups, any_size, tmp_path):
     def nodes(layers):
         path = tmp_path / 'model.onnx'
         convs = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False) for _ in range(layers)]
-        to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(2, 8, 36, 36), sizes=dynamic() if any_size else None)
+        sizes = dynamic() if any_size else None
+        to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(2, 8, 36, 36), sizes=sizes)
         return len(onnx.load(path).graph.node)
 
     one, two = nodes(1), nodes(2)
