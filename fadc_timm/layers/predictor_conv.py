@@ -95,7 +95,7 @@ class PredictorConv2d(nn.Conv2d):
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """The only output from one map per column of the kernel: as many outputs as a runtime computes anyway."""
-        (s, s_cols), (p, p_cols), (d, d_cols) = self.stride, self.padding, self.dilation
-        maps = F.conv2d(x, self.weight.permute(3, 1, 2, 0), None, (s, 1), (int(p), 0), (d, 1))
+        (s, s_cols), (p, p_cols), (d, d_cols) = self.stride, (int(n) for n in self.padding), self.dilation
+        maps = F.conv2d(x, self.weight.permute(3, 1, 2, 0), None, (s, 1), (p, 0), (d, 1))
         moves = _one_hot(self.kernel_size[1], x.dtype, x.device)
-        return F.conv2d(maps, moves, self.bias, (1, s_cols), (0, int(p_cols)), (1, d_cols))
+        return F.conv2d(maps, moves, self.bias, (1, s_cols), (0, p_cols), (1, d_cols))
