@@ -6,11 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.padded_conv import padded_conv2d, wants_padding
-from ..ops.runtime import is_exporting, is_transformed
+from ..ops.runtime import constant, is_exporting, is_transformed
 
 __all__ = ['PredictorConv2d']
 
 MOST = 4  # outputs; with more, oneDNN's convolution is the faster one
+BLOCK = 8  # outputs that a runtime's convolution computes together, however few are wanted
+
+
+@constant
+def _one_hot(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A kernel (1, k, 1, k) that adds up k maps, each moved by its place."""
+    return torch.eye(k, dtype=dtype, device=device)[None, :, None]
 
 
 class PredictorConv2d(nn.Conv2d):
@@ -56,6 +63,8 @@ class PredictorConv2d(nn.Conv2d):
             if wants_padding(x, self.weight, dtype):
                 return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
+        if is_exporting() and exact and self._fills_a_block():
+            return self._by_columns(x)
         if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
         (k, k_cols), (p, p_cols) = self.kernel_size, (int(n) for n in self.padding)
@@ -79,3 +88,14 @@ class PredictorConv2d(nn.Conv2d):
             y = F.fold(taps @ pixels, size, (k, k_cols), padding=(k - 1 - p, k_cols - 1 - p_cols))
         assert isinstance(y, Tensor)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _fills_a_block(self) -> bool:
+        return (self.out_channels == self.groups == 1 and 1 < self.kernel_size[1] <= BLOCK
+                and self.padding_mode == 'zeros' and not isinstance(self.padding, str))
+
+    def _by_columns(self, x: Tensor) -> Tensor:
+        """The only output from one map per column of the kernel: as many outputs as a runtime computes anyway."""
+        (s, s_cols), (p, p_cols), (d, d_cols) = self.stride, (int(n) for n in self.padding), self.dilation
+        maps = F.conv2d(x, self.weight.permute(3, 1, 2, 0), None, (s, 1), (p, 0), (d, 1))
+        moves = _one_hot(self.kernel_size[1], x.dtype, x.device)
+        return F.conv2d(maps, moves, self.bias, (1, s_cols), (0, p_cols), (1, d_cols))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fadc_timm import FADConv2d
+from fadc_timm.ops import adaptive_dilated_conv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
 from tests.support.integration_cases import models, uses
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 MOST_NODES = 60  # of a layer in an ONNX file
+MOST_TABLE_NODES = 120  # of the tables of a symbolic size
 
 
 def dynamic(step=1):
@@ -134,21 +136,50 @@ def test_opsets(opset, name, tmp_path):
         assert (run(path)(x) - model(x)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize('any_size', [False, True], ids=['fixed', 'any'])
 @pytest.mark.parametrize('kernel, groups, norm', [
     (3, 1, 'batchnorm2d'), (7, 8, 'batchnorm2d'), (3, 1, 'layernorm2d'), (7, 8, 'layernorm2d')])
 @torch.no_grad()
-def test_layer_has_few_nodes(kernel, groups, norm, tmp_path):
-    """In a viewer a layer is some dozen nodes, its filters are constants."""
+def test_layer_has_few_nodes(kernel, groups, norm, any_size, tmp_path):
+    """In a viewer a layer is some dozen nodes. Its tables are constants; those of symbolic sizes are made once."""
     onnx = pytest.importorskip('onnx')
 
-    def nodes(*convs):
+    def nodes(layers):
         path = tmp_path / 'model.onnx'
-        to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(1, 8, 12, 12))
+        convs = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False, ada_kern_norm=norm)
+                 for _ in range(layers)]
+        sizes = dynamic() if any_size else None
+        to_onnx(torch.nn.Sequential(*convs).eval(), path, torch.randn(2, 8, 36, 36), sizes=sizes)
         return len(onnx.load(path).graph.node)
 
-    layers = [FADConv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=False, ada_kern_norm=norm)
-              for _ in range(2)]
-    assert nodes(*layers) <= 2 * MOST_NODES
+    one, two = nodes(1), nodes(2)
+    assert two - one <= MOST_NODES  # 57 and 53, of any size 55 and 52
+    assert one - (two - one) <= (MOST_TABLE_NODES if any_size else 0)  # 113
+
+
+@torch.no_grad()
+def test_gains_of_zero():
+    """The gains that scale the map before it is sampled are taken out of the total again, without a division by 0."""
+    conv = off_identity(FADConv2d(4, 4, 3, padding=1)).eval()
+    conv.ada_kern.high.bias[:2] = -torch.tensor([50., 200.])  # 2 * sigmoid: 4e-22, 0
+    x = torch.randn(2, 4, 9, 9)
+    exported = torch.export.export(conv, (x,)).module()
+    assert error(exported(x), conv(x).double()) < 1e-5
+
+
+class Gained(torch.nn.Module):
+    """The operator with gains of one's own."""
+
+    def forward(self, x, weight, dilation, high_in):
+        return adaptive_dilated_conv2d(x, weight, dilation, gains=(None, None, high_in, None), padding=1)
+
+
+@torch.no_grad()
+def test_gains_of_any_sign():
+    tensors = torch.randn(2, 3, 7, 7), torch.randn(4, 3, 3, 3), torch.rand(2, 1, 7, 7) + 1
+    high_in = torch.tensor([[-1.5, 0., 0.7], [-0.2, 1., -0.]])
+    exported = torch.export.export(Gained(), (*tensors, high_in)).module()
+    assert error(exported(*tensors, high_in), Gained()(*tensors, high_in).double()) < 1e-5
 
 
 @uses('openvino', 'reads the ONNX file, within 1e-4; any batch and size too')

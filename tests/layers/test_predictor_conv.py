@@ -5,6 +5,7 @@ from torch import nn
 
 from fadc_timm.layers.predictor_conv import PredictorConv2d
 from tests.support.cases import error
+from tests.support.marks import needs_dynamo
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -45,6 +46,18 @@ def test_predictor_conv_compiled(size):
     for g, e in zip(*(torch.autograd.grad(t, [x, *m.parameters()], grad) for t, m in ((y, conv), (expected, plain))),
                     strict=True):
         assert error(g, e) < 1e-13
+
+
+@needs_dynamo
+@pytest.mark.parametrize('k, stride, padding, dilation', [(3, 1, 1, 1), (7, 2, 3, 1), ((5, 3), (1, 2), (0, 4), (2, 1))])
+def test_predictor_conv_exported(k, stride, padding, dilation):
+    """One output, from a map per column of the kernel; a kernel too wide for that stays one convolution."""
+    for width, convolutions in ((k, 2), ((k[0] if isinstance(k, tuple) else k, 9), 1)):
+        conv, plain = pair(4, 1, width, stride, padding, dilation)
+        x = torch.randn(2, 4, 13, 14, dtype=torch.float64)
+        exported = torch.export.export(conv.eval(), (x,))
+        assert sum('conv2d' in str(node.target) for node in exported.graph.nodes) == convolutions
+        assert error(exported.module()(x), plain(x)) < 1e-13
 
 
 @pytest.mark.parametrize('outputs, groups', [(1, 1), (3, 1), (6, 1), (6, 2)])

@@ -1,17 +1,16 @@
 """Mixing of frequency bands: the signature, and the choice of a backend (FADC paper, section 3, FreqSelect)."""
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, as_dtype, is_exporting, is_transformed, match_layout, without_autocast
+from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_layout, without_autocast
 from ..settings import named_backend
 from ..triton_support import is_default_on
 from . import fused, triton
-from .low_pass import low_pass, low_passes_by_products
+from .low_pass import low_pass
 
-__all__ = ['BACKENDS', 'choose_backend', 'mix_bands', 'mix_exported_bands', 'mix_predicted_bands']
+__all__ = ['BACKENDS', 'choose_backend', 'mix_bands', 'mix_predicted_bands']
 
 
 def _written_out(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
@@ -96,38 +95,6 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
         exact, steps = _exact(x, weights, factors)
         return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
     return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)
-
-
-def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int) -> Tensor:
-    """:func:`mix_bands` with the weights 2 * sigmoid(maps), in few nodes of a graph for other runtimes.
-
-    Args:
-        x: Map (B, C, H, W).
-        maps: (B, S*M, H, W): M bands from high to low frequency, for each of S groups of channels.
-        factors: Where the spectrum is split, f >= 1, from high to low.
-        groups: S.
-
-    Returns:
-        (B, C, H, W) in the dtype of x.
-    """
-    exact, count, bands = as_dtype(x, accumulation_dtype(x.dtype)), len(factors), maps.shape[1] // groups
-    with without_autocast(x):
-        lows = low_passes_by_products(exact, factors)
-    # The steps of `_exact` are twice the differences of the sigmoids; the last is 1 - that where no weight is given.
-    of = [0, *(i for i in range(1, 1 + count) for _ in range(lows.shape[2] // count))]
-    product = [[2. * ((j == i) - (j == i - 1)) for j in range(bands)] for i in of]
-    more = [float(i == bands == count) for i in of]
-    with without_autocast(x):
-        like: Dict[str, Any] = dict(dtype=exact.dtype, device=x.device)
-        steps = F.conv2d(
-            torch.sigmoid(as_dtype(maps, exact.dtype)), torch.tensor(product * groups, **like)[:, :, None, None],
-            torch.tensor(more * groups, **like), groups=groups)
-        y = exact
-        if groups > 1:
-            y, lows, steps = (t.unflatten(1, (groups, -1)) for t in (y, lows, steps))
-        first, others = steps.split([1, lows.shape[-3]], -3)
-        y = y * first + (lows * others.unsqueeze(-4)).sum(-3)
-        return as_dtype(y if groups == 1 else y.flatten(1, 2), x.dtype)
 
 
 def mix_predicted_bands(

@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, is_depthwise, is_transformed
+from ..runtime import accumulation_dtype, as_dtype, is_depthwise, is_exporting, is_transformed
 
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
@@ -24,9 +24,9 @@ def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
 
     The rest may be small beside the kernel, so half precisions are split in float32 and then rounded.
     """
-    exact = weight.to(accumulation_dtype(weight.dtype))
+    exact = as_dtype(weight, accumulation_dtype(weight.dtype))
     mean = exact.mean(dim=(2, 3), keepdim=True)
-    return mean.to(weight.dtype), (exact - mean).to(weight.dtype)
+    return as_dtype(mean, weight.dtype), as_dtype(exact - mean, weight.dtype)
 
 
 def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
@@ -132,9 +132,17 @@ class ConvArgs(NamedTuple):
         return split_kernel(self.weight)
 
 
+def per_channel(gain: Tensor) -> Tensor:
+    """A gain (B, C) as (B, C, 1, 1)."""
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            return gain.view(-1, gain.shape[1], 1, 1)  # one node
+    return gain[:, :, None, None]
+
+
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
     """Multiply the channels of x (B, C, H, W) by a gain (B, C), or by one."""
-    return x if gain is None else x * gain[:, :, None, None]
+    return x if gain is None else x * per_channel(gain)
 
 
 def combine_parts(high: Tensor, low: Tensor, args: ConvArgs) -> Tensor:

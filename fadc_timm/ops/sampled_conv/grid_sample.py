@@ -19,7 +19,7 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels
+from .arguments import ConvArgs, combine_parts, scale_channels, split_kernel
 from .reference import bilinear
 
 
@@ -40,20 +40,21 @@ def _coordinates(
     """Parts of a grid: positions are `start + moves * steps` in pixels, of which `sizes` says how many there are.
 
     Returns:
-        start (H', W', k*k*2), moves (k*k*2,), sizes (k*k*2,): per tap a column, then a row. Sizes may be symbolic.
+        start (k*k*2, H', W'), moves (k*k*2, 1, 1), sizes (k*k*2, 1, 1): per tap a column, then a row. Sizes may be
+        symbolic.
     """
     like: Dict[str, Any] = dict(dtype=dtype, device=table_device(device))
 
     def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
-        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)
+        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)[:, None, None]
 
-    (h, w), taps = size, k * k
+    taps = k * k
     places = [t % k for t in range(taps)], [t // k for t in range(taps)]
     ones, zeros = [1.] * taps, [0.] * taps
-    sizes = vector(ones, zeros) * w + vector(zeros, ones) * h
+    sizes = vector(ones, zeros) * size[1] + vector(zeros, ones) * size[0]
     rows, cols = (torch.arange(n, **like) for n in out_size)
-    pixels = cols[:, None] * vector([stride[1] * v for v in ones], zeros)
-    pixels = pixels + rows[:, None, None] * vector(zeros, [stride[0] * v for v in ones])
+    pixels = cols * vector([stride[1] * v for v in ones], zeros)
+    pixels = pixels + rows[:, None] * vector(zeros, [stride[0] * v for v in ones])
     first = [[k // 2 - p if spacing is None else i * spacing[axis] - p for i in places[1 - axis]]
              for axis, p in ((1, padding[1]), (0, padding[0]))]
     if any(map(any, first)):
@@ -79,13 +80,8 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 _traced_coordinates = once_per_graph(_scaled)
 
 
-def _stack(t: Tensor, parts: int, source: int, into: int) -> Tensor:
-    """Equal parts of a dimension, laid into another; symbolic sizes not by a reshape, which would ask about them."""
-    if all(type(n) is int for n in t.shape[1:]):
-        if t.shape[source] == parts and into == source + 1:
-            return t.flatten(source, into).unsqueeze(source)
-        return t.unflatten(source, (parts, -1)).movedim(source, into).flatten(into, into + 1)
-    return torch.cat(t.chunk(parts, source), into)
+def _known(*sizes: int) -> bool:
+    return all(type(n) is int for n in sizes)
 
 
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
@@ -98,17 +94,20 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     if args.spacing is not None:
         steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
-    steps = steps.permute(0, 2, 3, 1)
     # align_corners=False puts the centre of pixel p at (2p + 1)/size - 1, on maps of one pixel too
     if not is_exporting():
         start, moves, sizes = _coordinates(*call)
         grid = (2 * (steps * moves + start) + 1) / sizes - 1
     else:  # in few nodes, at the price of a rounding
-        known = all(type(n) is int for n in (*size, *out_size))
-        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if known else _traced_coordinates(*call)
+        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if _known(*size, *out_size) \
+            else _traced_coordinates(*call)
         grid = steps * moves + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    return _stack(grid.clamp(-2, 2), taps, 3, 1)
+    grid = grid.clamp(-2, 2)  # (B*G, k*k*2, H', W')
+    if _known(*out_size):
+        return grid.unflatten(1, (taps, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    # not by a reshape, which would ask about symbolic sizes
+    return torch.cat(grid.permute(0, 2, 3, 1).split(2, 3), 1)
 
 
 def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
@@ -152,29 +151,32 @@ def differentiable(args: ConvArgs) -> Tensor:
 
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
-    b, c, _, _ = args.x.shape
-    taps, groups = args.kernel_size ** 2, args.step_groups
+    b, taps, groups = args.x.shape[0], args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
+    if split and high_in is not None and is_exporting():
+        # The map is smaller than its samples. Their total has the gain divided out again; what a gain of zero is raised
+        # by is too small to show.
+        scale = as_dtype(high_in, dtype) + 1e-20
+        low_in = (1. if low_in is None else as_dtype(low_in, dtype)) / scale
+        x, high_in = scale_channels(x, scale), None
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
+    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B*G, C/G, k*k, H', W')
     if args.mask is not None:
         mask = as_dtype(args.mask, dtype)
-        if groups > 1:
-            mask = mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = samples * _stack(mask, taps, 1, 2)
+        samples = samples * (mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)).unsqueeze(1)
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
-    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B, C, k*k, H', W')
     if args.has_gains and args.is_depthwise:
         return match_layout(_depthwise(args, as_dtype(samples, args.x.dtype)), args.x)
     mean, kernel = args.split_weight() if split else (None, args.weight)
     scaled = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
     # the taps of a channel are channels of their own, in the order of the kernel's
     columns = as_dtype(scaled, args.x.dtype).flatten(1, 2)
-    high = F.conv2d(columns, kernel.flatten(1)[:, :, None, None], groups=args.groups)
+    high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
@@ -183,11 +185,18 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     return match_layout(y, args.x)
 
 
+def _depthwise_kernels(args: ConvArgs) -> Tensor:
+    """The kernel of each image, of the depthwise operator under gains: (B, C, 1, k*k)."""
+    low_in, low_out, high_in, high_out = args.gains
+    mean, rest = split_kernel(args.weight.reshape(1, len(args.weight), 1, -1))
+    low = scale_channels(scale_channels(mean, low_in), low_out)
+    return low + scale_channels(scale_channels(rest, high_in), high_out)
+
+
 def _depthwise(args: ConvArgs, samples: Tensor) -> Tensor:
     """The depthwise operator under gains, of masked samples (B, C, k*k, H', W')."""
-    if all(type(n) is int for n in samples.shape[1:]):
-        y = sample_kernels(args.weight, args.gains, args.groups).flatten(-2) @ samples.flatten(3)
-        y = y.squeeze(2).unflatten(2, args.out_size)
+    if _known(*samples.shape[1:]):
+        y = (_depthwise_kernels(args) @ samples.flatten(3)).squeeze(2).unflatten(2, args.out_size)
         return y if args.bias is None else y + args.bias[:, None, None]
     # For symbolic sizes, about which the product would ask: both parts of a channel's kernel at once.
     columns, (mean, rest) = samples.flatten(1, 2), args.split_weight()

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadc_timm.ops import mix_bands
-from fadc_timm.ops.band_mix import fused
+from fadc_timm.ops.band_mix import fused, mix_exported_bands
 from fadc_timm.ops.band_mix.fused import mix_low_passes, mix_low_passes_backward, multiply_adds
 from tests.support.band_cases import check, definition, make_inputs
 from tests.support.marks import needs_dynamo
@@ -38,6 +38,22 @@ def test_definition(backend, h, dtype):
             expected = results(definition, x.detach().double().requires_grad_(),
                                weights.detach().double().requires_grad_(), factors)
             check(results(mix_bands, x, weights, factors, backend), expected, TOLERANCES[dtype])
+
+
+def exported_form(x, maps, factors):
+    b, count, groups, h, w = maps.shape
+    return mix_exported_bands(x, maps.transpose(1, 2).reshape(b, groups * count, h, w), factors, groups)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('h', SIDES)
+def test_exported_form(h, groups):
+    """In few nodes, at known sizes; tests/integrations/test_export.py has symbolic ones."""
+    for w in SIDES:
+        for factors in FACTORS:
+            x, maps = make_inputs(h, w, len(factors) + w % 2, groups)
+            expected = results(lambda x, maps, f: definition(x, 2 * torch.sigmoid(maps), f), x, maps, factors)
+            check(results(exported_form, x, maps, factors), expected, 4e-15)
 
 
 @pytest.mark.parametrize('tile', [1, 3000, 20_000])
