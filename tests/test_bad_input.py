@@ -98,7 +98,8 @@ OPTIONS = {
     'eps': ('small', None, True), 'dilation_groups': ('2', 1.5, True, None), 'spatial_group': ('1', 1.5, True, None),
     'lowfreq_att': ('yes', 1, None), 'freq_select': ('no', 0), 'backend': (3, 'cudnn'),
     'ada_dr': ('no', 1, None), 'sampling': ('no', True, None),
-    'padding_mode': (None, 'reflect'), 'kernel_decompose': (True, ['low']), 'dilation_act': (None, 0)}
+    'padding_mode': (None, 'reflect'), 'kernel_decompose': (True, ['low']), 'dilation_act': (None, 0),
+    'ada_kern_norm': (None, 1, 'norm', ['layernorm2d'])}
 FOLDERS = {f'{name}={i}': with_config(model_args={name: value})
            for name, values in OPTIONS.items() for i, value in enumerate(values)}
 FOLDERS.update({

@@ -140,6 +140,7 @@ options = st.fixed_dictionaries({
     'freq_select': st.booleans(), 'sampling': st.sampled_from(['dilation', 'dilation', 'deform', 'fixed']),
     'offset_groups': st.sampled_from([1, 1, 2, 4]), 'modulated': st.booleans(),
     'kernel_decompose': st.sampled_from(['both', 'both', 'low', 'high', 'none']),
+    'ada_kern_norm': st.sampled_from(['batchnorm2d', 'layernorm2d']),
     'bands': st.lists(st.integers(2, 20), min_size=1, max_size=4).map(tuple), 'lowfreq_att': st.booleans(),
     'spatial_group': st.sampled_from([1, 1, 2, 4, 65]), 'dilation_act': st.sampled_from(['abs', 'relu', 'zero']),
     'dilation_groups': st.sampled_from([1, 1, 2, 4])})

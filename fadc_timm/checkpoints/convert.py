@@ -187,6 +187,14 @@ def _classifier(model: nn.Module) -> str:
     return f'{cfg["classifier"]}.weight'
 
 
+def _ada_kern_norm(state_dict: Mapping[str, Tensor]) -> Optional[str]:
+    """The kind of norm that AdaKern has in a checkpoint of an FADC model; None where there is none."""
+    names = {key.rpartition('.ada_kern.norm.')[2] for key in state_dict if '.ada_kern.norm.' in key}
+    if 'running_mean' in names:
+        return 'batchnorm2d'
+    return 'layernorm2d' if 'weight' in names else None
+
+
 def convert(
         checkpoint: Checkpoint,
         name: str,
@@ -212,6 +220,9 @@ def convert(
     writer = TIMM if not official else OPENMMLAB if _is_deformable(name, args) else AUTHORS
     if writer == AUTHORS:
         args = dict(padding_mode='replicate', dilation_act=RELEASES[release], **args)
+    norm = 'batchnorm2d' if writer == AUTHORS else _ada_kern_norm(checkpoint.state_dict)
+    if norm is not None and architecture_of(name) is not None:
+        args.setdefault('ada_kern_norm', norm)
     num_classes = args.pop('num_classes', 0 if official else None)
     model = _create(name, num_classes, args)
     state_dict, origins = _adapt(checkpoint, model)

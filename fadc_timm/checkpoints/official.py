@@ -14,9 +14,11 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import FADConv2d
 from ..models._family import fadc_keys
+from ..ops.runtime import is_depthwise
 
 __all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
 
@@ -92,7 +94,7 @@ def _build_layer(class_name: str, kwargs: Mapping[str, Any]) -> FADConv2d:
         raise NotImplementedError(f'kernel_decompose={kernel_decompose!r} is not supported.')
     if bias == 'auto':
         bias = True  # mmcv decides by norm_cfg, which is None here
-    if depthwise != (groups > 1 and groups == in_channels == out_channels):
+    if depthwise != is_depthwise(in_channels, out_channels, groups):
         raise NotImplementedError(
             f'{class_name} with in_channels={in_channels}, out_channels={out_channels}, groups={groups} '
             'is not supported.')
@@ -178,7 +180,8 @@ def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDi
 
     Raises:
         NotImplementedError: The layer is a depthwise deformable convolution.
-        RuntimeError: Keys are missing or left over, or the offsets have another number; the message names them.
+        RuntimeError: Keys are missing or left over, the offsets have another number, or the layer's AdaKern has no
+            BatchNorm; the message names them.
     """
     keys = _Keys(state_dict)
     if layer.free_offsets is not None:
@@ -195,6 +198,10 @@ def convert_layer(state_dict: Mapping[str, Tensor], layer: FADConv2d) -> StateDi
                 # (S, ...) for each map -> group by group (S*M, ...)
                 out[f'freq_select.conv.{p}'] = torch.stack(maps, dim=1).flatten(0, 1)
     if layer.ada_kern is not None:
+        if not isinstance(layer.ada_kern.norm, _BatchNorm):
+            raise RuntimeError(
+                "The authors' AdaKern has a BatchNorm, and that of the layer another norm: build the layer, or the "
+                "model, with ada_kern_norm='batchnorm2d'.")
         parts = ['OMNI_ATT1', 'OMNI_ATT2'] if layer.ada_kern.parts == 2 else ['OMNI_ATT']
         out['ada_kern.fc.weight'] = _matrix(keys.cat([f'{part}.fc.weight' for part in parts]))
         for t in ('weight', 'bias', 'running_mean', 'running_var'):

@@ -3,18 +3,46 @@
 Paper, section 3: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` -
 https://arxiv.org/abs/2403.05369
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import get_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_linear_bn_weights
 
 from ..ops.runtime import is_exporting, without_autocast
 
-__all__ = ['AdaKern']
+__all__ = ['AdaKern', 'NormLayer']
+
+# What makes a norm: a name of timm's, or a callable that takes a number of channels.
+NormLayer = Union[str, Callable[..., nn.Module]]
+
+
+def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.Module:
+    """A norm of parts * width channels in which the parts do not meet.
+
+    Raises:
+        ValueError: norm_layer makes no BatchNorm, LayerNorm or GroupNorm.
+    """
+    try:
+        make: Any = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
+    except KeyError:
+        make = None
+    is_kind = not isinstance(make, type) or issubclass(make, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))
+    norm = make(width, **dd) if callable(make) and is_kind else None
+    if isinstance(norm, _BatchNorm):
+        return make(parts * width, **dd)
+    # in one call: a group per part is a LayerNorm of each part
+    if isinstance(norm, nn.LayerNorm):
+        return nn.GroupNorm(parts, parts * width, norm.eps, norm.elementwise_affine, **dd)
+    if isinstance(norm, nn.GroupNorm):
+        return nn.GroupNorm(parts * norm.num_groups, parts * width, norm.eps, norm.affine, **dd)
+    raise ValueError(
+        'norm_layer, which is ada_kern_norm in FADConv2d, must make a BatchNorm, a LayerNorm or a GroupNorm: one of '
+        f"timm's names, as 'batchnorm2d' or 'layernorm2d', or a callable; got {norm_layer!r}.")
 
 
 class _Head(nn.Linear):
@@ -42,6 +70,7 @@ class AdaKern(nn.Module):
             depthwise: bool = False,
             reduction: int = 16,
             min_channels: int = 16,
+            norm_layer: NormLayer = 'batchnorm2d',
             device=None,
             dtype=None,
     ) -> None:
@@ -53,9 +82,12 @@ class AdaKern(nn.Module):
             depthwise: The kernel is depthwise: input gains only.
             reduction: The trunk has in_channels // reduction channels.
             min_channels: The least number of the trunk's channels.
+            norm_layer: The trunk's norm: 'batchnorm2d', as in the authors' code; 'layernorm2d', per image and part, so
+                that no image depends on others; another of timm's names, or a callable, that makes a BatchNorm,
+                LayerNorm or GroupNorm. The last two are each made as one GroupNorm for both parts.
 
         Raises:
-            ValueError: There is no such kernel_decompose.
+            ValueError: There is no such kernel_decompose or norm_layer.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -72,7 +104,10 @@ class AdaKern(nn.Module):
         # the trunks of both parts read the same vector: one product, low before high; so do the heads of a part
         self.fc = nn.Linear(in_channels, parts * width, bias=False, **dd)
         # Any, as SyncBatchNorm may replace it, and reparameterize() does
-        self.norm: Any = nn.BatchNorm2d(parts * width, **dd)
+        self.norm: Any = _make_norm(norm_layer, width, parts, **dd)
+        # a configuration holds names
+        name = 'batchnorm2d' if isinstance(self.norm, _BatchNorm) else 'layernorm2d'
+        self.norm_layer = norm_layer if isinstance(norm_layer, str) else name
         self.act = nn.ReLU()
         self.low = None if kernel_decompose == 'high' else _Head(width, heads, **dd)
         self.high = None if kernel_decompose == 'low' else _Head(width, heads, **dd)
@@ -83,16 +118,17 @@ class AdaKern(nn.Module):
         nn.init.kaiming_normal_(self.fc.weight, mode='fan_out', nonlinearity='relu')
         if self.fc.bias is not None:
             nn.init.zeros_(self.fc.bias)
-        if isinstance(self.norm, _BatchNorm):
+        if isinstance(self.norm, (_BatchNorm, nn.GroupNorm)):
             self.norm.reset_parameters()
         for head in (self.low, self.high):
             if head is not None:
                 head.reset_parameters()
 
     def reparameterize(self) -> None:
-        """Fold the norm's running statistics into the trunk, for inference; `timm.utils.reparameterize_model` calls it.
+        """Fold a BatchNorm's running statistics into the trunk, for inference.
 
-        Once folded, there is no norm in training either, and nothing is left to fold.
+        `timm.utils.reparameterize_model` calls it. Once folded, there is no norm in training either, and nothing is
+        left to fold. Other norms stay, as their statistics are those of each image.
         """
         norm = self.norm
         if isinstance(norm, _BatchNorm):
@@ -149,10 +185,9 @@ class AdaKern(nn.Module):
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)
         if torch.jit.is_scripting():
-            x = self._scripted_norm(x[:, :, None, None]).flatten(1)
+            parts = self.act(self._scripted_norm(x[:, :, None, None]).flatten(1)).chunk(self.parts, 1)
         else:
-            x = self._normalize(x)
-        parts = self.act(x).chunk(self.parts, 1)
+            parts = self._normalized_parts(x)
         low: Optional[Tensor] = None
         high: Optional[Tensor] = None
         if self.low is not None:
@@ -162,7 +197,7 @@ class AdaKern(nn.Module):
         return low, high
 
     def _scripted_norm(self, x: Tensor) -> Tensor:
-        """:meth:`_normalize` in TorchScript, where the norm is a BatchNorm or, once folded, the identity."""
+        """:meth:`_normalize` in TorchScript, where only a BatchNorm has running statistics."""
         if hasattr(self.norm, 'running_mean'):
             if self.norm.training and x.shape[0] == 1:
                 return F.batch_norm(
@@ -171,12 +206,26 @@ class AdaKern(nn.Module):
         return self.norm(x)
 
     @torch.jit.unused
+    def _normalized_parts(self, x: Tensor) -> List[Tensor]:
+        """The trunks of the parts behind norm and activation."""
+        norm = self.norm
+        if is_exporting() and isinstance(norm, nn.GroupNorm) and norm.affine and norm.num_groups == self.parts:
+            # other runtimes have a LayerNorm, and write a GroupNorm out; slices of parameters become constants
+            width = self.fc.out_features // self.parts
+            rows = [slice(i * width, (i + 1) * width) for i in range(self.parts)]
+            return [self.act(F.layer_norm(part, (width,), norm.weight[r], norm.bias[r], norm.eps))
+                    for part, r in zip(x.chunk(self.parts, 1), rows)]
+        return list(self.act(self._normalize(x)).chunk(self.parts, 1))
+
+    @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
         """The norm. In training, one value per channel has no variance: it is normalised by the running statistics.
 
         timm's split BatchNorm gives every part of the batch to a norm of its own.
         """
         norm = self.norm
+        if isinstance(norm, (nn.GroupNorm, nn.Identity)):
+            return norm(x)
         if is_exporting() and isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None:
             # which a product takes up, and a map of one pixel would not
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
@@ -211,6 +260,26 @@ class AdaKern(nn.Module):
             return low_in, None, high_in, None
         low_in, low_out, high_in, high_out = gains.split([self.in_channels, self.out_channels] * 2, 1)
         return low_in, low_out, high_in, high_out
+
+    def _load_from_state_dict(
+            self,
+            state_dict: Dict[str, Any],
+            prefix: str,
+            local_metadata: Dict[str, Any],
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
+        """As that of `nn.Module`, with an error where the weights are those of a BatchNorm, and the norm is none.
+
+        Without strictness too, where torch would drop the running statistics.
+        """
+        if isinstance(self.norm, nn.GroupNorm) and f'{prefix}norm.running_mean' in state_dict:
+            error_msgs.append(f"{prefix}norm is a BatchNorm in the weights and a GroupNorm here: AdaKern's option "
+                              "norm_layer, ada_kern_norm of layers and models, is 'batchnorm2d' for these weights.")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         return f'{self.in_channels}, {self.out_channels}, kernel_decompose={self.kernel_decompose!r}'

@@ -12,11 +12,12 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
+from ..ops.runtime import is_depthwise
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
-from .ada_kern import AdaKern
+from .ada_kern import AdaKern, NormLayer
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
 
@@ -125,6 +126,7 @@ class FADConv2d(nn.Conv2d):
             lowfreq_att: bool = False,
             spatial_group: int = 1,
             kernel_decompose: str = 'both',
+            ada_kern_norm: NormLayer = 'batchnorm2d',
             sampling: str = 'dilation',
             dilation_act: str = 'abs',
             dilation_groups: int = 1,
@@ -152,6 +154,7 @@ class FADConv2d(nn.Conv2d):
             lowfreq_att: FreqSelect weighs the lowest band too.
             spatial_group: FreqSelect's groups of channels, above 64 one per channel.
             kernel_decompose: The parts of the kernel with AdaKern's gains: 'both', 'low', 'high' or 'none'.
+            ada_kern_norm: AdaKern's norm: 'batchnorm2d', 'layernorm2d' (per image), or see :class:`AdaKern`.
             sampling: Where the taps lie: 'dilation' is AdaDR's dilation per position; 'deform' is an offset per
                 position and tap, see :class:`FreeOffsets`; with 'fixed' they stay at the base dilation without a mask.
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
@@ -190,11 +193,12 @@ class FADConv2d(nn.Conv2d):
         self.pads_itself = padding_mode == 'replicate' and self.inner_padding > 0
         self.sampling = sampling
         self.backend = backend
-        depthwise = groups > 1 and groups == in_channels == out_channels
+        depthwise = is_depthwise(in_channels, out_channels, groups)
         self.freq_select = FreqSelect(in_channels, bands, lowfreq_att, spatial_group, **dd) if freq_select else None
         self.ada_kern = None
         if kernel_decompose != 'none':
-            self.ada_kern = AdaKern(in_channels, out_channels, kernel_decompose, depthwise, **dd)
+            self.ada_kern = AdaKern(
+                in_channels, out_channels, kernel_decompose, depthwise, norm_layer=ada_kern_norm, **dd)
         self.ada_dr = None
         self.free_offsets = None
         padding = 0 if self.pads_itself else self.inner_padding

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.neighborhood_attention import BACKENDS, neighborhood_attention2d
 from ..ops.neighborhood_attention.functional import window_means
 from ..ops.neighborhood_attention.written_out import attention, attention_weights
-from .ada_kern import AdaKern
+from .ada_kern import AdaKern, NormLayer
 from .fad_conv import has_own_hooks, reset_parts
 from .freq_select import FreqSelect
 
@@ -201,6 +201,7 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
             lowfreq_att: bool = False,
             spatial_group: int = 1,
             kernel_decompose: str = 'none',
+            ada_kern_norm: NormLayer = 'layernorm2d',
             backend: Optional[str] = None,
             device=None,
             dtype=None,
@@ -220,6 +221,7 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
             lowfreq_att: FreqSelect weighs the lowest band too.
             spatial_group: FreqSelect's groups of channels, above 64 one per channel.
             kernel_decompose: The parts of the attention weights with AdaKern's gains: 'both', 'low', 'high' or 'none'.
+            ada_kern_norm: AdaKern's norm: 'layernorm2d' (per image), 'batchnorm2d', or see :class:`AdaKern`.
             backend: Backend of the operator, None to choose.
 
         Raises:
@@ -234,8 +236,9 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
         self.freq_select_for = freq_select_for
         self.freq_select = FreqSelect(dim, bands, lowfreq_att, spatial_group, **dd) if freq_select else None
         # gains of the value channels alone, as of the input channels of a depthwise kernel
-        self.ada_kern = AdaKern(dim, dim, kernel_decompose, depthwise=True, **dd) if kernel_decompose != 'none' \
-            else None
+        self.ada_kern = None
+        if kernel_decompose != 'none':
+            self.ada_kern = AdaKern(dim, dim, kernel_decompose, depthwise=True, norm_layer=ada_kern_norm, **dd)
 
     @classmethod
     def from_attention(cls, attn: NeighborhoodAttention, **cfg: Any) -> 'FADNeighborhoodAttention':

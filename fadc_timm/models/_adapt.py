@@ -36,9 +36,19 @@ def _part_of(key: str) -> Optional[Tuple[str, str]]:
     return (match[1], match[2]) if match else None
 
 
+def _with_statistics(keys: Sequence[str]) -> Set[str]:
+    """The layers to which running statistics of AdaKern's norm belong."""
+    return {m[1] for m in (re.fullmatch(r'(.+)\.ada_kern\.norm\.running_(mean|var)', k) for k in keys) if m}
+
+
 def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages: Sequence[str]) -> str:
     """Which options of FADC differ between a checkpoint and a model, from the keys that do not match."""
     own = {name: m for name, m in model.named_modules() if isinstance(m, FADC_LAYERS)}
+    batch_there = {layer for layer in _with_statistics(unexpected) if getattr(own.get(layer), 'ada_kern', None)}
+    batch_here = {layer for layer in _with_statistics(missing) if f'{layer}.ada_kern.norm.weight' not in missing}
+    missing, unexpected = (
+        [k for k in keys if not _with_statistics([k]) & layers]
+        for keys, layers in ((missing, batch_here), (unexpected, batch_there)))
     extra, lacking = ({part for part in map(_part_of, keys) if part} for keys in (unexpected, missing))
     plain_here = {layer for layer, _ in extra if layer not in own}
     added, absent = fadc_keys(model), set(missing)
@@ -49,6 +59,9 @@ def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages
         return ', '.join(s for s in stages if any(layer.startswith(f'{s}.') for layer in layers))
 
     sentences = []
+    if batch_there or batch_here:
+        sentences.append(f'AdaKern has a BatchNorm in the {"weights" if batch_there else "model"}, and another norm in '
+                         f'the {"model" if batch_there else "weights"}: see the option ada_kern_norm.')
     if plain_here:
         sentences.append(f'The weights have FADC in {names(plain_here)}, where the model has none: see fadc_stages.')
     if plain_there:

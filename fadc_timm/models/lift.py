@@ -6,6 +6,8 @@ from collections.abc import Sequence as SequenceABC
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention, NeighborhoodAttention
 from ..layers.fad_conv import OPTIONS, PARTS, refuse_old_options
@@ -79,6 +81,14 @@ def _names(model: nn.Module) -> List[str]:
 def _parts(model: nn.Module) -> Set[nn.Module]:
     """What FADC is made of: its layers are none of the network's."""
     return {part for m in model.modules() if isinstance(m, _FADC) for part in m.modules() if part is not m}
+
+
+def _norm_of(model: nn.Module) -> str:
+    """AdaKern's norm for a network: a BatchNorm where the network has some, frozen ones too; else one per image."""
+    parts = _parts(model)
+    kinds = (m for m in model.modules() if m not in parts and not isinstance(m, _InstanceNorm))
+    has_batch_norm = any(isinstance(m, _BatchNorm) or 'running_mean' in m._buffers for m in kinds)
+    return 'batchnorm2d' if has_batch_norm else 'layernorm2d'
 
 
 def liftable_names(model: nn.Module) -> List[str]:
@@ -216,7 +226,8 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
         stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
             or names of modules, which select everything inside of them.
         **cfg: Options of FADConv2d; `sampling='deform'` makes deformable convolutions. Or options of
-            FADNeighborhoodAttention.
+            FADNeighborhoodAttention. By default AdaKern has a BatchNorm where the network has some, and else a norm per
+            image (`ada_kern_norm='layernorm2d'`).
 
     Returns:
         Which layers were replaced, and which were left and why.
@@ -237,6 +248,7 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
     _check_has_layers(model)
     selected = _selected(model, stages)
     kind = _selected_kind(model, selected, cfg)
+    cfg.setdefault('ada_kern_norm', _norm_of(model))
     replaced: Dict[str, nn.Module] = {}
     left: Dict[str, str] = {}
     lifted: Dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one module

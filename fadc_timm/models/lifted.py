@@ -29,6 +29,8 @@ def layer_options(layer: Union[FADConv2d, FADNeighborhoodAttention]) -> Dict[str
     options: Dict[str, Any] = dict(
         freq_select=layer.freq_select is not None,
         kernel_decompose=layer.ada_kern.kernel_decompose if layer.ada_kern is not None else 'none')
+    if layer.ada_kern is not None:
+        options.update(ada_kern_norm=layer.ada_kern.norm_layer)
     fs = layer.freq_select
     if fs is not None:
         groups = _PER_CHANNEL if fs.spatial_group == fs.in_channels else fs.spatial_group
@@ -64,7 +66,9 @@ def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Di
         layers = group['layers'] if names is None else [names[n] for n in group['layers'] if n in names]
         if not layers:
             continue
-        report = lift_model(model, layers, **read_options(group['options']))
+        # where it is not stored, it was no option yet, and every AdaKern had a BatchNorm
+        options = {'ada_kern_norm': 'batchnorm2d', **read_options(group['options'])}
+        report = lift_model(model, layers, **options)
         lost = sorted(set(layers) - set(report.replaced))
         if lost:
             raise RuntimeError(f'{type(model).__name__} has no layers that can be lifted at: {", ".join(lost)}.')

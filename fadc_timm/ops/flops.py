@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
 from .neighborhood_attention import windows
+from .runtime import is_depthwise
 
 __all__ = ['OPERATORS', 'Operator', 'fvcore_handlers', 'layer_multiply_adds', 'ptflops_hook', 'thop_hook']
 
@@ -51,8 +52,8 @@ def _sampled(call: Arguments, split: bool) -> int:
 
 def _two_step(call: Arguments) -> int:
     """As :func:`_sampled`. A depthwise kernel is not split."""
-    is_depthwise = call['groups'] > 1 and call['groups'] == call['x'][1] == call['weight'][0]
-    return _sampled(call, not is_depthwise and (call['low'] is not None or call['high'] is not None))
+    depthwise = is_depthwise(call['x'][1], call['weight'][0], call['groups'])
+    return _sampled(call, not depthwise and (call['low'] is not None or call['high'] is not None))
 
 
 OPERATORS = (

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'as_dtype', 'constant', 'empty_map', 'exact_products', 'is_exporting', 'is_plain_eager',
-    'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'without_autocast']
+    'accumulation_dtype', 'as_dtype', 'constant', 'empty_map', 'exact_products', 'is_depthwise', 'is_exporting',
+    'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -21,6 +21,11 @@ _Function = TypeVar('_Function', bound=Callable[..., Any])
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, in which neither coordinates nor the FFT are accurate; else dtype itself."""
     return torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
+
+
+def is_depthwise(in_channels: int, out_channels: int, groups: int) -> bool:
+    """Whether a convolution has one input and one output channel per group (without a channel multiplier)."""
+    return groups > 1 and groups == in_channels == out_channels
 
 
 def table_device(device: torch.device) -> torch.device:

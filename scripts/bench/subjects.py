@@ -72,10 +72,11 @@ def _leave_identity(layer: FADConv2d | FADNeighborhoodAttention, x: Tensor) -> N
         kern, norm = layer.ada_kern, layer.ada_kern.norm
         kern.reset_parameters()
         pooled = kern.fc(x.mean(dim=(2, 3)))
-        assert norm.running_mean is not None and norm.running_var is not None
-        rms = float(pooled.square().mean().sqrt()) + 1e-6
-        nn.init.normal_(norm.running_mean, std=0.1 * rms)
-        nn.init.uniform_(norm.running_var, 0.5 * rms ** 2, 1.5 * rms ** 2)
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            rms = float(pooled.square().mean().sqrt()) + 1e-6
+            nn.init.normal_(norm.running_mean, std=0.1 * rms)
+            nn.init.uniform_(norm.running_var, 0.5 * rms ** 2, 1.5 * rms ** 2)
         nn.init.normal_(norm.weight, 1., 0.1)
         nn.init.normal_(norm.bias, std=0.1)
         for head in (kern.low, kern.high):

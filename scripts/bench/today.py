@@ -91,7 +91,9 @@ class TodayGains(nn.Module):
             return t.detach().chunk(parts)[part]
 
         self.fc = _conv(chunk(module.fc.weight)[:, :, None, None], None)
-        self.norm = nn.BatchNorm2d(self.fc.out_channels, eps=norm.eps, momentum=norm.momentum)
+        width = self.fc.out_channels
+        self.norm: nn.Module = nn.GroupNorm(norm.num_groups // parts, width, norm.eps) \
+            if isinstance(norm, nn.GroupNorm) else nn.BatchNorm2d(width, norm.eps, norm.momentum)
         self.norm.load_state_dict({
             name: t if t.dim() == 0 else chunk(t) for name, t in norm.state_dict().items()})
         head = [h for h in (module.low, module.high) if h is not None][part]
@@ -101,11 +103,11 @@ class TodayGains(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.fc(F.adaptive_avg_pool2d(x, 1))
-        if self.training and x.shape[0] == 1:  # one value a channel has no variance
-            norm = self.norm
+        norm = self.norm
+        if isinstance(norm, nn.BatchNorm2d) and self.training and x.shape[0] == 1:  # one value a channel: no variance
             x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
         else:
-            x = self.norm(x)
+            x = norm(x)
         x = F.relu(x)
         out = None if self.out_gain is None else 2 * torch.sigmoid(self.out_gain(x).flatten(1))
         return 2 * torch.sigmoid(self.in_gain(x).flatten(1)), out

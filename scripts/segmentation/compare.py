@@ -27,7 +27,7 @@ from scripts.bench.measure import Clock, interleave, peak_memory
 from scripts.results import RESULTS, commit, device_name, quartiles, read_csv
 from scripts.segmentation.comparison import BY_NAME, PRESETS, REMEDIES, SETTINGS, Preset, Setting, command
 from scripts.segmentation.data import open_data
-from scripts.segmentation.model import Auxiliary
+from scripts.segmentation.model import Auxiliary, import_smp
 from scripts.segmentation.recipe import Objective
 from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, segmentation
 from scripts.segmentation.train import integers, network_of, recipe_of
@@ -179,6 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.remedies:
         settings += [s for s in REMEDIES if s not in settings]
     preset, status, start = PRESETS[args.preset], 0, time.time()
+    if not args.report:
+        try:
+            import_smp()
+        except ImportError as e:
+            print(f'segmentation.compare: {e}', file=sys.stderr)
+            return 1
     if args.time:
         return time_steps(args, preset, settings)
     if not args.report:

@@ -22,15 +22,17 @@ import argparse
 import datetime
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 
 from fadc_timm._writing import markdown_table
+from scripts.detection.annotations import import_coco
 from scripts.results import RESULTS, Row, commit, device_name, read_csv
+from scripts.segmentation.model import import_smp
 from scripts.studies.trunk import MEAN, NAME, STD, fetch_trunk
 from scripts.training import plots
 from scripts.training.jobs import Job, run_jobs, store, unfinished
@@ -50,11 +52,13 @@ class Task(NamedTuple):
     what: In words.
     script: Module of its training.
     scores: Columns of the table, the first of which is compared, and their names.
+    check: Raises an ImportError where a package of the script is not installed.
     settings: Those that are run unless others are asked for; none for all but the remedies.
     """
     what: str
     script: str
     scores: dict[str, str]
+    check: Callable[[], Any]
     settings: tuple[str, ...] = ()
 
 
@@ -62,9 +66,9 @@ _AP = {'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75'}
 _TENTH = ('plain', 'fadc_lr0.1', 'dcnv2_lr0.1', 'dcnv2_fadc_lr0.1')
 TASKS = {
     'segmentation': Task('UPerNet, Blue Marble', 'scripts.segmentation.train',
-                         {'miou': 'mIoU', 'accuracy': 'pixel accuracy'}),
-    'faster_rcnn': Task('Faster R-CNN, tree crowns', 'scripts.detection.train', _AP, _TENTH),
-    'retinanet': Task('RetinaNet, tree crowns', 'scripts.detection.train', _AP, _TENTH),
+                         {'miou': 'mIoU', 'accuracy': 'pixel accuracy'}, import_smp),
+    'faster_rcnn': Task('Faster R-CNN, tree crowns', 'scripts.detection.train', _AP, import_coco, _TENTH),
+    'retinanet': Task('RetinaNet, tree crowns', 'scripts.detection.train', _AP, import_coco, _TENTH),
 }
 
 
@@ -239,12 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot, status = path.with_suffix('.png'), 0
     if not args.report:
         init = args.init
-        if init is None:
-            try:
+        try:
+            TASKS[args.task].check()
+            if init is None:
                 fetch_trunk(args.root or CACHE_DIR)
-            except RuntimeError as e:
-                print(f'studies.from_imagenet: {e}', file=sys.stderr)
-                return 1
+        except (ImportError, RuntimeError) as e:
+            print(f'studies.from_imagenet: {e}', file=sys.stderr)
+            return 1
+        if init is None:
             # the same command wherever the home is
             init = str(args.root / NAME) if args.root else f'~/{CACHE_DIR.relative_to(Path.home())}/{NAME}'
         jobs = unfinished(jobs_of(args, settings, init), path, KEY)

@@ -231,6 +231,7 @@ def test_checkpoint_of_the_authors(convert, tmp_path):
         with torch.no_grad():
             assert_features(model.forward_intermediates(tensors['io.x'], intermediates_only=True)[1:], tensors)
     assert config['model_args']['padding_mode'] == 'replicate' and config['model_args']['dilation_act'] == 'abs'
+    assert config['model_args']['ada_kern_norm'] == 'batchnorm2d'
     taken, added, left = lines(text)
     assert taken.keys() | added == model.state_dict().keys()
     # joined tensors name all that they were made of

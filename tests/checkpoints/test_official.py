@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-import fadc_timm  # noqa: F401  registers the models
+from fadc_timm import FADConv2d
 from fadc_timm.checkpoints.official import convert_checkpoint, convert_layer, load_layer
 from fadc_timm.ops import BACKENDS
 from tests.support.official_cases import VECTORS, assert_features, close, load, mini_backbone, part
@@ -69,6 +69,15 @@ def test_layer_refuses_leftover_and_missing_keys():
             continue
         with pytest.raises(RuntimeError, match=f'missing keys: .*{key}'):
             load_layer(class_name, kwargs, {k: v for k, v in state.items() if k != key})
+
+
+def test_layer_with_another_norm_is_refused():
+    """The authors' AdaKern has a BatchNorm, in their depthwise layer too."""
+    class_name, kwargs, tensors = layer_of('depthwise3')
+    state = part(tensors, 'state.')
+    c = kwargs['in_channels']
+    with pytest.raises(RuntimeError, match="BatchNorm, .* ada_kern_norm='batchnorm2d'"):
+        convert_layer(state, FADConv2d(c, c, 3, padding=1, groups=c, ada_kern_norm='layernorm2d'))
 
 
 @pytest.mark.parametrize('class_name', ['AdaptiveDilatedConv', 'AdaptiveDilatedDWConv'])

@@ -1,5 +1,6 @@
 """A model of one's own: saved, loaded, and read from whatever holds it."""
 import json
+import re
 from functools import partial
 
 import pytest
@@ -40,6 +41,8 @@ NETWORKS = {
     'a family': partial(
         create_fadc, 'test_resnet_fadc', num_classes=5, bands=(2, 4), fadc_stages=(False, True, False, True)),
     'family, depthwise': partial(create_fadc, 'test_convnext_fadc', num_classes=5, spatial_group=100),
+    'family, another norm': partial(create_fadc, 'test_convnext_fadc', num_classes=5, ada_kern_norm='batchnorm2d'),
+    'without BatchNorm': partial(lifted, 'poolformer_s12', num_classes=3),
 }
 
 
@@ -134,6 +137,23 @@ def test_a_family_that_was_lifted_further(tmp_path):
     assert config['architecture'] == 'test_resnet_fadc' and config['model_args']['fadc_stages'] == [True] * 4
 
 
+@torch.no_grad()
+def test_folder_from_before_the_option_of_the_norm(tmp_path):
+    """Every AdaKern had a BatchNorm then. A list of lifted layers is read so; a family names its option."""
+    model = lifted('test_convnext', num_classes=3, lift=dict(ada_kern_norm='batchnorm2d'))
+    family = create_fadc('test_convnext_fadc', num_classes=3, ada_kern_norm='batchnorm2d')
+    for m, folder in ((model, tmp_path / 'lifted'), (family, tmp_path / 'family')):
+        fadc_timm.save(m, folder)
+        text = (folder / 'config.json').read_text()
+        assert '"ada_kern_norm": "batchnorm2d"' in text
+        (folder / 'config.json').write_text(re.sub(r'"ada_kern_norm": "batchnorm2d",?', '', text))
+    assert torch.equal(fadc_timm.load(tmp_path / 'lifted').eval()(photos()), model(photos()))
+    with pytest.raises(RuntimeError, match='AdaKern has a BatchNorm in the weights, .*: see the option ada_kern_norm'):
+        fadc_timm.load(tmp_path / 'family')
+    loaded = fadc_timm.load(tmp_path / 'family', ada_kern_norm='batchnorm2d').eval()
+    assert torch.equal(loaded(photos()), family(photos()))
+
+
 def test_every_option_is_stored():
     stored = {name for sampling in SAMPLINGS for name in layer_options(FADConv2d(4, 4, 3, sampling=sampling))}
     assert stored == set(STORED) == set(OPTIONS) - {'eps', 'backend'}
@@ -205,6 +225,10 @@ def test_checkpoint_or_folder(tmp_path):
     for name in (None, 'test_resnet_fadc', 'test_resnet_fadc.r160_in1k'):
         loaded = load_checkpoint(folder, name)
         assert not loaded.training and torch.equal(loaded(x), model(x))
+    for norm in ('batchnorm2d', 'layernorm2d'):  # which it does hold
+        model = create_fadc('test_convnext_fadc', ada_kern_norm=norm)
+        torch.save(model.state_dict(), tmp_path / 'a.pth')
+        assert torch.equal(load_checkpoint(tmp_path / 'a.pth', 'test_convnext_fadc')(x), model(x))
     torch.save(trained('test_resnet'), tmp_path / 'a.pth')
     assert load_checkpoint(tmp_path / 'a.pth', 'test_resnet_fadc').num_classes == 1000
     for name, path, exception, message in (

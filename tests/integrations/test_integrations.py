@@ -19,7 +19,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fadc_timm import FADConv2d
-from tests.support.backbones import create_fadc, photos
+from tests.support.backbones import create_fadc, photos, trained
 from tests.support.cases import error
 from tests.support.integration_cases import models, opened, uses
 
@@ -183,6 +183,17 @@ def test_accelerate(name):
     assert any(n.endswith('ada_dr.conv.weight') and not torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+def load_from_disk(accelerate, name, state, folder, **kwargs):
+    """A model whose parameters are made empty, and stay on disk, except those of its first module."""
+    save_file(state, folder / 'model.safetensors')
+    with accelerate.init_empty_weights():
+        model = timm.create_model(name, num_classes=6).eval()
+    places = {child: 'disk' for child, _ in model.named_children()}
+    places[next(iter(places))] = 'cpu'
+    return accelerate.load_checkpoint_and_dispatch(
+        model, str(folder / 'model.safetensors'), device_map=places, offload_folder=str(folder / 'offload'), **kwargs)
+
+
 @uses('accelerate', 'cpu_offload, disk_offload, and empty weights with a disk map: inference')
 @models
 @pytest.mark.parametrize('way', ['cpu', 'disk', 'empty'])
@@ -196,16 +207,28 @@ def test_offload(way, name, tmp_path):
     elif way == 'disk':
         model = accelerate.disk_offload(model, str(tmp_path), execution_device='cpu')
     else:
-        save_file(model.state_dict(), tmp_path / 'model.safetensors')
-        with accelerate.init_empty_weights():
-            model = timm.create_model(name, num_classes=6).eval()
-        places = {child: 'disk' for child, _ in model.named_children()}
-        places[next(iter(places))] = 'cpu'
-        model = accelerate.load_checkpoint_and_dispatch(
-            model, str(tmp_path / 'model.safetensors'), device_map=places, offload_folder=str(tmp_path / 'offload'),
-            offload_buffers=True)
+        model = load_from_disk(accelerate, name, model.state_dict(), tmp_path, offload_buffers=True)
     assert any(p.device.type == 'meta' for m in model.modules() if isinstance(m, FADConv2d) for p in m.parameters())
     assert error(model(photos()), expected.double()) < 1e-6
+
+
+@torch.no_grad()
+def test_offload_of_parameters_alone(tmp_path):
+    """accelerate then loads no buffer of a module on disk: the plain ResNet computes with the running statistics of its
+    start, without a word. An FADC ResNet raises, and a ConvNeXt, which has no buffers, is right.
+    """
+    accelerate = pytest.importorskip('accelerate')
+    plain = timm.create_model('test_resnet', num_classes=6)
+    plain.load_state_dict(trained('test_resnet', num_classes=6))
+    assert plain.bn1.running_mean.any()
+    loaded = load_from_disk(accelerate, 'test_resnet', plain.state_dict(), tmp_path)
+    assert not loaded.bn1.running_mean.any() and error(loaded(photos()), plain.eval()(photos())) > 1
+    with pytest.raises(ValueError, match='running_mean is on the meta device'):
+        load_from_disk(accelerate, 'test_resnet_fadc', create_fadc('test_resnet_fadc', num_classes=6).state_dict(),
+                       tmp_path)
+    model = create_fadc('test_convnext_fadc', num_classes=6)
+    loaded = load_from_disk(accelerate, 'test_convnext_fadc', model.state_dict(), tmp_path)
+    assert error(loaded(photos()), model(photos()).double()) < 1e-6
 
 
 # a classifier on features

@@ -1,10 +1,12 @@
 """FreqSelect, AdaKern, AdaDR, FreeOffsets and FADConv2d against their definitions, written out in float64."""
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FreeOffsets, FreqSelect
@@ -38,16 +40,21 @@ def oracle_freq_select(m, x):
 
 
 def oracle_ada_kern(m, x):
-    """A trunk and two heads for each part; in training with more than one sample the batch's statistics."""
+    """A trunk and two heads for each part. The trunk's norm takes the statistics of each image over the part's
+    channels; or of each channel, in training with more than one sample over the batch.
+    """
     pooled = x.flatten(2).mean(2)
     width = m.fc.weight.shape[0] // m.parts
     parts = []
     for i in range(m.parts):
         rows = slice(i * width, (i + 1) * width)
         t = pooled @ m.fc.weight[rows].T
-        mean, var = m.norm.running_mean[rows], m.norm.running_var[rows]
-        if m.training and len(x) > 1:
+        if isinstance(m.norm, nn.GroupNorm):
+            mean, var = t.mean(1, keepdim=True), t.var(1, unbiased=False, keepdim=True)
+        elif m.training and len(x) > 1:
             mean, var = t.mean(0), t.var(0, unbiased=False)
+        else:
+            mean, var = m.norm.running_mean[rows], m.norm.running_var[rows]
         t = ((t - mean) / (var + m.norm.eps).sqrt() * m.norm.weight[rows] + m.norm.bias[rows]).relu()
         head = {'both': (m.low, m.high), 'low': (m.low,), 'high': (m.high,)}[m.kernel_decompose][i]
         gains = 2 * torch.sigmoid(t @ head.weight.T + head.bias)
@@ -154,9 +161,11 @@ def test_freq_select_band_weights():
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('depthwise', [False, True])
 @pytest.mark.parametrize('kernel_decompose', ['both', 'low', 'high'])
-def test_ada_kern(kernel_decompose, depthwise, batch, training):
+@pytest.mark.parametrize('norm_layer', ['batchnorm2d', 'layernorm2d'])
+def test_ada_kern(norm_layer, kernel_decompose, depthwise, batch, training):
     out_channels = 6 if depthwise else 10
-    m = AdaKern(6, out_channels, kernel_decompose, depthwise, min_channels=4, dtype=torch.float64)
+    m = AdaKern(
+        6, out_channels, kernel_decompose, depthwise, min_channels=4, norm_layer=norm_layer, dtype=torch.float64)
     m = off_identity(m, 2.).train(training)
     x = torch.randn(batch, 6, 5, 4, dtype=torch.float64, requires_grad=True)
     inputs = [x, *m.parameters()]
@@ -188,6 +197,36 @@ def test_ada_kern_reparameterized(kernel_decompose, depthwise):
     assert_same(m.train()(x[:1]), [None if g is None else g[:1] for g in expected], EXACT)
     m.reset_parameters()
     assert all(g is None or torch.equal(g, torch.ones_like(g)) for g in m(x))
+
+
+def test_ada_kern_with_a_norm_per_image_has_nothing_to_fold():
+    m = off_identity(AdaKern(6, 6, norm_layer='layernorm2d'))
+    x = torch.randn(3, 6, 5, 4)
+    expected = m(x)
+    m.reparameterize()
+    assert type(m.norm) is nn.GroupNorm and all(map(torch.equal, m(x), expected))
+
+
+@pytest.mark.parametrize('norm_layer, made, name', [
+    ('BatchNorm2d', 'BatchNorm2d(32, eps=1e-05', 'BatchNorm2d'),  # timm's names have no case
+    (partial(nn.BatchNorm2d, eps=1e-3), 'BatchNorm2d(32, eps=0.001', 'batchnorm2d'),
+    ('layernorm', 'GroupNorm(2, 32, eps=1e-06, affine=True', 'layernorm'),
+    (nn.LayerNorm, 'GroupNorm(2, 32, eps=1e-05, affine=True', 'layernorm2d'),
+    (partial(LayerNorm2d, eps=1e-3, affine=False), 'GroupNorm(2, 32, eps=0.001, affine=False', 'layernorm2d'),
+    ('groupnorm1', 'GroupNorm(2, 32, eps=1e-05, affine=True', 'groupnorm1'),
+    (lambda n, **dd: nn.GroupNorm(4, n, **dd), 'GroupNorm(8, 32, eps=1e-05, affine=True', 'layernorm2d'),
+], ids=str)
+def test_ada_kern_norms(norm_layer, made, name):
+    """timm's names and callables; the parts of the kernel never meet in the norm."""
+    m = AdaKern(4, 6, norm_layer=norm_layer)
+    assert repr(m.norm).startswith(made) and m.norm_layer == name
+    x = torch.randn(3, 4, 5, 5)
+    assert all(torch.equal(g, torch.ones_like(g)) for g in m(x))
+    off_identity(m)
+    high_in, high_out = m(x)[2:]
+    with torch.no_grad():
+        m.fc.weight[:16] = 7
+    assert torch.equal(m(x)[2], high_in) and torch.equal(m(x)[3], high_out)
 
 
 def test_ada_kern_gains_at_start_and_at_the_ends():

@@ -240,6 +240,11 @@ BAD = [
     (dict(padding_mode='reflect'), ValueError, 'padding_mode.*reflect'),
     (dict(kernel_decompose='no'), ValueError, "kernel_decompose.*'no'"),
     (dict(kernel_decompose=None), ValueError, 'kernel_decompose.*None'),
+    (dict(ada_kern_norm='rmsnorm2d'), ValueError, "ada_kern_norm .* must make a BatchNorm, .*'rmsnorm2d'"),
+    (dict(ada_kern_norm='frozenbatchnorm2d'), ValueError, "ada_kern_norm.*'frozenbatchnorm2d'"),
+    (dict(ada_kern_norm='batch'), ValueError, "ada_kern_norm .*'batchnorm2d'.*got 'batch'"),
+    (dict(ada_kern_norm=nn.Identity), ValueError, 'ada_kern_norm.*Identity'),
+    (dict(ada_kern_norm=None), ValueError, 'ada_kern_norm.*None'),
     (dict(dilation_act='gelu'), ValueError, 'dilation_act.*gelu'),
     (dict(dilation_groups=3), ValueError, 'dilation_groups=3'),
     (dict(dilation_groups=0), ValueError, 'dilation_groups=0'),
@@ -309,6 +314,32 @@ def test_batch_1_trains(sync):
     assert error(m(two), copy.deepcopy(m).eval()(two)) > 1e-3
     assert not any(torch.equal(t, before[name]) for name, t in norm.state_dict().items() if 'running' in name)
     assert norm.num_batches_tracked == before['num_batches_tracked'] + 1
+
+
+@pytest.mark.parametrize('groups', [1, 4], ids=['dense', 'depthwise'])
+def test_images_do_not_depend_on_each_other(groups):
+    """With AdaKern's norm per image: outputs and gradients of an image are those in a batch, in training too."""
+    x = torch.randn(3, 4, 8, 7, dtype=torch.float64)
+    for norm, equal in (('layernorm2d', True), ('batchnorm2d', False)):
+        m = off_identity(make(4, padding=1, groups=groups, ada_kern_norm=norm, dtype=torch.float64)).train()
+        alone = [m(image[None]) for image in x]
+        of_each = [torch.autograd.grad(y.square().sum(), list(m.parameters())) for y in alone]
+        batch = m(x)
+        of_batch = torch.autograd.grad(batch.square().sum(), list(m.parameters()))
+        assert (error(torch.cat(alone), batch) < EXACT) == equal
+        assert (max(error(sum(gs), g) for *gs, g in zip(*of_each, of_batch)) < EXACT) == equal
+        assert error(torch.cat([m.eval()(image[None]) for image in x]), m(x)) < EXACT
+
+
+def test_weights_of_another_norm():
+    """Those of a BatchNorm are refused by the option's name, where torch would drop its statistics without a word too.
+    """
+    batch, layer = (AdaKern(4, 6, norm_layer=n) for n in ('batchnorm2d', 'layernorm2d'))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="norm is a BatchNorm in the weights .* norm_layer, .* 'batchnorm2d'"):
+            layer.load_state_dict(batch.state_dict(), strict=strict)
+    with pytest.raises(RuntimeError, match=r'Missing key.*norm\.running_mean'):
+        batch.load_state_dict(layer.state_dict())
 
 
 @pytest.mark.parametrize('sampling', SAMPLINGS)

@@ -118,8 +118,9 @@ def test_meta(cfg):
 
 
 def test_state_dict():
-    """Plain keys for the plain convolution, no buffers but the norm's."""
+    """Plain keys for the plain convolution, no buffers but those of a BatchNorm."""
     m = FADConv2d(4, 6, 3)
+    assert not dict(FADConv2d(4, 6, 3, ada_kern_norm='layernorm2d').named_buffers())
     assert {n for n, _ in m.named_buffers()} == {
         f'ada_kern.norm.{n}' for n in ('running_mean', 'running_var', 'num_batches_tracked')}
     assert set(m.state_dict()) == {n for n, _ in m.named_buffers()} | {n for n, _ in m.named_parameters()}

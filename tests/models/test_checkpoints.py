@@ -142,6 +142,10 @@ def test_checkpoint_path(base, tmp_path, caplog):
         'weights have FreqSelect', 'weights have AdaKern, .*kernel_decompose', 'weights have AdaDR, .* sampling']),
     (dict(freq_select=False), {}, ['model has FreqSelect, which the weights lack.*: see the option freq_select']),
     (dict(kernel_decompose='low'), dict(kernel_decompose='high'), ['different parts of AdaKern: .* kernel_decompose']),
+    (dict(ada_kern_norm='batchnorm2d'), dict(ada_kern_norm='layernorm2d'), [
+        'AdaKern has a BatchNorm in the weights, and another norm in the model: see the option ada_kern_norm']),
+    (dict(ada_kern_norm='layernorm2d', freq_select=False), dict(ada_kern_norm='batchnorm2d'), [
+        'AdaKern has a BatchNorm in the model, and another norm .* ada_kern_norm', 'model has FreqSelect, .* lack']),
     (dict(fadc_stages=(False, False, True, True)), {}, ['model has FADC in {1}, where .*: see fadc_stages']),
     (dict(fadc_stages=(True,) * 4), {}, ['weights have FADC in {0}, where the model has none: see fadc_stages']),
     (dict(bands=(2, 4)), {}, ['size mismatch: FreqSelect follows the options bands, lowfreq_att and spatial_group']),

@@ -19,6 +19,8 @@ FAD_CONV = [
     dict(padding='same', dilation=2, groups=2, dilation_act='zero', kernel_decompose='low', lowfreq_att=True),
     dict(padding=1, dilation=3, kernel_decompose='high', bands=(2, 3)),  # crops
     dict(kernel_size=1, kernel_decompose='low'),
+    dict(padding=1, ada_kern_norm='layernorm2d'),
+    dict(kernel_size=5, padding=2, groups=4, out_channels=4, ada_kern_norm='layernorm2d'),
     dict(padding=1, padding_mode='replicate'),
     dict(padding='same', dilation=2, padding_mode='replicate', stride=1),
     dict(kernel_size=5, padding=4, dilation=2, padding_mode='replicate', stride=2, groups=4, out_channels=4),

@@ -22,6 +22,22 @@ def put(path, array):
     Image.fromarray(np.asarray(array)).save(path)
 
 
+def write_folder(root):
+    """Write a data set in the layout `folder`: halves of two grey values, one pixel unlabelled; four and two images."""
+    rng = np.random.default_rng(0)
+    root.mkdir(exist_ok=True)
+    (root / 'classes.txt').write_text('left\nright\n')
+    for split, count in (('train', 4), ('val', 2)):
+        for i in range(count):
+            mask = np.zeros((40, 48), np.uint8)
+            mask[:, int(rng.integers(12, 36)):] = 1
+            noise = rng.integers(0, 60, (40, 48, 3))
+            mask[0, 0] = 255
+            put(root / split / 'images' / f'{i}.png', (noise + 120 * (mask == 1)[..., None]).astype(np.uint8))
+            put(root / split / 'masks' / f'{i}.png', mask)
+    return root
+
+
 def awake(model):
     """Undo the zeros, of norms and of ConvNeXt's scales, that residual branches start with, and are hidden by."""
     for name, parameter in model.named_parameters():

@@ -163,6 +163,10 @@ def _empty(like: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], kernel_size: List[int],
              dilation: List[int]) -> Tensor:
+    """See :func:`neighborhood_attention2d`: q, k and v (B, heads, H, W, c) to the same shape.
+
+    H and W are at least kernel size times dilation.
+    """
     plan, out = _Plan(q, kernel_size, dilation), _empty(q)
     for pair in plan.pairs if q.numel() else ():
         table = pair.table(bias, plan.dtype)
@@ -191,6 +195,7 @@ def _add_blocks(target: Tensor, blocks: Tensor, pair: _Pair) -> None:
 
 def _gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], kernel_size: List[int],
               dilation: List[int]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`neighborhood_windows` for q, k, v and bias; empty for a bias that is None."""
     plan = _Plan(q, kernel_size, dilation)
     exact = accumulation_dtype(q.dtype)
     grad_q, grad_k, grad_v = _empty(q), _empty(q, exact).zero_(), _empty(q, exact).zero_()
@@ -221,21 +226,8 @@ def _gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tens
             grad_bias if bias is None else grad_bias.to(bias.dtype))
 
 
-@torch.library.custom_op('fadc_timm::neighborhood_windows', mutates_args=())
-@exact_products
-def neighborhood_windows(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Optional[Tensor],
-        kernel_size: List[int],
-        dilation: List[int],
-) -> Tensor:
-    """See :func:`neighborhood_attention2d`: q, k and v (B, heads, H, W, c) to the same shape.
-
-    H and W are at least kernel size times dilation.
-    """
-    return _forward(q, k, v, bias, kernel_size, dilation)
+neighborhood_windows = torch.library.custom_op(
+    'fadc_timm::neighborhood_windows', exact_products(_forward), mutates_args=())
 
 
 @neighborhood_windows.register_fake
@@ -243,19 +235,8 @@ def _(q, k, v, bias, kernel_size, dilation):
     return _empty(q)
 
 
-@torch.library.custom_op('fadc_timm::neighborhood_windows_backward', mutates_args=())
-@exact_products
-def neighborhood_windows_backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Optional[Tensor],
-        kernel_size: List[int],
-        dilation: List[int],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`neighborhood_windows` for q, k, v and bias; empty for a bias that is None."""
-    return _gradient(grad, q, k, v, bias, kernel_size, dilation)
+neighborhood_windows_backward = torch.library.custom_op(
+    'fadc_timm::neighborhood_windows_backward', exact_products(_gradient), mutates_args=())
 
 
 @neighborhood_windows_backward.register_fake

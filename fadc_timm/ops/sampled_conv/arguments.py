@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, as_dtype, is_exporting, is_transformed
+from ..runtime import accumulation_dtype, as_dtype, is_depthwise, is_exporting, is_transformed
 
 Gains = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
@@ -43,7 +43,9 @@ def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
     def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
         if into is not None:
             # input channels are counted within the group of the output channel
-            into = into.unflatten(1, (groups, 1, -1)).expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
+            into = into.unflatten(1, (groups, -1))
+            if len(weight) > groups:
+                into = into[:, :, None].expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
             part = part * into[:, :, :, None, None]
         return part if out is None else part * out[:, :, None, None, None]
 
@@ -101,8 +103,7 @@ class ConvArgs(NamedTuple):
 
     @property
     def is_depthwise(self) -> bool:
-        """One input and one output channel per group (without a channel multiplier)."""
-        return self.groups > 1 and self.groups == self.x.shape[1] == self.weight.shape[0]
+        return is_depthwise(self.x.shape[1], self.weight.shape[0], self.groups)
 
     def to(self, dtype: torch.dtype) -> 'ConvArgs':
         """The call in another dtype."""

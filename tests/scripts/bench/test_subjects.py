@@ -27,6 +27,7 @@ LAYERS = (
     dict(spatial_group=2, lowfreq_att=True, dilation_groups=2),
     dict(kernel_decompose='low'),
     dict(kernel_decompose='high', bias=False),
+    dict(groups=16, ada_kern_norm='layernorm2d'),
     dict(freq_select=False, kernel_decompose='none'),
 )
 
@@ -75,7 +76,8 @@ def test_today_shares_nothing_and_needs_ada_dr():
 
 
 @pytest.mark.parametrize(
-    'cfg', [dict(), dict(groups=16, kernel_size=7, padding=3), dict(dilation=2, padding=2)], ids=ids)
+    'cfg', [dict(), dict(groups=16, kernel_size=7, padding=3), dict(dilation=2, padding=2),
+            dict(ada_kern_norm='layernorm2d')], ids=ids)
 def test_leave_identity(cfg):
     layer = FADConv2d(16, 16, **{**dict(kernel_size=3, padding=1), **cfg})
     fresh = {k: v.clone() for k, v in layer.state_dict().items()}

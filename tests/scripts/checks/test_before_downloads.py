@@ -4,7 +4,8 @@ import sys
 import pytest
 
 from scripts.checks import timm_suite
-from scripts.studies import dilation_frequency, train_default
+from scripts.segmentation import compare
+from scripts.studies import dilation_frequency, from_imagenet, train_default
 
 
 def no_download(*args, **kwargs):
@@ -31,3 +32,22 @@ def test_dilation_frequency(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(dilation_frequency, 'states_of', no_download)
     assert dilation_frequency.main(['--images', str(tmp_path / 'absent')]) == 2
     assert 'no image or folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('task, package', [
+    ('segmentation', 'segmentation_models_pytorch'), ('faster_rcnn', 'pycocotools')])
+def test_from_imagenet(task, package, monkeypatch, capsys, tmp_path):
+    """Nor does each of the runs fail for it."""
+    monkeypatch.setattr(from_imagenet, 'fetch_trunk', no_download)
+    monkeypatch.setattr(from_imagenet, 'run_jobs', no_download)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert from_imagenet.main(['--task', task, '--runs', str(tmp_path)]) == 1
+    assert f'needs {package}: pip install' in capsys.readouterr().err
+
+
+def test_compare(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(compare, 'classes_of', no_download)
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+    for more in ([], ['--time']):
+        assert compare.main(['--runs', str(tmp_path), *more]) == 1
+        assert 'needs segmentation_models_pytorch: pip install' in capsys.readouterr().err

@@ -19,7 +19,7 @@ from scripts.training.engine import train
 from scripts.training.variants import apply_variant
 from scripts.training.world import World
 from tests.support.processes import torchrun
-from tests.support.segmentation_cases import Pictures, backbone, transform
+from tests.support.segmentation_cases import Pictures, backbone, transform, write_folder
 from tests.support.training_cases import losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -110,21 +110,7 @@ def test_dilation_loss():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set in the layout `folder`: halves of two grey values, one pixel unlabelled."""
-    root, rng = tmp_path / 'data', np.random.default_rng(0)
-    root.mkdir()
-    (root / 'classes.txt').write_text('left\nright\n')
-    for split, count in (('train', 4), ('val', 2)):
-        for i in range(count):
-            mask = np.zeros((40, 48), np.uint8)
-            mask[:, int(rng.integers(12, 36)):] = 1
-            noise = rng.integers(0, 60, (40, 48, 3))
-            mask[0, 0] = 255
-            for kind, array in (('images', (noise + 120 * (mask == 1)[..., None]).astype(np.uint8)), ('masks', mask)):
-                path = root / split / kind / f'{i}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(path)
-    return root
+    return write_folder(tmp_path / 'data')
 
 
 OPTIONS = ['--backbone', 'test_resnet_fadc', '--decoder-channels', '8', '--crop', '32', '--batch', '2', '--steps', '6',

@@ -18,16 +18,6 @@ def _empty_means(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
-    y, means = empty_map(x), _empty_means(x)
-    if not x.numel():
-        return y, means, x.new_empty((0,))
-    with without_autocast(x):
-        coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
-    return y, means, coefficients
-
-
-@torch.library.custom_op('fadc_timm::mix_bands_triton', mutates_args=())
-def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`mix_bands` in Triton.
 
     Args:
@@ -40,7 +30,15 @@ def mix_bands_triton(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> 
         The mix (B, C, H, W) channels_last; what each block of the mix adds to its mean (B, blocks, C), float32 or
         float64; and the coefficients of x (B, J, J', C), which the backward pass reads.
     """
-    return _forward(x, maps, factors, act)
+    y, means = empty_map(x), _empty_means(x)
+    if not x.numel():
+        return y, means, x.new_empty((0,))
+    with without_autocast(x):
+        coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
+    return y, means, coefficients
+
+
+mix_bands_triton = torch.library.custom_op('fadc_timm::mix_bands_triton', _forward, mutates_args=())
 
 
 def _count(n: int, factors: List[int]) -> int:
@@ -64,6 +62,7 @@ def _gradient(
         factors: List[int],
         act: bool,
 ) -> Tuple[Tensor, Tensor]:
+    """Gradients of :func:`mix_bands_triton` for x and maps. The low-passes are self-adjoint."""
     grad_x, grad_maps = empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     if not x.numel():
         return grad_x, grad_maps.zero_()
@@ -73,18 +72,8 @@ def _gradient(
     return grad_x, grad_maps
 
 
-@torch.library.custom_op('fadc_timm::mix_bands_triton_backward', mutates_args=())
-def mix_bands_triton_backward(
-        grad: Tensor,
-        grad_means: Optional[Tensor],
-        x: Tensor,
-        maps: Tensor,
-        coefficients: Tensor,
-        factors: List[int],
-        act: bool,
-) -> Tuple[Tensor, Tensor]:
-    """Gradients of :func:`mix_bands_triton` for x and maps. The low-passes are self-adjoint."""
-    return _gradient(grad, grad_means, x, maps, coefficients, factors, act)
+mix_bands_triton_backward = torch.library.custom_op(
+    'fadc_timm::mix_bands_triton_backward', _gradient, mutates_args=())
 
 
 @mix_bands_triton_backward.register_fake

@@ -8,7 +8,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...runtime import accumulation_dtype
+from ...runtime import accumulation_dtype, is_depthwise
 from ...triton_support import cdiv, types_of
 
 __all__ = ['ACTS', 'Call', 'Spec', 'Tile', 'mask_in']
@@ -96,7 +96,7 @@ class Call:
         self.step_channels = 2 * self.taps if spec.spacing else 1
         self.step_groups = spec.steps[1] // (1 + self.taps if self.joint else self.step_channels)
         self.step_width = self.c // self.step_groups
-        self.is_depthwise = spec.groups > 1 and spec.groups == self.c == self.o
+        self.is_depthwise = is_depthwise(self.c, self.o, spec.groups)
         self.wide = accumulation_dtype(spec.dtype)
         self.acc, self.upcast = types_of(spec.dtype)
         self.out_per_group = self.o // spec.groups

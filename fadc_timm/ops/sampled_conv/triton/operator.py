@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import settings
 from ...derivatives import refuse_more
-from ...runtime import empty_map, is_plain_eager, nhwc, without_autocast
+from ...runtime import empty_map, is_depthwise, is_plain_eager, nhwc, without_autocast
 from . import dense, depthwise
 from .call import Spec, call_of
 
@@ -15,10 +15,6 @@ __all__ = ['call', 'two_step_conv2d']
 
 def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
     return empty_map(x, (x.shape[0], weight.shape[0], *steps.shape[2:]))
-
-
-def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    return groups > 1 and groups == x.shape[1] == weight.shape[0]
 
 
 def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
@@ -34,39 +30,6 @@ def _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, paddi
 
 
 def _forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        steps: Tensor,
-        mask: Optional[Tensor],
-        low: Optional[Tensor],
-        high: Optional[Tensor],
-        act: int,
-        base: float,
-        gains_act: bool,
-        save: bool,
-        stride: List[int],
-        padding: List[int],
-        spacing: List[int],
-        groups: int,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    y = _empty_output(x, weight, steps)
-    nothing = x.new_empty((0,)), x.new_empty((0,))
-    if not y.numel():
-        return y, *nothing
-    bias, low, high = _in_a_row(bias, low, high)
-    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
-    tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
-    if call_of(spec).is_depthwise:
-        depthwise.forward(spec, *tensors)
-        return y, *nothing
-    with without_autocast(x):
-        parts = dense.forward(spec, *tensors, save and spec.split)
-    return (y, *parts) if save and spec.split else (y, *nothing)
-
-
-@torch.library.custom_op('fadc_timm::two_step_conv2d', mutates_args=())
-def two_step_conv2d(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
@@ -110,14 +73,29 @@ def two_step_conv2d(
         The output (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O),
         which are empty unless they were asked for.
     """
-    return _forward(
-        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)
+    y = _empty_output(x, weight, steps)
+    nothing = x.new_empty((0,)), x.new_empty((0,))
+    if not y.numel():
+        return y, *nothing
+    bias, low, high = _in_a_row(bias, low, high)
+    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
+    tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
+    if call_of(spec).is_depthwise:
+        depthwise.forward(spec, *tensors)
+        return y, *nothing
+    with without_autocast(x):
+        parts = dense.forward(spec, *tensors, save and spec.split)
+    return (y, *parts) if save and spec.split else (y, *nothing)
+
+
+two_step_conv2d = torch.library.custom_op('fadc_timm::two_step_conv2d', _forward, mutates_args=())
 
 
 @two_step_conv2d.register_fake
 def _(x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups):
     y = _empty_output(x, weight, steps)
-    if not save or (low is None and high is None) or _is_depthwise(x, weight, groups) or x.shape[0] == 0:
+    split = (low is not None or high is not None) and not is_depthwise(x.shape[1], weight.shape[0], groups)
+    if not (save and split) or x.shape[0] == 0:
         return y, x.new_empty((0,)), x.new_empty((0,))
     part = x.new_empty((x.shape[0] * steps.shape[2] * steps.shape[3], weight.shape[0]))
     return y, part, torch.empty_like(part)
@@ -142,6 +120,10 @@ def _gradient(
         spacing: List[int],
         groups: int,
 ) -> List[Tensor]:
+    """Gradients of :func:`two_step_conv2d` for x, weight, bias, steps, mask, low and high; empty for None.
+
+    Without the two parts of the output, the gradients of low and high are right for the input channels only.
+    """
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
         return [x.new_empty((0,)) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
@@ -166,33 +148,8 @@ def _gradient(
     return [x.new_empty((0,)) if g is None else g for g in (grad_x, *grads)]
 
 
-@torch.library.custom_op('fadc_timm::two_step_conv2d_backward', mutates_args=())
-def two_step_conv2d_backward(
-        grad: Tensor,
-        high_part: Tensor,
-        low_part: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        steps: Tensor,
-        mask: Optional[Tensor],
-        low: Optional[Tensor],
-        high: Optional[Tensor],
-        act: int,
-        base: float,
-        gains_act: bool,
-        stride: List[int],
-        padding: List[int],
-        spacing: List[int],
-        groups: int,
-) -> List[Tensor]:
-    """Gradients of :func:`two_step_conv2d` for x, weight, bias, steps, mask, low and high; empty for None.
-
-    Without the two parts of the output, the gradients of low and high are right for the input channels only.
-    """
-    return _gradient(
-        grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
-        spacing, groups)
+two_step_conv2d_backward = torch.library.custom_op(
+    'fadc_timm::two_step_conv2d_backward', _gradient, mutates_args=())
 
 
 def _scale(
