@@ -215,7 +215,7 @@ def test_ada_kern_with_a_norm_per_image_has_nothing_to_fold():
     (partial(LayerNorm2d, eps=1e-3, affine=False), 'GroupNorm(2, 32, eps=0.001, affine=False', 'layernorm2d'),
     ('groupnorm1', 'GroupNorm(2, 32, eps=1e-05, affine=True', 'groupnorm1'),
     (lambda n, **dd: nn.GroupNorm(4, n, **dd), 'GroupNorm(8, 32, eps=1e-05, affine=True', 'layernorm2d'),
-], ids=str)
+], ids=['batchnorm', 'batchnorm eps', 'layernorm', 'LayerNorm', 'layernorm eps', 'groupnorm1', 'four groups'])
 def test_ada_kern_norms(norm_layer, made, name):
     """timm's names and callables; the parts of the kernel never meet in the norm."""
     m = AdaKern(4, 6, norm_layer=norm_layer)
