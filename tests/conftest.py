@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(items):
     """Leave to the sweep what says little more of a kernel and takes its interpreter seconds per case."""
     from tests.support.op_checks import CASE
     for item in items:
+        if ' at 0x' in item.nodeid:
+            raise pytest.UsageError(f'the processes of a run must give a test one name, got {item.nodeid}: give ids')
         params = item.callspec.params if hasattr(item, 'callspec') else {}
         if params.get('backend') != 'triton' or params.get('device') == 'cuda':
             continue
