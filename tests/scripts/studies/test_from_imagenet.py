@@ -67,6 +67,8 @@ def study(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(from_imagenet, 'RUNS', tmp_path / 'runs.csv')
     monkeypatch.setattr(from_imagenet, 'fetch_trunk', lambda folder: None)
+    monkeypatch.setattr(from_imagenet, 'TASKS', {
+        name: task._replace(check=lambda: None) for name, task in from_imagenet.TASKS.items()})
 
     def run_one(job, folder, threads, children):
         ran.append(job)
