@@ -132,21 +132,22 @@ class Shop:
         if args[0] == 'run':
             self.timm_script(args[1:], before=('-m', 'fadc_timm', 'run'))
         elif args[0] == 'push':
-            client = self.request.getfixturevalue('client')
-            client.call(os.chdir, str(self.folder))
-            done = client.call(script, 'fadc_timm.cli', *args, token=TOKEN)
-            assert done['status'] == 0, done['out']
+            self.with_hub('fadc_timm.cli', args)
         else:
             assert cli.main(args) == 0
+
+    def with_hub(self, module, args):
+        """Run a module in the process whose Hub is on this machine."""
+        client = self.request.getfixturevalue('client')
+        client.call(os.chdir, str(self.folder))
+        done = client.call(script, module, *args, token=TOKEN)
+        assert done['status'] == 0, done['out']
 
     def module(self, name, args):
         if any(name.startswith(prefix) for prefix in PARSED):
             self.parse(name, args)
         elif name == 'scripts.publish.push_to_hub':
-            client = self.request.getfixturevalue('client')
-            client.call(os.chdir, str(self.folder))
-            done = client.call(script, name, *args, token=TOKEN)
-            assert done['status'] == 0, done['out']
+            self.with_hub(name, args)
         elif name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
             self.absent.add(NEEDS[name])
         else:

@@ -32,6 +32,7 @@ from scripts.segmentation.recipe import Objective
 from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, segmentation
 from scripts.segmentation.train import integers, network_of, recipe_of
 from scripts.segmentation.train import parse_args as parse_training
+from scripts.training.command_line import exit_status
 from scripts.training.jobs import Job, run_jobs, store, unfinished
 from scripts.training.optimizer import rate_groups
 
@@ -179,12 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.remedies:
         settings += [s for s in REMEDIES if s not in settings]
     preset, status, start = PRESETS[args.preset], 0, time.time()
-    if not args.report:
-        try:
-            import_smp()
-        except ImportError as e:
-            print(f'segmentation.compare: {e}', file=sys.stderr)
-            return 1
+    if not args.report and exit_status('segmentation.compare', import_smp, None):
+        return 1
     if args.time:
         return time_steps(args, preset, settings)
     if not args.report:

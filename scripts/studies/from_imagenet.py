@@ -35,6 +35,7 @@ from scripts.results import RESULTS, Row, commit, device_name, read_csv
 from scripts.segmentation.model import import_smp
 from scripts.studies.trunk import MEAN, NAME, STD, fetch_trunk
 from scripts.training import plots
+from scripts.training.command_line import exit_status
 from scripts.training.jobs import Job, run_jobs, store, unfinished
 from scripts.training.paired import paired_difference, spread
 from scripts.wheels import CACHE_DIR
@@ -243,13 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot, status = path.with_suffix('.png'), 0
     if not args.report:
         init = args.init
-        try:
+
+        def prepare() -> None:
             TASKS[args.task].check()
             if init is None:
                 fetch_trunk(args.root or CACHE_DIR)
-        except (ImportError, RuntimeError) as e:
-            print(f'studies.from_imagenet: {e}', file=sys.stderr)
-            return 1
+
+        status = exit_status('studies.from_imagenet', prepare, None)
+        if status:
+            return status
         if init is None:
             # the same command wherever the home is
             init = str(args.root / NAME) if args.root else f'~/{CACHE_DIR.relative_to(Path.home())}/{NAME}'

@@ -43,9 +43,7 @@ def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
     def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
         if into is not None:
             # input channels are counted within the group of the output channel
-            into = into.unflatten(1, (groups, -1))
-            if len(weight) > groups:
-                into = into[:, :, None].expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
+            into = into.unflatten(1, (groups, 1, -1)).expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
             part = part * into[:, :, :, None, None]
         return part if out is None else part * out[:, :, None, None, None]
 
@@ -132,17 +130,14 @@ class ConvArgs(NamedTuple):
         return split_kernel(self.weight)
 
 
-def per_channel(gain: Tensor) -> Tensor:
-    """A gain (B, C) as (B, C, 1, 1)."""
-    if not torch.jit.is_scripting():
-        if is_exporting():
-            return gain.view(-1, gain.shape[1], 1, 1)  # one node
-    return gain[:, :, None, None]
-
-
 def scale_channels(x: Tensor, gain: Optional[Tensor]) -> Tensor:
     """Multiply the channels of x (B, C, H, W) by a gain (B, C), or by one."""
-    return x if gain is None else x * per_channel(gain)
+    if gain is None:
+        return x
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            return x * gain.view(-1, gain.shape[1], 1, 1)  # one node
+    return x * gain[:, :, None, None]
 
 
 def combine_parts(high: Tensor, low: Tensor, args: ConvArgs) -> Tensor:
