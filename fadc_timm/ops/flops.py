@@ -12,7 +12,7 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
+from . import few_outputs, sampled_conv  # noqa: F401  register torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
 from .neighborhood_attention import windows
 from .runtime import is_depthwise
@@ -50,6 +50,10 @@ def _sampled(call: Arguments, split: bool) -> int:
     return _prod(call['y']) * c * (k * k + split)
 
 
+def _convolution(call: Arguments) -> int:
+    return _prod(call['y']) * _prod(call['weight'][1:])
+
+
 def _two_step(call: Arguments) -> int:
     """As :func:`_sampled`. A depthwise kernel is not split."""
     depthwise = is_depthwise(call['x'][1], call['weight'][0], call['groups'])
@@ -66,6 +70,9 @@ OPERATORS = (
     Operator(
         torch.ops.fadc_timm.two_step_conv2d, torch.ops.fadc_timm.two_step_conv2d_backward,
         _two_step, is_convolution=True),
+    Operator(
+        torch.ops.fadc_timm.few_outputs_conv2d, torch.ops.fadc_timm.few_outputs_conv2d_backward,
+        _convolution, is_convolution=True),
     Operator(
         torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_low_passes_backward,
         lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from fadc_timm.ops import triton_support
 from fadc_timm.ops.band_mix.triton import operator as band_operator
+from fadc_timm.ops.few_outputs import operator as predictor_operator
 from fadc_timm.ops.sampled_conv.triton import ACTS
 from fadc_timm.ops.sampled_conv.triton import operator as conv_operator
 from fadc_timm.ops.triton_support import Launch
@@ -105,7 +106,28 @@ class Bands:
         band_operator.mix_bands_triton_backward._init_fn(y, means, x, maps, coefficients, *options)
 
 
-LAYERS: tuple[Layer | Bands, ...] = (
+@dataclass(frozen=True)
+class Predictor:
+    """A convolution with few outputs, as FreqSelect and AdaDR predict by it."""
+    name: str
+    b: int
+    c: int
+    side: int
+    outputs: int
+    k: int = 3
+    stride: int = 1
+    bias: bool = True
+    dtypes: tuple[torch.dtype, ...] = HALF
+
+    def run(self, dtype: torch.dtype) -> None:
+        x, weight = empty_map(self.b, self.c, self.side, self.side, dtype), empty(self.outputs, self.c, self.k, self.k)
+        bias = empty(self.outputs) if self.bias else None
+        options = [self.stride] * 2, [self.k // 2] * 2, [1, 1]
+        y, taps = predictor_operator.few_outputs_conv2d._init_fn(x, weight, bias, *options)
+        predictor_operator.few_outputs_conv2d_backward._init_fn(y, taps, x, weight, bias, *options)
+
+
+LAYERS: tuple[Layer | Bands | Predictor, ...] = (
     Layer('resnet50 stage 2', 64, 128, 128, 28),
     Layer('resnet50 stage 3', 64, 256, 256, 14),
     Layer('resnet50 stage 4', 64, 512, 512, 7),
@@ -120,8 +142,12 @@ LAYERS: tuple[Layer | Bands, ...] = (
     Bands('bands, resnet50 stage 2, strided', 64, 128, 56, 56),
     Bands('bands, resnet50 stage 2', 64, 128, 28, 28),
     Bands('bands, resnet50 stage 4', 64, 512, 7, 7),
+    Predictor('FreqSelect in resnet50 stage 2', 64, 128, 28, 3),
+    Predictor('AdaDR in resnet50 stage 3, strided', 64, 256, 28, 10, stride=2),
+    Predictor('AdaDR in convnext_tiny stage 2', 64, 192, 28, 1, k=7),
+    Predictor('mask in convnext_tiny stage 2', 64, 192, 28, 49, k=1),
 )
-VARIANTS: tuple[Layer | Bands, ...] = (
+VARIANTS: tuple[Layer | Bands | Predictor, ...] = (
     Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, act='none', dtypes=(torch.bfloat16,)),
     Layer('float64', 2, 16, 16, 7, act='relu', dtypes=(torch.float64,)),
     Layer('one pixel', 1, 1, 1, 1, dtypes=HALF),
@@ -143,6 +169,8 @@ VARIANTS: tuple[Layer | Bands, ...] = (
     Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
     Bands('bands, one factor', 2, 200, 20, 65, 2, factors=(2,), dtypes=HALF),
+    Predictor('predictor, bfloat16, no bias', 2, 12, 9, 27, bias=False, dtypes=(torch.bfloat16,)),
+    Predictor('predictor, one pixel', 1, 1, 1, 1, k=1, dtypes=(torch.float32, torch.float64)),
 )
 # of a multiprocessor of compute capability 9.0
 REGISTERS, SHARED, MAX_WARPS = 65536, 227 * 1024, 64
@@ -156,7 +184,7 @@ def empty_map(b: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return empty(b, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def launches(layer: Layer | Bands, dtype: torch.dtype) -> Launches:
+def launches(layer: Layer | Bands | Predictor, dtype: torch.dtype) -> Launches:
     """What a layer launches forward and backward, each kernel once: tiles differ in numbers alone."""
     found: Launches = []
     original = triton_support.launch
@@ -215,7 +243,7 @@ def inspect(this: Launch, tensors: tuple[Tensor | None, ...], arch: int) -> dict
         'atomics': ' '.join(atomics) or 'none'}
 
 
-def rows_of(layer: Layer | Bands, arch: int) -> Iterator[dict[str, Any]]:
+def rows_of(layer: Layer | Bands | Predictor, arch: int) -> Iterator[dict[str, Any]]:
     for dtype in layer.dtypes:
         for this, tensors in launches(layer, dtype):
             name = f'{this.kernel.fn.__module__.rpartition(".")[2]} {this.kernel.fn.__name__}'
