@@ -12,7 +12,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
-from ..ops.runtime import is_depthwise
+from ..ops.runtime import is_depthwise, under_autocast
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
@@ -285,6 +285,7 @@ class FADConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
+        x = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
         mean: Optional[Tensor] = None
         if self.freq_select is not None:
             hooked = _has_hooks(self.freq_select)

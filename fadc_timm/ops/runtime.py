@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     'accumulation_dtype', 'as_dtype', 'constant', 'empty_map', 'exact_products', 'is_depthwise', 'is_exporting',
-    'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'without_autocast']
+    'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast',
+    'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -80,6 +81,14 @@ def once_per_graph(function: _Function) -> _Function:
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in a dtype; no node of a graph where it has it."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """x as a convolution computes on it: under autocast in autocast's dtype, except float64."""
+    device_type = x.device.type
+    if device_type == 'meta' or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x
+    return as_dtype(x, torch.get_autocast_dtype(device_type))
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

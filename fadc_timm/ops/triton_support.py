@@ -4,7 +4,7 @@ Triton is optional. Only this module and the modules of kernels import it, at th
 """
 import functools
 import warnings
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -145,8 +145,37 @@ class Launch:
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
         self.num_warps, self.num_stages = num_warps, num_stages
-        # compiled kernels by device, and by dtype and alignment of each tensor
-        self.kept: Dict[Tuple[Any, ...], Any] = {}
+        # what launches the compiled kernels again, by dtype, device and alignment of each tensor
+        self.kept: Dict[Tuple[Any, ...], Callable[..., None]] = {}
+
+
+# torch.cuda.current_device, without its questions about the state of CUDA. torch without CUDA has only the latter.
+_current_device = getattr(torch._C, '_cuda_getDevice', torch.cuda.current_device)
+
+
+def _relaunch(this: Launch, compiled: Any, device: int) -> Callable[..., None]:
+    """What launches a compiled kernel again, on the addresses of tensors like those of its first launch.
+
+    It calls the kernel's launcher itself. `compiled[grid]` first prepares what launch hooks are told. It is called if
+    there are launch hooks, and in versions of Triton whose kernels have no such launcher.
+    """
+    from triton import knobs
+    as_triton, numbers = compiled[this.grid], (*this.numbers, *this.constants)
+    run, function, metadata = (getattr(compiled, name, None) for name in ('run', 'function', 'packed_metadata'))
+    stream_of = getattr(torch._C, '_cuda_getCurrentRawStream', None)
+    if None in (run, function, metadata, stream_of):
+        return lambda *addresses: as_triton(*addresses, *numbers)
+    x, y, z = this.grid
+
+    def relaunch(*addresses: Optional[int]) -> None:
+        # a chain of hooks, one hook, or None
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
+            as_triton(*addresses, *numbers)
+        else:
+            run(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *numbers)
+
+    return relaunch
 
 
 def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
@@ -155,15 +184,27 @@ def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
     if is_interpreted():
         this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
         return
-    device = torch.cuda.current_device()
+    device = _current_device()
     if first.get_device() != device:
         with torch.cuda.device(first.device):
             launch(this, first, *others)
         return
-    key = (device, *[None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors])
-    compiled = this.kept.get(key)
-    if compiled is None:
-        this.kept[key] = this.kernel[this.grid](
-            *tensors, *this.numbers, *this.constants, num_warps=this.num_warps, num_stages=this.num_stages)
-    else:
-        compiled[this.grid](*tensors, *this.numbers, *this.constants)
+    # The launcher would ask the driver about each tensor. It need not be asked again about tensors of the same device.
+    addresses: List[Optional[int]] = []
+    key: List[Any] = []
+    for t in tensors:
+        if t is None:
+            addresses.append(None)
+            key.append(None)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            key += t.dtype, t.get_device(), address & 15
+    relaunch = this.kept.get(tuple(key))
+    if relaunch is not None:
+        relaunch(*addresses)
+        return
+    compiled = this.kernel[this.grid](
+        *tensors, *this.numbers, *this.constants, num_warps=this.num_warps, num_stages=this.num_stages)
+    if compiled is not None:  # it is None if a hook of Triton's compiler took the call
+        this.kept[tuple(key)] = _relaunch(this, compiled, device)

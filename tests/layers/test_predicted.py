@@ -131,6 +131,18 @@ def test_autocast(cfg, whole, device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+def test_autocast_begins_before_freq_select(device):
+    """FreqSelect reads and returns autocast's dtype; float64 stays, as in a convolution."""
+    m, seen = make(padding=1, kernel_decompose='none').to(device), []
+    m.freq_select.register_forward_hook(lambda module, args, y: seen.append((args[0].dtype, y.dtype)))
+    x = torch.randn(1, 4, 3, 4, device=device)
+    with set_backend('triton'), torch.autocast(device, torch.bfloat16):
+        assert m._is_fused(x) and m(x).dtype == torch.bfloat16
+        assert m.double()(x.double()).dtype == torch.float64
+    assert seen == [(torch.bfloat16,) * 2, (torch.float64,) * 2]
+
+
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('cfg', [dict(), sweep(dict(lowfreq_att=True, spatial_group=2))], ids=ids)
 def test_freq_select(cfg, device):
     m = off_identity(FreqSelect(4, **cfg, dtype=torch.float64)).to(device)

@@ -1,7 +1,9 @@
 """Whether there is a Triton to be used: what is said where there is none, and what runs in its place."""
+import re
 import sys
 import warnings
 from contextlib import contextmanager
+from inspect import getsource, signature
 
 import pytest
 import torch
@@ -165,9 +167,9 @@ class Kernel:
 
 
 def test_launch_asks_triton_once(monkeypatch):
-    """For the dtypes and alignments of the tensors; what was compiled takes the same arguments."""
+    """For the dtypes and alignments of the tensors; what was compiled takes the same arguments, tensors by address."""
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: -1)  # the number of a CPU
+    monkeypatch.setattr(triton_support, '_current_device', lambda: -1)  # the number of a CPU
     kernel = Kernel()
     this = Launch(kernel, (5, 2), (3, 0.5), (True, 16), num_warps=2)
     x = torch.zeros(16)
@@ -176,15 +178,16 @@ def test_launch_asks_triton_once(monkeypatch):
     compiled = [bool(options) for _, _, options in kernel.calls]
     assert compiled == [True, False, True, True, True, False] and len(this.kept) == 4
     for grid, args, options in kernel.calls:
-        assert grid == (5, 2, 1) and args[0] is x and args[2:] == (3, 0.5, True, 16)
+        assert grid == (5, 2, 1) and args[2:] == (3, 0.5, True, 16)
         assert options in ({}, {'num_warps': 2, 'num_stages': 1})
+        assert args[0] is x if options else args[0] == x.data_ptr()
 
 
 def test_launch_on_the_device_of_the_tensors(monkeypatch):
     """Whatever the current device, which is the same again afterwards."""
     current = [1]
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: current[-1])
+    monkeypatch.setattr(triton_support, '_current_device', lambda: current[-1])
     seen = []
 
     @contextmanager
@@ -200,7 +203,58 @@ def test_launch_on_the_device_of_the_tensors(monkeypatch):
         triton_support.launch(this, torch.zeros(16))
         seen.append(list(this.kept))
     assert current == [1] and len(kernel.calls) == 2
-    assert [key[0] for key in seen[-1]] == [-1]
+    assert seen[-1] == [(torch.float32, -1, 0)]
+
+
+class CompiledKernel(Kernel):
+    """With a launcher, as Triton 3.5 to 3.8 have it: what it is called with is kept in `runs`."""
+    function, packed_metadata = 'function', 'metadata'
+
+    def __init__(self):
+        super().__init__()
+        self.runs = []
+
+    def run(self, *args):
+        self.runs.append(args)
+
+
+def test_launch_again_calls_the_launcher(monkeypatch):
+    """On the stream that is current then; but Triton is asked if a launch hook is set."""
+    monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(triton_support, '_current_device', lambda: -1)
+    streams = iter((7, 8, 9))
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: next(streams), raising=False)
+    kernel, x = CompiledKernel(), torch.zeros(16)
+    this = Launch(kernel, (5, 2), (3, 0.5), (True, 16))
+    for _ in range(3):
+        triton_support.launch(this, x, None)
+    assert len(kernel.calls) == 1
+    assert kernel.runs == [
+        (5, 2, 1, stream, 'function', 'metadata', None, None, None, x.data_ptr(), None, 3, 0.5, True, 16)
+        for stream in (7, 8)]
+    for name in ('launch_enter_hook', 'launch_exit_hook'):
+        chain = triton.knobs.HookChain()
+        chain.add(print)
+        for hook in (print, chain):
+            with monkeypatch.context() as patch:
+                patch.setattr(triton.knobs.runtime, name, hook)
+                triton_support.launch(this, x, None)
+    assert len(kernel.calls) == 5 and kernel.calls[-1] == ((5, 2, 1), (x.data_ptr(), None, 3, 0.5, True, 16), {})
+    monkeypatch.setattr(triton.knobs.runtime, 'launch_enter_hook', None)
+    triton_support.launch(this, x, None)
+    assert len(kernel.calls) == 5 and kernel.runs[-1][3] == 9
+
+
+def test_compiled_kernels_have_what_a_launch_takes():
+    """What `_relaunch` reads, in the version of Triton that is installed."""
+    compiled = triton.compiler.CompiledKernel
+    assert isinstance(compiled.run, property)
+    parameters = list(signature(triton.backends.nvidia.driver.CudaLauncher.__call__).parameters)
+    assert parameters[:6] == ['self', 'gridX', 'gridY', 'gridZ', 'stream', 'function']
+    called = getsource(compiled.__getitem__)
+    assert re.sub(r'\s+', ' ', called).count(
+        'self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata, '
+        'knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args)') == 1
 
 
 @pytest.mark.parametrize('n, low, high, expected', [

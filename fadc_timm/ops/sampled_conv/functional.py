@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from ..runtime import is_exporting, is_transformed, match_layout
+from ..runtime import is_exporting, is_transformed, match_layout, under_autocast
 from ..settings import check_name, named_backend
 from ..triton_support import is_default_on
 from . import triton
@@ -325,9 +325,7 @@ def predicted_conv2d(
     Returns:
         Output (B, O, H', W').
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        x = _autocast(x, torch.get_autocast_dtype(device_type))
+    x = under_autocast(x)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
     y = triton.call(
         x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), True, save,

@@ -15,8 +15,6 @@ __all__ = ['backward', 'contiguous_weight', 'forward']
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
 _SCATTER = 8, 32, 2
-# Positions of a program in the interpreter, whose time is proportional to the number of programs.
-_INTERPRETED = 32
 # A program of `spread` adds up the gradients of the output gains over this many positions of one sample.
 _SPREAD = 128
 
@@ -33,20 +31,12 @@ class _Launches(NamedTuple):
     scatter_blocks: Tuple[int, int]  # of channels, and of a sample's positions
 
 
-def _blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
-    block_p, block_c, warps = sizes
-    if triton_support.is_interpreted():
-        block_p = _INTERPRETED
-    wide = call.spec.dtype.itemsize // 2
-    return block_p, block(call.step_width, 16, max(block_c // wide, 16)), warps
-
-
 @functools.lru_cache(maxsize=1024)
 def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Launches:
     from . import dense_kernels as kernels
     call = call_of(spec)
-    columns_p, columns_c, columns_warps = _blocks(call, _COLUMNS)
-    scatter_p, scatter_c, scatter_warps = _blocks(call, _SCATTER)
+    columns_p, columns_c, columns_warps = call.blocks(_COLUMNS)
+    scatter_p, scatter_c, scatter_warps = call.blocks(_SCATTER)
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
     taps_up = block(call.taps, 1, 4096)
