@@ -3,12 +3,14 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 
 from fadc_timm import FreqSelect
 from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.ops import set_backend, triton_support
 from tests.support.cases import error
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
+from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytest.importorskip('triton')
@@ -134,6 +136,7 @@ def test_ada_kern_in_kernels(cfg, device, monkeypatch):
     for fold in (False, True):
         if fold:
             m.eval().ada_kern.reparameterize()
+            m.requires_grad_()
         with set_backend('gather'):
             expected, before = kernels_of(monkeypatch, lambda: (m(x),))
         assert not before
@@ -199,6 +202,27 @@ def test_half_model(dtype, device, monkeypatch):
         y, names = kernels_of(monkeypatch, lambda: m(x))
     assert names == WHOLE and y.dtype == dtype
     assert error(y.detach(), expected.detach().cpu()) < 16 * torch.finfo(dtype).eps
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('amp', [False, True])
+def test_compile(amp, device):
+    """Trunk and heads are operators of the graph, under autocast too."""
+    m = off_identity(make(padding=1, bands=(2,))).to(device)
+    x = torch.randn(2, 4, 5, 4, device=device, requires_grad=True)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target).removesuffix('.default') for node in graph.graph.nodes)
+        return lookup_backend('aot_eager')(graph, inputs)
+
+    torch.compiler.reset()
+    with set_backend('triton'), torch.autocast(device, torch.bfloat16, enabled=amp):
+        y, expected = torch.compile(m, fullgraph=True, backend=backend)(x), m(x)
+    assert [n for n in seen if 'gains' in n] == ['fadc_timm.gains_trunk', 'fadc_timm.gains_heads']
+    tolerance = 2e-2 if amp else 1e-5
+    assert_same((y, *grads(y, [x, *m.parameters()])), (expected, *grads(expected, [x, *m.parameters()])), tolerance)
 
 
 @pytest.mark.parametrize('device', DEVICES)

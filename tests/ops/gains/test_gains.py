@@ -102,7 +102,7 @@ def check(actual, tensors, definition, tolerance):
         assert error(a.detach(), e.detach().cpu()) <= tolerance
 
 
-# Largest error measured, relative to the largest number: 4e-16, 3e-7; halves are rounded once.
+# Largest error measured, relative to the largest number: 5.5e-16, 2.4e-7, 3.5e-4, 2.1e-3. Halves are rounded once.
 TOLERANCES = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EXACT = [pytest.param(case, dtype, marks=() if dtype == torch.float64 or i == 0 else pytest.mark.sweep)
          for dtype in DTYPES for i, case in enumerate(CASES)]
