@@ -10,11 +10,13 @@ from ...triton_support import Launch, block, cdiv
 from .call import Call, Spec, Tile, call_of, mask_in
 from .sums import gains_gradient, sampling_gradient
 
-__all__ = ['backward', 'contiguous_weight', 'forward']
+__all__ = ['backward', 'blocks', 'contiguous_weight', 'forward']
 
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
 _SCATTER = 8, 32, 2
+# Positions of a program in the interpreter, whose time is proportional to the number of programs.
+_INTERPRETED = 32
 # A program of `spread` adds up the gradients of the output gains over this many positions of one sample.
 _SPREAD = 128
 
@@ -31,12 +33,21 @@ class _Launches(NamedTuple):
     scatter_blocks: Tuple[int, int]  # of channels, and of a sample's positions
 
 
+def blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
+    """Positions and channels of a program, and its warps, from those for half dtypes."""
+    positions, channels, warps = sizes
+    if triton_support.is_interpreted():
+        positions = _INTERPRETED
+    wide = call.spec.dtype.itemsize // 2
+    return positions, block(call.step_width, 16, max(channels // wide, 16)), warps
+
+
 @functools.lru_cache(maxsize=1024)
 def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Launches:
     from . import dense_kernels as kernels
     call = call_of(spec)
-    columns_p, columns_c, columns_warps = call.blocks(_COLUMNS)
-    scatter_p, scatter_c, scatter_warps = call.blocks(_SCATTER)
+    columns_p, columns_c, columns_warps = blocks(call, _COLUMNS)
+    scatter_p, scatter_c, scatter_warps = blocks(call, _SCATTER)
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
     taps_up = block(call.taps, 1, 4096)
@@ -193,12 +204,12 @@ def backward(
     rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
-    blocks, chunks = launches.scatter_blocks
+    channel_blocks, chunks = launches.scatter_blocks
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
-    sampling = empty(blocks, call.taps + call.step_channels, call.positions)
+    sampling = empty(channel_blocks, call.taps + call.step_channels, call.positions)
     of_input = of_output = None
     grad_high = grad_low = grad
     if call.split:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import triton_support
 from ...triton_support import Launch, block, cdiv
 from .call import Spec, call_of, mask_in
-from .dense import contiguous_weight
+from .dense import blocks, contiguous_weight
 from .sums import sampling_gradient
 
 __all__ = ['backward', 'forward']
@@ -33,18 +33,18 @@ def _launches(spec: Spec, has_bias: bool, fixed: bool) -> _Launches:
     from . import depthwise_kernels as kernels
     call = call_of(spec)
     size = call.h, call.w, call.out_h, call.out_w, *call.pixels, *call.strides, call.c, call.step_width
-    p, c, warps = call.blocks(_FORWARD)
-    bp, bc, back_warps = call.blocks(_BACKWARD)
-    pp, pc, products_warps = call.blocks(_PRODUCTS)
+    p, c, warps = blocks(call, _FORWARD)
+    bp, bc, back_warps = blocks(call, _BACKWARD)
+    pp, pc, products_warps = blocks(call, _PRODUCTS)
     k, has_offsets, _, has_mask, act, mask_act, _, acc, index = call.constants
     return _Launches(
         Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),
                (*call.constants, has_bias, call.upcast, p, c), warps),
         Launch(kernels.backward, (call.b * cdiv(call.area, bp), call.channel_blocks(bc)),
                (*size, call.positions, spec.base), (*call.constants, fixed, bp, bc), back_warps),
-        Launch(kernels.products, (call.b, call.taps, call.channel_blocks(pc)), (*size, spec.base),
+        Launch(kernels.products, (call.b, call.taps + has_bias, call.channel_blocks(pc)), (*size, spec.base),
                (k, has_offsets, has_mask, act, mask_act, acc, index, pp, pc), products_warps),
-        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c,),
+        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c, call.taps + has_bias),
                (call.taps, block(call.taps, 1, 4096), spec.gains_act, acc, call.upcast, 32)),
         call.channel_blocks(bc))
 
@@ -94,7 +94,7 @@ def backward(
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
     sampling = empty(launches.channel_blocks, call.taps + call.step_channels, call.positions)
-    sums = empty(call.b, call.taps, call.c)
+    sums = empty(call.b, call.taps + (bias is not None), call.c)
     masks = mask_in(steps, mask, call.step_groups, call.joint)
     triton_support.launch(
         launches.backward, grad, x, steps, masks, low, high, kernel, mean, grad_x, sampling, scale)
@@ -103,6 +103,7 @@ def backward(
     if call.split:
         triton_support.launch(launches.kernel, sums, kernel, mean, low, high, *grads)
     grad_weight = torch.empty_like(contiguous_weight(weight))
-    grad_weight.copy_(sums.sum(0).t().reshape(weight.shape))
-    grad_bias = None if bias is None else grad.sum((0, 1, 2))
+    total = sums.sum(0)
+    grad_weight.copy_(total[:call.taps].t().reshape(weight.shape))
+    grad_bias = None if bias is None else total[call.taps].clone()  # an operator's results are not views
     return [grad_weight, grad_bias, *sampling_gradient(call, sampling, steps, mask), *grads]
