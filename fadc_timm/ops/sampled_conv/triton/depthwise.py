@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...triton_support import Launch, block, cdiv
-from .call import Spec, call_of, mask_in
+from .call import Call, mask_in
 from .dense import blocks, contiguous_weight
 from .sums import sampling_gradient
 
@@ -29,9 +29,9 @@ class _Launches(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(spec: Spec, has_bias: bool, fixed: bool) -> _Launches:
+def _launches(call: Call, has_bias: bool, fixed: bool) -> _Launches:
     from . import depthwise_kernels as kernels
-    call = call_of(spec)
+    spec = call.spec
     size = call.h, call.w, call.out_h, call.out_w, *call.pixels, *call.strides, call.c, call.step_width
     p, c, warps = blocks(call, _FORWARD)
     bp, bc, back_warps = blocks(call, _BACKWARD)
@@ -56,7 +56,7 @@ def _kernel(weight: Tensor, split: bool, wide: torch.dtype) -> Tuple[Tensor, Opt
 
 
 def forward(
-        spec: Spec,
+        call: Call,
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
@@ -67,14 +67,14 @@ def forward(
         y: Tensor,
 ) -> None:
     """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C)."""
-    call, launches = call_of(spec), _launches(spec, bias is not None, False)
+    launches = _launches(call, bias is not None, False)
     masks = mask_in(steps, mask, call.step_groups, call.joint)
     triton_support.launch(
         launches.forward, x, steps, masks, low, high, *_kernel(weight, call.split, call.wide), bias, y)
 
 
 def backward(
-        spec: Spec,
+        call: Call,
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -87,7 +87,7 @@ def backward(
         scale: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
     """Gradients of weight, bias, steps, mask, low and high; arguments as in `dense.backward`."""
-    call, launches = call_of(spec), _launches(spec, bias is not None, scale is not None)
+    launches = _launches(call, bias is not None, scale is not None)
     kernel, mean = _kernel(weight, call.split, call.wide)
 
     def empty(*shape: int) -> Tensor:
@@ -105,5 +105,5 @@ def backward(
     grad_weight = torch.empty_like(contiguous_weight(weight))
     total = sums.sum(0)
     grad_weight.copy_(total[:call.taps].t().reshape(weight.shape))
-    grad_bias = None if bias is None else total[call.taps].clone()  # an operator's results are not views
+    grad_bias = None if bias is None else total[call.taps].to(bias.dtype, copy=True)  # an operator returns no views
     return [grad_weight, grad_bias, *sampling_gradient(call, sampling, steps, mask), *grads]
