@@ -21,10 +21,12 @@ _PRODUCTS = 16, 64, 4
 
 
 class _Launches(NamedTuple):
+    pack: Launch
     forward: Launch
     backward: Launch
     products: Launch
     kernel: Launch
+    unpack: Launch
     channel_blocks: int  # of backward
 
 
@@ -37,22 +39,28 @@ def _launches(call: Call, has_bias: bool, fixed: bool) -> _Launches:
     bp, bc, back_warps = blocks(call, _BACKWARD)
     pp, pc, products_warps = blocks(call, _PRODUCTS)
     k, has_offsets, _, has_mask, act, mask_act, _, acc, index = call.constants
+    rows, taps_up = call.taps + has_bias, block(call.taps, 1, 4096)
     return _Launches(
+        Launch(kernels.pack, (cdiv(call.c, 32),), (call.c,), (call.taps, taps_up, call.split, acc, 32)),
         Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),
                (*call.constants, has_bias, call.upcast, p, c), warps),
         Launch(kernels.backward, (call.b * cdiv(call.area, bp), call.channel_blocks(bc)),
                (*size, call.positions, spec.base), (*call.constants, fixed, bp, bc), back_warps),
-        Launch(kernels.products, (call.b, call.taps + has_bias, call.channel_blocks(pc)), (*size, spec.base),
+        Launch(kernels.products, (call.b, rows, call.channel_blocks(pc)), (*size, spec.base),
                (k, has_offsets, has_mask, act, mask_act, acc, index, pp, pc), products_warps),
-        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c, call.taps + has_bias),
-               (call.taps, block(call.taps, 1, 4096), spec.gains_act, acc, call.upcast, 32)),
+        Launch(kernels.kernel_gradient, (call.b, cdiv(call.c, 32)), (call.c, rows),
+               (call.taps, taps_up, spec.gains_act, acc, call.upcast, 32)),
+        Launch(kernels.unpack, (rows, cdiv(call.c, 128)), (call.b, call.c),
+               (call.taps, acc, call.upcast, block(call.b, 1, 16), 128)),
         call.channel_blocks(bc))
 
 
-def _kernel(weight: Tensor, split: bool, wide: torch.dtype) -> Tuple[Tensor, Optional[Tensor]]:
-    """The kernel (K*K, C), and if split its mean over the taps (C,)."""
-    kernel = weight.flatten(1).to(wide).t().contiguous()
-    return kernel, kernel.mean(0) if split else None
+def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    """The kernel (K*K, C), and if there are gains its mean over the taps (C,)."""
+    kernel = weight.new_empty((call.taps, call.c), dtype=call.wide)
+    mean = weight.new_empty((call.c,), dtype=call.wide) if call.split else None
+    triton_support.launch(launches.pack, weight, kernel, mean)
+    return kernel, mean
 
 
 def forward(
@@ -67,10 +75,10 @@ def forward(
         y: Tensor,
 ) -> None:
     """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C)."""
-    launches = _launches(call, bias is not None, False)
+    weight, launches = contiguous_weight(weight), _launches(call, bias is not None, False)
     masks = mask_in(steps, mask, call.step_groups, call.joint)
     triton_support.launch(
-        launches.forward, x, steps, masks, low, high, *_kernel(weight, call.split, call.wide), bias, y)
+        launches.forward, x, steps, masks, low, high, *_pack(call, launches, weight), bias, y)
 
 
 def backward(
@@ -87,8 +95,8 @@ def backward(
         scale: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
     """Gradients of weight, bias, steps, mask, low and high; arguments as in `dense.backward`."""
-    launches = _launches(call, bias is not None, scale is not None)
-    kernel, mean = _kernel(weight, call.split, call.wide)
+    weight, launches = contiguous_weight(weight), _launches(call, bias is not None, scale is not None)
+    kernel, mean = _pack(call, launches, weight)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
@@ -102,8 +110,6 @@ def backward(
     grads = [None if t is None else torch.empty_like(t) for t in (low, high)]
     if call.split:
         triton_support.launch(launches.kernel, sums, kernel, mean, low, high, *grads)
-    grad_weight = torch.empty_like(contiguous_weight(weight))
-    total = sums.sum(0)
-    grad_weight.copy_(total[:call.taps].t().reshape(weight.shape))
-    grad_bias = None if bias is None else total[call.taps].to(bias.dtype, copy=True)  # an operator returns no views
+    grad_weight, grad_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    triton_support.launch(launches.unpack, sums, grad_weight, grad_bias)
     return [grad_weight, grad_bias, *sampling_gradient(call, sampling, steps, mask), *grads]

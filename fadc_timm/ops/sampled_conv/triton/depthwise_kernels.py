@@ -1,4 +1,4 @@
-"""Triton kernels of the depthwise operator: forward, and three for its gradients.
+"""Triton kernels of the depthwise operator: one that packs the weight, forward, and four for its gradients.
 
 The operator has no matrix product. A program has a block of positions of one sample and a block of channels of one
 step group, and reads the pixels through the cache. The programs apply AdaKern's gains to the kernel.
@@ -14,7 +14,51 @@ from ...triton_math import round_to
 from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of
 from .sampling import dilations, sample, scatter
 
-__all__ = ['backward', 'forward', 'kernel_gradient', 'products']
+__all__ = ['backward', 'forward', 'kernel_gradient', 'pack', 'products', 'unpack']
+
+
+@triton.jit
+def pack(
+        weight, kernel, mean,
+        channels,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Transpose the weight (C, K*K) to the kernel (K*K, C); if SPLIT take its mean over the taps (C,).
+
+    Grid: blocks of channels.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, TAPS_UP)
+    c_live = c < channels
+    live = (k < TAPS)[:, None] & c_live[None, :]
+    w = tl.load(weight + c[None, :] * TAPS + k[:, None], mask=live, other=0.).to(ACC)
+    tl.store(kernel + k[:, None] * channels + c[None, :], w, mask=live)
+    if SPLIT:
+        tl.store(mean + c, tl.sum(w, axis=0) / TAPS, mask=c_live)
+
+
+@triton.jit
+def unpack(
+        sums, grad_weight, grad_bias,
+        samples, channels,
+        TAPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Gradients of the weight (C, K*K) and of the bias (C,): sums over the samples of sums (B, rows, C).
+
+    Grid: rows, blocks of channels.
+    """
+    k = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels
+    total = tl.zeros([BLOCK_B, BLOCK_C], dtype=ACC)
+    for start in range(0, samples, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        at = (b.to(tl.int64) * tl.num_programs(0) + k)[:, None] * channels + c[None, :]
+        total += tl.load(sums + at, mask=(b < samples)[:, None] & c_live[None, :], other=0.)
+    of_row = tl.sum(total, axis=0)
+    tl.store(grad_weight + c * TAPS + k, round_to(of_row, grad_weight, UPCAST), mask=c_live & (k < TAPS))
+    if grad_bias is not None:
+        tl.store(grad_bias + c, round_to(of_row, grad_bias, UPCAST), mask=c_live & (k == TAPS))
 
 
 @triton.jit
