@@ -123,7 +123,8 @@ def is_exporting() -> bool:
     """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
     # torch has is_exporting from 2.7 on
     exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-    return torch.onnx.is_in_onnx_export() or exporting()
+    # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
+    return exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result
@@ -160,7 +161,9 @@ def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
     Then a Python function with a gradient of its own does what an operator of torch does, without the 0.2 milliseconds
     that torch takes to call one that is written in Python.
     """
-    return (all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type != 'meta') for t in tensors)
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and torch._C._len_torch_dispatch_stack() == 0 and torch._C._len_torch_function_stack() == 0
-            and not is_transformed())
+    for t in tensors:
+        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta):
+            return False
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())

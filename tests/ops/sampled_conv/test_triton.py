@@ -9,7 +9,7 @@ import timm
 import torch
 
 from fadc_timm.ops import set_backend, settings, triton_support
-from fadc_timm.ops.sampled_conv.triton import ACTS, dense, depthwise, operator, two_step_conv2d
+from fadc_timm.ops.sampled_conv.triton import ACTS, dense, depthwise, operator, sums, two_step_conv2d
 from fadc_timm.ops.sampled_conv.triton.call import Call, Spec
 from fadc_timm.ops.sampled_conv.triton.operator import two_step_conv2d_backward
 from tests.support import cases, predicted_cases
@@ -42,8 +42,8 @@ def skip_unless_runs(request):
 
 
 def forget_launches():
-    dense._launches.cache_clear()
-    depthwise._launches.cache_clear()
+    for launches in (dense._launches, depthwise._launches, sums._sampling_launch, sums._gains_launch):
+        launches.cache_clear()
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def blocks(monkeypatch):
             monkeypatch.setattr(module, name, (positions, *getattr(module, name)[1:]))
         monkeypatch.setattr(dense, '_INTERPRETED', positions)
         monkeypatch.setattr(dense, '_SPREAD', 2 * positions)
+        monkeypatch.setattr(sums, '_CHUNKS', 1)
         forget_launches()
 
     yield choose

@@ -1,4 +1,7 @@
-"""The band mix on a GPU, forward and backward: matrix products and launches."""
+"""The band mix on a GPU, forward and backward: matrix products and launches.
+
+The products write to tensors that they are given. Autocast leaves such products alone.
+"""
 import functools
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -101,7 +104,8 @@ def _launches(
 
 def _launches_of(spec: Spec, t: Tables, grad_means: Optional[Tensor] = None) -> _Launches:
     means = (0, 0, 0) if grad_means is None else grad_means.stride()
-    return _launches(spec, len(t.mean_h), len(t.mean_w), t.columns_basis.shape[1], t.columns_of.shape[1], means)
+    counts = (table.shape[1] for table in (t.basis_h, t.basis_w, t.columns_basis, t.columns_of))
+    return _launches(spec, *counts, means)
 
 
 def _synthesise_rows(spec: Spec, t: Tables, launches: _Launches, coefficients: Tensor) -> Tensor:
@@ -117,8 +121,11 @@ def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor, means: Tensor) -> Te
     t = _tables(spec)
     launches = _launches_of(spec, t)
     b, c, h, w = spec.x
-    down = torch.bmm(t.mean_h.expand(b, -1, -1), x.view(b, h, w * c)).view(-1, w, c)
-    coefficients = torch.bmm(t.mean_w.expand(len(down), -1, -1), down).view(b, len(t.mean_h), -1, c)
+    count_h, count_w = t.basis_h.shape[1], t.basis_w.shape[1]
+    down = x.new_empty((b, count_h, w * c))
+    torch.bmm(t.mean_h.expand(b, -1, -1), x.view(b, h, w * c), out=down)
+    coefficients = x.new_empty((b, count_h, count_w, c))
+    torch.bmm(t.mean_w.expand(b * count_h, -1, -1), down.view(-1, w, c), out=coefficients.view(-1, count_w, c))
     rows = _synthesise_rows(spec, t, launches, coefficients)
     triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.first_column, y, means)
     return coefficients
@@ -145,6 +152,7 @@ def backward(
     triton_support.launch(launches.rows_gradient, grad, grad_means, maps, t.columns_basis, t.filter_of, rows)
     total = torch.empty_like(coefficients)
     triton_support.launch(launches.coefficients_gradient, rows, t.rows_basis, t.columns_of, t.matrix, total)
-    total = total.view(-1, total.shape[2], c)
-    down = torch.bmm(t.basis_w.expand(len(total), -1, -1), total).view(b, -1, w * c)
+    count_h, count_w = total.shape[1:3]
+    down = x.new_empty((b, count_h, w * c))
+    torch.bmm(t.basis_w.expand(b * count_h, -1, -1), total.view(-1, count_w, c), out=down.view(-1, w, c))
     grad_x.view(b, h, w * c).baddbmm_(t.basis_h.expand(b, -1, -1), down)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ...derivatives import refuse_more
-from ...runtime import accumulation_dtype, empty_map, is_plain_eager, nhwc, without_autocast
+from ...runtime import accumulation_dtype, empty_map, is_plain_eager, nhwc
 from ..low_pass import edges
 from .mix import backward, forward, means_shape, spec_of
 from .tables import padded
@@ -33,8 +33,7 @@ def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Te
     y, means = empty_map(x), _empty_means(x)
     if not x.numel():
         return y, means, x.new_empty((0,))
-    with without_autocast(x):
-        coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
+    coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
     return y, means, coefficients
 
 
@@ -66,9 +65,8 @@ def _gradient(
     grad_x, grad_maps = empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     if not x.numel():
         return grad_x, grad_maps.zero_()
-    with without_autocast(x):
-        backward(spec_of(x, maps, factors, act), nhwc(grad), grad_means, nhwc(x), maps, coefficients,
-                 grad_x.permute(0, 2, 3, 1), grad_maps)
+    backward(spec_of(x, maps, factors, act), nhwc(grad), grad_means, nhwc(x), maps, coefficients,
+             grad_x.permute(0, 2, 3, 1), grad_maps)
     return grad_x, grad_maps
 
 
@@ -110,20 +108,17 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, x, maps, factors, act):
         output = _forward(x, maps, factors, act)
         _setup_context(ctx, (x, maps, factors, act), output)
-        ctx.mark_non_differentiable(output[2])
-        return output
+        return output[:2]
 
     @staticmethod
-    def backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor], _: Any):
+    def backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor]):
         return _backward_with(_gradient, ctx, grad, grad_means)
 
 
 def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
     """The first two results of :func:`mix_bands_triton`."""
     if not is_plain_eager(x, maps):
-        y, means, _ = mix_bands_triton(x, maps, factors, act)
-    elif torch.is_grad_enabled() and (x.requires_grad or maps.requires_grad):
-        y, means, _ = _Eager.apply(x, maps, factors, act)
-    else:
-        y, means, _ = _forward(x, maps, factors, act)
-    return y, means
+        return mix_bands_triton(x, maps, factors, act)[:2]
+    if torch.is_grad_enabled() and (x.requires_grad or maps.requires_grad):
+        return _Eager.apply(x, maps, factors, act)
+    return _forward(x, maps, factors, act)[:2]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import accumulation_dtype, is_depthwise
-from ...triton_support import block, cdiv, is_interpreted, types_of
+from ...triton_support import cdiv, types_of
 
 __all__ = ['ACTS', 'Call', 'Spec', 'Tile', 'mask_in']
 
@@ -18,8 +18,6 @@ ACTS = ('none', 'abs', 'relu', 'zero')
 
 # From this number of channels on a matrix product runs well. Narrower groups are bundled.
 _MIN_BUNDLE = 32
-# Positions of a program in the interpreter, whose time is proportional to the number of programs.
-_INTERPRETED = 32
 
 
 class Spec(NamedTuple):
@@ -112,13 +110,6 @@ class Call:
         self.constants: Tuple[Any, ...] = (
             self.k, bool(spec.spacing), self.split, self.has_mask, spec.act, spec.act > 0, spec.gains_act, self.acc,
             tl.int32 if self.h * self.w * self.c < 2 ** 31 else tl.int64)
-
-    def blocks(self, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
-        """Positions and channels of a program, and its warps, from those for half dtypes."""
-        positions, channels, warps = sizes
-        wide = self.spec.dtype.itemsize // 2
-        return (_INTERPRETED if is_interpreted() else positions,
-                block(self.step_width, 16, max(channels // wide, 16)), warps)
 
     def channel_blocks(self, block_c: int) -> int:
         """Number of blocks of channels. No block spans two step groups."""

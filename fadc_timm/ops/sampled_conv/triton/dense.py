@@ -1,4 +1,7 @@
-"""The dense and grouped operator in two steps: kernels write samples as columns, the library multiplies them."""
+"""The dense and grouped operator in two steps: kernels write samples as columns, the library multiplies them.
+
+The products write to tensors that they are given. Autocast leaves such products alone.
+"""
 import functools
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -7,14 +10,16 @@ from torch import Tensor
 
 from ... import triton_support
 from ...triton_support import Launch, block, cdiv
-from .call import Call, Spec, Tile, call_of, mask_in
+from .call import Call, Tile, mask_in
 from .sums import gains_gradient, sampling_gradient
 
-__all__ = ['backward', 'contiguous_weight', 'forward']
+__all__ = ['backward', 'blocks', 'contiguous_weight', 'forward']
 
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
 _SCATTER = 8, 32, 2
+# Positions of a program in the interpreter, whose time is proportional to the number of programs.
+_INTERPRETED = 32
 # A program of `spread` adds up the gradients of the output gains over this many positions of one sample.
 _SPREAD = 128
 
@@ -31,12 +36,21 @@ class _Launches(NamedTuple):
     scatter_blocks: Tuple[int, int]  # of channels, and of a sample's positions
 
 
+def blocks(call: Call, sizes: Tuple[int, int, int]) -> Tuple[int, int, int]:
+    """Positions and channels of a program, and its warps, from those for half dtypes."""
+    positions, channels, warps = sizes
+    if triton_support.is_interpreted():
+        positions = _INTERPRETED
+    wide = call.spec.dtype.itemsize // 2
+    return positions, block(call.step_width, 16, max(channels // wide, 16)), warps
+
+
 @functools.lru_cache(maxsize=1024)
-def _launches(spec: Spec, weight_strides: Tuple[int, ...], fixed: bool) -> _Launches:
+def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Launches:
     from . import dense_kernels as kernels
-    call = call_of(spec)
-    columns_p, columns_c, columns_warps = call.blocks(_COLUMNS)
-    scatter_p, scatter_c, scatter_warps = call.blocks(_SCATTER)
+    spec = call.spec
+    columns_p, columns_c, columns_warps = blocks(call, _COLUMNS)
+    scatter_p, scatter_c, scatter_warps = blocks(call, _SCATTER)
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
     taps_up = block(call.taps, 1, 4096)
@@ -84,10 +98,11 @@ def contiguous_weight(weight: Tensor) -> Tensor:
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
     """The kernel split for the products: its rest (bundles, out_width, K*K*width) and mean (bundles, out_width, width).
 
-    Without gains there is no mean, and the rest is the whole kernel.
+    Of one bundle they are matrices. Without gains there is no mean, and the rest is the whole kernel.
     """
-    rest = weight.new_empty((call.bundles, call.out_width, call.taps * call.width), dtype=call.spec.dtype)
-    mean = weight.new_empty((call.bundles, call.out_width, call.width), dtype=call.spec.dtype) if call.split else None
+    rows = (call.o,) if call.bundles == 1 else (call.bundles, call.out_width)
+    rest = weight.new_empty((*rows, call.taps * call.width), dtype=call.spec.dtype)
+    mean = weight.new_empty((*rows, call.width), dtype=call.spec.dtype) if call.split else None
     triton_support.launch(launches.pack, weight, rest, mean)
     return rest, mean
 
@@ -98,15 +113,20 @@ def _workspace(call: Call, launches: _Launches, like: Tensor) -> Tuple[Tensor, O
     return like.new_empty((most, call.taps * call.c)), like.new_empty((most, call.c)) if call.split else None
 
 
+def _rows(t: Tensor, start: int, count: int) -> Tensor:
+    """Some rows of a matrix, which are mostly all of it."""
+    return t if t.shape[0] == count else t[start:start + count]
+
+
 def _by_bundle(call: Call, t: Tensor) -> Tensor:
     """(positions, bundles * n) as (bundles, positions, n)."""
     return t.unflatten(1, (call.bundles, -1)).transpose(0, 1)
 
 
 def _product(call: Call, columns: Tensor, kernel: Tensor, out: Tensor) -> None:
-    """columns (positions, bundles*K) times kernel (bundles, out_width, K), into out (positions, O)."""
+    """columns (positions, bundles*K) times kernel (bundles, out_width, K) or (O, K), into out (positions, O)."""
     if call.bundles == 1:
-        torch.mm(columns, kernel[0].t(), out=out)
+        torch.mm(columns, kernel.t(), out=out)
     else:
         torch.bmm(_by_bundle(call, columns), kernel.transpose(1, 2), out=_by_bundle(call, out))
 
@@ -114,24 +134,23 @@ def _product(call: Call, columns: Tensor, kernel: Tensor, out: Tensor) -> None:
 def _columns_gradient(call: Call, grad: Tensor, kernel: Tensor, out: Tensor) -> None:
     """The gradient of the columns of :func:`_product`, into out."""
     if call.bundles == 1:
-        torch.mm(grad, kernel[0], out=out)
+        torch.mm(grad, kernel, out=out)
     else:
         torch.bmm(_by_bundle(call, grad), kernel, out=_by_bundle(call, out))
 
 
-def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, into: Optional[Tensor]) -> Tensor:
-    """The gradient of the kernel of :func:`_product`, plus `into`, the sum over earlier tiles."""
+def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, like: Tensor, into: Optional[Tensor]) -> Tensor:
+    """The gradient of the kernel `like` of :func:`_product`, plus `into`, the sum over earlier tiles."""
+    product = torch.empty_like(like)
     if call.bundles == 1:
-        product = torch.mm(grad.t(), columns)[None]
+        torch.mm(grad.t(), columns, out=product)
     else:
-        product = torch.bmm(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns))
-    # where there are several tiles, their sum is not to be rounded to half precision again and again
-    product = product if into is None else into + product
-    return product
+        torch.bmm(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns), out=product)
+    return product if into is None else into + product
 
 
 def forward(
-        spec: Spec,
+        call: Call,
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
@@ -141,14 +160,16 @@ def forward(
         high: Optional[Tensor],
         y: Tensor,
         save: bool,
-) -> Tuple[Tensor, Tensor]:
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Write y (B, H', W', O) from x (B, H, W, C), both contiguous.
 
     Returns:
-        If save, the high and the low part of the output (positions, O) before the output gains; otherwise of no use.
+        If save and there are gains, the high and the low part of the output (positions, O) before the output gains;
+        otherwise None.
     """
+    save = save and call.split
     weight = contiguous_weight(weight)
-    call, launches = call_of(spec), _launches(spec, weight.stride(), False)
+    launches = _launches(call, weight.stride(), False)
     rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     y = y.view(call.positions, call.o)
@@ -159,19 +180,19 @@ def forward(
     for tile, columns in zip(launches.tiles, launches.columns):
         n = tile.positions
         triton_support.launch(columns, x, steps, mask, low, high, cols, totals)
-        _product(call, cols[:n], rest, high_part[start:start + n])
+        _product(call, _rows(cols, 0, n), rest, _rows(high_part, start, n))
         if mean is not None and totals is not None:
-            _product(call, totals[:n], mean, low_part[start:start + n])
+            _product(call, _rows(totals, 0, n), mean, _rows(low_part, start, n))
         start += n
     if call.split:
         triton_support.launch(launches.combine, high_part, low_part, low, high, bias, y)
     elif bias is not None:
         y += bias
-    return high_part, low_part
+    return (high_part, low_part) if save else (None, None)
 
 
 def backward(
-        spec: Spec,
+        call: Call,
         grad: Tensor,
         parts: Tuple[Optional[Tensor], Optional[Tensor]],
         x: Tensor,
@@ -189,16 +210,16 @@ def backward(
     The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale.
     """
     weight = contiguous_weight(weight)
-    call, launches = call_of(spec), _launches(spec, weight.stride(), scale is not None)
+    launches = _launches(call, weight.stride(), scale is not None)
     rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
-    blocks, chunks = launches.scatter_blocks
+    channel_blocks, chunks = launches.scatter_blocks
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)
 
-    sampling = empty(blocks, call.taps + call.step_channels, call.positions)
+    sampling = empty(channel_blocks, call.taps + call.step_channels, call.positions)
     of_input = of_output = None
     grad_high = grad_low = grad
     if call.split:
@@ -213,13 +234,13 @@ def backward(
         n = tile.positions
         triton_support.launch(columns, x, steps, masks, low, high, cols, totals)
         # the gradients of the columns take the place of the columns
-        g = grad_high[start:start + n]
-        grad_rest = _kernel_gradient(call, g, cols[:n], grad_rest)
-        _columns_gradient(call, g, rest, cols[:n])
+        g, of_tile = _rows(grad_high, start, n), _rows(cols, 0, n)
+        grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
+        _columns_gradient(call, g, rest, of_tile)
         if mean is not None and totals is not None:
-            g = grad_low[start:start + n]
-            grad_mean = _kernel_gradient(call, g, totals[:n], grad_mean)
-            _columns_gradient(call, g, mean, totals[:n])
+            g, of_tile = _rows(grad_low, start, n), _rows(totals, 0, n)
+            grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
+            _columns_gradient(call, g, mean, of_tile)
         triton_support.launch(
             scatter, x, steps, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n

@@ -361,34 +361,39 @@ def sampling_gradient(
         positions, out_h, out_w, parts, s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w,
         gs_b, gs_c, gs_h, gs_w, gm_b, gm_c, gm_h, gm_w, base,
         TAPS: tl.constexpr, STEPS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
-        MASK_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr,
+        MASK_ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, ROWS_UP: tl.constexpr,
 ):
     """Gradients of steps and mask, from sampling (G * parts, TAPS + STEPS, positions): sums over blocks of channels.
 
-    STEPS: Channels of steps per group. Grid: blocks of positions, step groups, taps and then channels of steps.
+    STEPS: Channels of steps per group. A program has the rows of sampling of all taps and steps: sampling is contiguous
+    along the positions, and the gradients along these rows. Grid: blocks of positions, step groups.
     """
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    group, k = tl.program_id(1), tl.program_id(2)
-    alive = p < positions
+    group = tl.program_id(1)
+    k = tl.arange(0, ROWS_UP)
+    is_step = (k >= TAPS) & (k < TAPS + STEPS)
+    alive = (p < positions)[:, None]
     b, i, j = p // out_w // out_h, p // out_w % out_h, p % out_w
-    total = tl.zeros([BLOCK_P], dtype=ACC)
+    of_steps, of_mask = alive & is_step[None, :], alive & (k < TAPS)[None, :]
+    total = tl.zeros([BLOCK_P, ROWS_UP], dtype=ACC)
     for part in range(parts):
         row = (group * parts + part).to(tl.int64) * (TAPS + STEPS) + k
-        total += tl.load(sampling + row * positions + p, mask=alive, other=0.)
-    if k >= TAPS:
-        channel = group * STEPS + k - TAPS
-        o = tl.load(steps + b * s_b + channel * s_c + i * s_h + j * s_w, mask=alive, other=0.).to(ACC)
-        total = total * dilation_slope(o, base, DILATION_ACT)
-        at_steps = grad_steps + b * gs_b + channel * gs_c + i * gs_h + j * gs_w
-        tl.store(at_steps, round_to(total, grad_steps, UPCAST), mask=alive)
-    elif HAS_MASK:
+        total += tl.load(sampling + row[None, :] * positions + p[:, None],
+                         mask=of_steps | of_mask if HAS_MASK else of_steps, other=0.)
+    channel = group * STEPS + k - TAPS
+    at = (b * s_b + i * s_h + j * s_w)[:, None] + channel[None, :] * s_c
+    o = tl.load(steps + at, mask=of_steps, other=0.).to(ACC)
+    at = (b * gs_b + i * gs_h + j * gs_w)[:, None] + channel[None, :] * gs_c
+    tl.store(grad_steps + at, round_to(total * dilation_slope(o, base, DILATION_ACT), grad_steps, UPCAST),
+             mask=of_steps)
+    if HAS_MASK:
         channel = group * TAPS + k
         if MASK_ACT:
-            a = tl.load(mask + b * m_b + channel * m_c + i * m_h + j * m_w, mask=alive, other=0.).to(ACC)
-            m = twice_sigmoid(a, MASK_ACT)
+            at = (b * m_b + i * m_h + j * m_w)[:, None] + channel[None, :] * m_c
+            m = twice_sigmoid(tl.load(mask + at, mask=of_mask, other=0.).to(ACC), MASK_ACT)
             total = total * m * (1 - m / 2)
-        at_mask = grad_mask + b * gm_b + channel * gm_c + i * gm_h + j * gm_w
-        tl.store(at_mask, round_to(total, grad_mask, UPCAST), mask=alive)
+        at = (b * gm_b + i * gm_h + j * gm_w)[:, None] + channel[None, :] * gm_c
+        tl.store(grad_mask + at, round_to(total, grad_mask, UPCAST), mask=of_mask)
 
 
 @triton.jit
@@ -404,7 +409,7 @@ def gain_gradient(gains, grad_gains, at, total, live, ACT: tl.constexpr, ACC: tl
 def gains_gradient(
         of_input, of_output, low, high, grad_low, grad_high,
         chunks, out_chunks, channels, out_channels, gains_b,
-        ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+        ACT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Gradients of low and high (B, C + O): the sums over chunks of positions.
 
@@ -413,17 +418,21 @@ def gains_gradient(
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = n < channels + out_channels
-    of_low = tl.zeros([BLOCK], dtype=ACC)
-    of_high = tl.zeros([BLOCK], dtype=ACC)
-    is_input = n < channels
-    for chunk in range(chunks):
-        at = of_input + (b * chunks + chunk) * 2 * channels + n
-        of_low += tl.load(at, mask=is_input, other=0.)
-        of_high += tl.load(at + channels, mask=is_input, other=0.)
-    for chunk in range(out_chunks):
-        at = of_output + (b * out_chunks + chunk) * 3 * out_channels + (n - channels)
-        of_low += tl.load(at, mask=live & (n >= channels), other=0.)
-        of_high += tl.load(at + out_channels, mask=live & (n >= channels), other=0.)
+    chunk = tl.arange(0, CHUNKS)
+    of_low = tl.zeros([CHUNKS, BLOCK], dtype=ACC)
+    of_high = tl.zeros([CHUNKS, BLOCK], dtype=ACC)
+    if tl.program_id(1) * BLOCK < channels:
+        for start in range(0, chunks, CHUNKS):
+            at = of_input + (b * chunks + start + chunk)[:, None] * (2 * channels) + n[None, :]
+            some = (start + chunk < chunks)[:, None] & (n < channels)[None, :]
+            of_low += tl.load(at, mask=some, other=0.)
+            of_high += tl.load(at + channels, mask=some, other=0.)
+    if tl.program_id(1) * BLOCK + BLOCK > channels:
+        for start in range(0, out_chunks, CHUNKS):
+            at = of_output + (b * out_chunks + start + chunk)[:, None] * (3 * out_channels) + (n - channels)[None, :]
+            some = (start + chunk < out_chunks)[:, None] & (live & (n >= channels))[None, :]
+            of_low += tl.load(at, mask=some, other=0.)
+            of_high += tl.load(at + out_channels, mask=some, other=0.)
     at = b * gains_b + n
-    gain_gradient(low, grad_low, at, of_low, live, ACT, ACC, UPCAST)
-    gain_gradient(high, grad_high, at, of_high, live, ACT, ACC, UPCAST)
+    gain_gradient(low, grad_low, at, tl.sum(of_low, axis=0), live, ACT, ACC, UPCAST)
+    gain_gradient(high, grad_high, at, tl.sum(of_high, axis=0), live, ACT, ACC, UPCAST)

@@ -1,4 +1,4 @@
-"""Triton kernels of the depthwise operator: forward, and three for its gradients.
+"""Triton kernels of the depthwise operator: one that packs the weight, forward, and four for its gradients.
 
 The operator has no matrix product. A program has a block of positions of one sample and a block of channels of one
 step group, and reads the pixels through the cache. The programs apply AdaKern's gains to the kernel.
@@ -14,7 +14,51 @@ from ...triton_math import round_to
 from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of
 from .sampling import dilations, sample, scatter
 
-__all__ = ['backward', 'forward', 'kernel_gradient', 'products']
+__all__ = ['backward', 'forward', 'kernel_gradient', 'pack', 'products', 'unpack']
+
+
+@triton.jit
+def pack(
+        weight, kernel, mean,
+        channels,
+        TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Transpose the weight (C, K*K) to the kernel (K*K, C); if SPLIT take its mean over the taps (C,).
+
+    Grid: blocks of channels.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, TAPS_UP)
+    c_live = c < channels
+    live = (k < TAPS)[:, None] & c_live[None, :]
+    w = tl.load(weight + c[None, :] * TAPS + k[:, None], mask=live, other=0.).to(ACC)
+    tl.store(kernel + k[:, None] * channels + c[None, :], w, mask=live)
+    if SPLIT:
+        tl.store(mean + c, tl.sum(w, axis=0) / TAPS, mask=c_live)
+
+
+@triton.jit
+def unpack(
+        sums, grad_weight, grad_bias,
+        samples, channels,
+        TAPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Gradients of the weight (C, K*K) and of the bias (C,): sums over the samples of sums (B, rows, C).
+
+    Grid: rows, blocks of channels.
+    """
+    k = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels
+    total = tl.zeros([BLOCK_B, BLOCK_C], dtype=ACC)
+    for start in range(0, samples, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        at = (b.to(tl.int64) * tl.num_programs(0) + k)[:, None] * channels + c[None, :]
+        total += tl.load(sums + at, mask=(b < samples)[:, None] & c_live[None, :], other=0.)
+    of_row = tl.sum(total, axis=0)
+    tl.store(grad_weight + c * TAPS + k, round_to(of_row, grad_weight, UPCAST), mask=c_live & (k < TAPS))
+    if grad_bias is not None:
+        tl.store(grad_bias + c, round_to(of_row, grad_bias, UPCAST), mask=c_live & (k == TAPS))
 
 
 @triton.jit
@@ -123,9 +167,9 @@ def products(
         K: tl.constexpr, OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, DILATION_ACT: tl.constexpr,
         MASK_ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Sum, over the positions of each sample, the gradient times the masked samples of a tap; into is (B, K*K, C).
+    """Sum, over the positions of each sample, the gradient times the masked samples of a tap; into is (B, rows, C).
 
-    Grid: samples, taps, blocks of channels.
+    There are K*K rows, or one more, which is the sum of the gradient. Grid: samples, rows, blocks of channels.
     """
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group, c, c_live = channels_of(tl.program_id(2), step_width, BLOCK_C)
@@ -133,30 +177,36 @@ def products(
     mask += b * m_b + group * (K * K) * m_c
     area = out_h * out_w
     acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-    for start in range(0, area, BLOCK_P):
-        q = start + tl.arange(0, BLOCK_P)
-        alive = q < area
-        live = alive[:, None] & c_live[None, :]
-        i, j = q // out_w, q % out_w
-        at_steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
-        d = dilations(at_steps, alive, base, OFFSETS, DILATION_ACT, ACC)
-        v00, v01, v10, v11, row, col, f, e, m = samples(
-            x, at_steps, d, mask + i.to(tl.int64) * m_h + j * m_w, alive, i * stride_h + start_h,
-            j * stride_w + start_w, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS,
-            HAS_MASK, MASK_ACT, ACC, INDEX)
-        g = tl.load(grad + (b * area + q)[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
-        acc += g * sample(v00, v01, v10, v11, f, e) * m[:, None]
-    tl.store(into + (b * (K * K) + k) * channels + c, tl.sum(acc, axis=0), mask=c_live)
+    if k == K * K:
+        for start in range(0, area, BLOCK_P):
+            q = start + tl.arange(0, BLOCK_P)
+            live = (q < area)[:, None] & c_live[None, :]
+            acc += tl.load(grad + (b * area + q)[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
+    else:
+        for start in range(0, area, BLOCK_P):
+            q = start + tl.arange(0, BLOCK_P)
+            alive = q < area
+            live = alive[:, None] & c_live[None, :]
+            i, j = q // out_w, q % out_w
+            at_steps = steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K, OFFSETS)
+            d = dilations(at_steps, alive, base, OFFSETS, DILATION_ACT, ACC)
+            v00, v01, v10, v11, row, col, f, e, m = samples(
+                x, at_steps, d, mask + i.to(tl.int64) * m_h + j * m_w, alive, i * stride_h + start_h,
+                j * stride_w + start_w, k, s_c, m_c, spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS,
+                HAS_MASK, MASK_ACT, ACC, INDEX)
+            g = tl.load(grad + (b * area + q)[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
+            acc += g * sample(v00, v01, v10, v11, f, e) * m[:, None]
+    tl.store(into + (b * tl.num_programs(1) + k) * channels + c, tl.sum(acc, axis=0), mask=c_live)
 
 
 @triton.jit
 def kernel_gradient(
         sums, kernel, mean, low, high, grad_low, grad_high,
-        channels,
+        channels, rows,
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Gradients of the gains from the sums (B, K*K, C) of `products`. Each image's share in the gradient of the kernel
+    """Gradients of the gains from the sums (B, rows, C) of `products`. Each image's share in the gradient of the kernel
     replaces its sums.
 
     Grid: samples, blocks of channels.
@@ -167,7 +217,7 @@ def kernel_gradient(
     c_live = c < channels
     live = (k < TAPS)[:, None] & c_live[None, :]
     at = k[:, None] * channels + c[None, :]
-    total = tl.load(sums + b * TAPS * channels + at, mask=live, other=0.)
+    total = tl.load(sums + b * rows * channels + at, mask=live, other=0.)
     m = tl.load(mean + c, mask=c_live, other=0.).to(ACC)
     w = tl.load(kernel + at, mask=live, other=0.).to(ACC) - m[None, :]
     of_all = tl.sum(total, axis=0)
@@ -177,4 +227,4 @@ def kernel_gradient(
     high_in = gain(high, at_gain, c_live, GAINS_ACT, ACC)
     of_mean = (gain(low, at_gain, c_live, GAINS_ACT, ACC) - high_in) * of_all
     total = total * high_in[None, :] + (of_mean / TAPS)[None, :]
-    tl.store(sums + b * TAPS * channels + at, total, mask=live)
+    tl.store(sums + b * rows * channels + at, total, mask=live)

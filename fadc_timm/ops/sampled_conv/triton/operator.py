@@ -1,14 +1,14 @@
 """The Triton backend as an operator of torch, and its gradient."""
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ... import settings
 from ...derivatives import refuse_more
-from ...runtime import empty_map, is_depthwise, is_plain_eager, nhwc, without_autocast
+from ...runtime import empty_map, is_depthwise, is_plain_eager, nhwc
 from . import dense, depthwise
-from .call import Spec, call_of
+from .call import Call, Spec, call_of
 
 __all__ = ['call', 'two_step_conv2d']
 
@@ -20,6 +20,11 @@ def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
     """Bias and gains as the kernels read them: contiguous."""
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _filled(x: Tensor, results: Sequence[Optional[Tensor]]) -> List[Tensor]:
+    """Results of an operator of torch, which has no None: empty tensors in its place."""
+    return [x.new_empty((0,)) if t is None else t for t in results]
 
 
 def _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups) -> Spec:
@@ -73,19 +78,26 @@ def _forward(
         The output (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O),
         which are empty unless they were asked for.
     """
+    y, *parts = _computed(
+        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)
+    high_part, low_part = _filled(x, parts)
+    return y, high_part, low_part
+
+
+def _computed(
+        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """:func:`_forward`, with None for empty results."""
     y = _empty_output(x, weight, steps)
-    nothing = x.new_empty((0,)), x.new_empty((0,))
     if not y.numel():
-        return y, *nothing
+        return y, None, None
     bias, low, high = _in_a_row(bias, low, high)
-    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
+    call = call_of(_spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups))
     tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
-    if call_of(spec).is_depthwise:
-        depthwise.forward(spec, *tensors)
-        return y, *nothing
-    with without_autocast(x):
-        parts = dense.forward(spec, *tensors, save and spec.split)
-    return (y, *parts) if save and spec.split else (y, *nothing)
+    if call.is_depthwise:
+        depthwise.forward(call, *tensors)
+        return y, None, None
+    return y, *dense.forward(call, *tensors, save)
 
 
 two_step_conv2d = torch.library.custom_op('fadc_timm::two_step_conv2d', _forward, mutates_args=())
@@ -124,28 +136,36 @@ def _gradient(
 
     Without the two parts of the output, the gradients of low and high are right for the input channels only.
     """
+    return _filled(x, _computed_gradient(
+        grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
+        spacing, groups))
+
+
+def _computed_gradient(
+        grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
+        spacing, groups,
+) -> List[Optional[Tensor]]:
+    """:func:`_gradient`, with None for empty tensors, which the two parts may be too."""
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
-        return [x.new_empty((0,)) if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
+        return [None if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
     bias, low, high = _in_a_row(bias, low, high)
-    spec = _spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups)
-    call = call_of(spec)
+    call = call_of(_spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups))
     fixed = torch.are_deterministic_algorithms_enabled()
-    scale = _scale(spec, grad, weight, mask, low, high) if fixed else None
+    scale = _scale(call, grad, weight, mask, low, high) if fixed else None
     into = torch.zeros(
         x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
     if call.is_depthwise:
         grads = depthwise.backward(
-            spec, nhwc(grad), nhwc(x), weight, bias, steps, mask, low, high, into, scale)
+            call, nhwc(grad), nhwc(x), weight, bias, steps, mask, low, high, into, scale)
     else:
-        parts = (high_part, low_part) if high_part.numel() else (None, None)
-        with without_autocast(x):
-            grads = dense.backward(
-                spec, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale)
+        parts = (None, None) if high_part is None or not high_part.numel() else (high_part, low_part)
+        grads = dense.backward(
+            call, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
-    return [x.new_empty((0,)) if g is None else g for g in (grad_x, *grads)]
+    return [grad_x, *grads]
 
 
 two_step_conv2d_backward = torch.library.custom_op(
@@ -153,7 +173,7 @@ two_step_conv2d_backward = torch.library.custom_op(
 
 
 def _scale(
-        spec: Spec,
+        call: Call,
         grad: Tensor,
         weight: Tensor,
         mask: Optional[Tensor],
@@ -163,15 +183,14 @@ def _scale(
     """The scale of fixed-point gradients: with it, no sum over a sample's positions and taps overflows int64."""
     # a tap of a kernel split into mean and rest is at most three times the largest number of the kernel
     largest = grad.abs().amax().double() * (3 * weight.double().abs().amax((1, 2, 3)).sum())
-    if spec.act:
+    if call.spec.act:
         largest = largest * 2
     elif mask is not None:
         largest = largest * mask.abs().amax()
     for t in (low, high):
         if t is not None:
             # input and output gains, each at most 2 after the activation
-            largest = largest * (4. if spec.gains_act else t.abs().amax().double().clamp(min=1) ** 2)
-    call = call_of(spec)
+            largest = largest * (4. if call.spec.gains_act else t.abs().amax().double().clamp(min=1) ** 2)
     return 2. ** 62 / (largest.clamp(min=1e-300) * (call.area * call.taps))
 
 
@@ -192,18 +211,23 @@ def _(grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, b
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    """output: The results of :func:`_forward` or of :func:`_computed`."""
     *tensors, act, base, gains_act, _, stride, padding, spacing, groups = inputs
     ctx.options = act, base, gains_act, stride, padding, spacing, groups
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2], *tensors)
 
 
-def _backward(ctx, grad: Optional[Tensor], *_):
+def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]):
     if grad is None:
         return (None,) * 15
     refuse_more('triton', grad)
-    grads = two_step_conv2d_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = gradient(grad, *ctx.saved_tensors, *ctx.options)
     return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
+
+
+def _backward(ctx, grad: Optional[Tensor], *_):
+    return _backward_with(two_step_conv2d_backward, ctx, grad)
 
 
 two_step_conv2d.register_autograd(_backward, setup_context=_setup_context)
@@ -214,18 +238,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
+        output = _computed(*inputs)
         _setup_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx, grad: Optional[Tensor], *_):
-        if grad is None:
-            return (None,) * 15
-        refuse_more('triton', grad)
-        grads = _gradient(grad, *ctx.saved_tensors, *ctx.options)
-        return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
+    def backward(ctx, grad: Optional[Tensor]):
+        return _backward_with(_computed_gradient, ctx, grad)
 
 
 def call(*args: Any) -> Tensor:
@@ -233,5 +252,5 @@ def call(*args: Any) -> Tensor:
     if not is_plain_eager(*args[:7]):
         return two_step_conv2d(*args)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
-        return _Eager.apply(*args)[0]
-    return _forward(*args)[0]
+        return _Eager.apply(*args)
+    return _computed(*args)[0]
