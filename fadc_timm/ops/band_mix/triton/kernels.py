@@ -2,8 +2,8 @@
 
 The library multiplies the map by the cosines and sines of both axes: the coefficients (B, J, J', C) are means over the
 map. `synthesise_rows` turns the coefficients back into points along the height: rows (B, H, columns, C), with one
-column per filter and frequency along the width that the filter keeps. `mix` turns the rows into low-passes, weighs the
-low-passes and adds them up. The other kernels are the transposes.
+column per filter and frequency along the width that the filter keeps. `mix` makes of the rows the weighted low-passes
+and adds them up. The other kernels are the transposes.
 
 A column has a frequency along the width, `frequency[column]`, and a matrix of `rows_basis` (matrices, H, J). A filter
 with one-sided frequencies on both axes has two more columns, which couple cosines and sines of both axes.
@@ -86,29 +86,28 @@ def synthesise_rows_gradient(
 
 
 @triton.jit
-def _low_pass(rows, basis, w, w_live, c, c_live, first, last, columns, channels, ACC: tl.constexpr,
-              PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
-              BLOCK_C: tl.constexpr):
-    """One low-pass of a row (W, C), from its columns first to last."""
-    low = tl.zeros([BLOCK_W, BLOCK_C], dtype=ACC)
-    for start in range(first, last, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        live = j < last
-        s = tl.load(basis + w[:, None] * columns + j[None, :], mask=w_live[:, None] & live[None, :], other=0.)
-        z = tl.load(rows + j[:, None] * channels + c[None, :], mask=live[:, None] & c_live[None, :], other=0.)
-        low = dot(s, z, low, PRECISION, UPCAST)
-    return low
+def _steps(maps, filters, w_live, stride_m, FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr,
+           ACC: tl.constexpr):
+    """By column of the rows, the step A_f+1 - A_f of its filter f at some places (W, J): the low-pass's factor."""
+    before = _band(maps, 0, w_live, stride_m, COUNT, ACT, ACC)
+    steps = before[:, None] * tl.zeros(filters.shape, dtype=ACC)[None, :]
+    for f in tl.static_range(FILTERS):
+        band = _band(maps, f + 1, w_live, stride_m, COUNT, ACT, ACC)
+        steps = tl.where((filters == f)[None, :], (band - before)[:, None], steps)
+        before = band
+    return steps
 
 
 @triton.jit
 def mix(
-        x, maps, rows, basis, first_column, y, means,
+        x, maps, rows, basis, filter_of, y, means,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
         FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
         UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """y = A_1 x + the sum of (A_f+1 - A_f) low-pass_f, and what each block adds to the mean of y, (B, H * blocks, C).
 
+    The synthesis along the width takes the steps into its matrix, so that one product makes all low-passes.
     Grid: rows of all samples, blocks of columns, blocks of channels. A block of channels lies within one group, and
     each group has its own maps of weights.
     """
@@ -124,16 +123,18 @@ def mix(
     live = w_live[:, None] & c_live[None, :]
     maps += b * m_b + group * m_s + h * m_h + w * m_w
     rows += row * columns * channels
-    at = (row * width + w)[:, None] * channels + c[None, :]
-    before = _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)
-    acc = tl.load(x + at, mask=live, other=0.).to(ACC) * before[:, None]
-    for f in tl.static_range(FILTERS):
-        band = _band(maps, f + 1, w_live, m_m, COUNT, ACT, ACC)
-        low = _low_pass(rows, basis, w, w_live, c, c_live, tl.load(first_column + f), tl.load(first_column + f + 1),
-                        columns, channels, ACC, PRECISION, UPCAST, BLOCK_W, BLOCK_J, BLOCK_C)
-        acc += low * (band - before)[:, None]
-        before = band
-    tl.store(y + at, round_to(acc, y, UPCAST), mask=live)
+    first = row * width * channels
+    at = w[:, None] * channels + c[None, :]
+    acc = tl.load(x + first + at, mask=live, other=0.).to(ACC) * _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)[:, None]
+    for start in range(0, columns, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        j_live = j < columns
+        s = tl.load(basis + w[:, None] * columns + j[None, :], mask=w_live[:, None] & j_live[None, :], other=0.)
+        filters = tl.load(filter_of + j, mask=j_live, other=0)
+        s = s.to(ACC) * _steps(maps, filters, w_live, m_m, FILTERS, COUNT, ACT, ACC)
+        z = tl.load(rows + j[:, None] * channels + c[None, :], mask=j_live[:, None] & c_live[None, :], other=0.)
+        acc = dot(round_to(s, rows, UPCAST), z, acc, PRECISION, UPCAST)
+    tl.store(y + first + at, round_to(acc, y, UPCAST), mask=live)
     at_means = (row * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(means + at_means, tl.sum(tl.where(live, acc, 0.), axis=0) / (height * width), mask=c_live)
 
@@ -150,7 +151,7 @@ def _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC:
 
 @triton.jit
 def mix_gradient(
-        grad, grad_means, x, maps, rows, basis, first_column, grad_x, grad_maps,
+        grad, grad_means, x, maps, rows, basis, filter_of, grad_x, grad_maps,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c, g_b, g_m, g_s, g_h, g_w,
         FILTERS: tl.constexpr, STEPS_UP: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
         PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -158,7 +159,7 @@ def mix_gradient(
 ):
     """The gradient of the maps, and the part of the gradient of x that passes no filter.
 
-    Grid: rows of all samples, blocks of columns, groups.
+    Grid: rows of all samples, blocks of columns as in `mix`, groups.
     """
     row = tl.program_id(0).to(tl.int64)
     b, h = row // height, row % height
@@ -168,25 +169,35 @@ def mix_gradient(
     maps += b * m_b + group * m_s + h * m_h + w * m_w
     rows += row * columns * channels
     first_band = _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)
+    first = row * width * channels
+    at_block = b * n_b + (h * tl.num_programs(1) + tl.program_id(1)) * n_r
     step = tl.arange(0, STEPS_UP)
     steps = tl.zeros([BLOCK_W, STEPS_UP], dtype=ACC)  # gradients of the steps: of x, and of the low-passes
     width_of_group = channels // groups
-    for start in range(0, width_of_group, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        c_live = c < width_of_group
-        c += group * width_of_group
-        live = w_live[:, None] & c_live[None, :]
-        at = (row * width + w)[:, None] * channels + c[None, :]
-        at_means = b * n_b + (h * tl.num_programs(1) + tl.program_id(1)) * n_r + c * n_c
-        g = _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC).to(ACC)
-        tl.store(grad_x + at, round_to(g * first_band[:, None], grad_x, UPCAST), mask=live)
-        of_x = tl.sum(g * tl.load(x + at, mask=live, other=0.).to(ACC), axis=1)
+    for start in range(0, columns, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        j_live = j < columns
+        products = tl.zeros([BLOCK_W, BLOCK_J], dtype=ACC)  # of the gradient and the rows, over the channels
+        of_x = tl.zeros([BLOCK_W], dtype=ACC)
+        for start_c in range(0, width_of_group, BLOCK_C):
+            c = start_c + tl.arange(0, BLOCK_C)
+            c_live = c < width_of_group
+            c += group * width_of_group
+            live = w_live[:, None] & c_live[None, :]
+            at = w[:, None] * channels + c[None, :]
+            g = _with_mean(grad + first, grad_means, at, at_block + c * n_c, live, c_live, height, width, ACC)
+            z = tl.load(rows + j[None, :] * channels + c[:, None], mask=j_live[None, :] & c_live[:, None], other=0.)
+            products = dot(g, z, products, PRECISION, UPCAST)
+            if start == 0:
+                tl.store(grad_x + first + at, round_to(g.to(ACC) * first_band[:, None], grad_x, UPCAST), mask=live)
+                of_x += tl.sum(g.to(ACC) * tl.load(x + first + at, mask=live, other=0.).to(ACC), axis=1)
+        s = tl.load(basis + w[:, None] * columns + j[None, :], mask=w_live[:, None] & j_live[None, :], other=0.)
+        products *= s.to(ACC)
+        filters = tl.load(filter_of + j, mask=j_live, other=0)
         steps += tl.where(step[None, :] == 0, of_x[:, None], 0.)
         for f in tl.static_range(FILTERS):
-            low = _low_pass(
-                rows, basis, w, w_live, c, c_live, tl.load(first_column + f), tl.load(first_column + f + 1), columns,
-                channels, ACC, PRECISION, UPCAST, BLOCK_W, BLOCK_J, BLOCK_C)
-            steps += tl.where(step[None, :] == f + 1, tl.sum(g * low, axis=1)[:, None], 0.)
+            of_low = tl.sum(tl.where((filters == f)[None, :], products, 0.), axis=1)
+            steps += tl.where(step[None, :] == f + 1, of_low[:, None], 0.)
     grad_maps += b * g_b + group * g_s + h * g_h + w * g_w
     for m in tl.static_range(COUNT):
         # band m enters step m with sign +, and step m + 1 with sign -
@@ -201,12 +212,13 @@ def mix_gradient(
 def rows_gradient(
         grad, grad_means, maps, basis, filter_of, grad_rows,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c,
-        COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+        FILTERS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+        UPCAST: tl.constexpr, MEANS_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
+        BLOCK_C: tl.constexpr,
 ):
     """Transpose of the low-passes' last step, over the width: grad_rows (B, H, columns, C).
 
-    Grid: rows of all samples, blocks of columns, blocks of channels.
+    MEANS_W: Columns of a block of `mix`, and so of one mean. Grid: rows of all samples, blocks of columns, blocks of channels.
     """
     row = tl.program_id(0).to(tl.int64)
     b, h = row // height, row % height
@@ -218,23 +230,18 @@ def rows_gradient(
     c_live = c < channels // groups
     c += group * (channels // groups)
     maps += b * m_b + group * m_s + h * m_h
-    f = tl.load(filter_of + j, mask=j_live, other=0)
+    filters = tl.load(filter_of + j, mask=j_live, other=0)
     acc = tl.zeros([BLOCK_J, BLOCK_C], dtype=ACC)
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         w_live = w < width
-        live = j_live[:, None] & w_live[None, :]
-        at = maps + f[:, None] * m_m + w[None, :] * m_w
-        step = tl.zeros([BLOCK_J, BLOCK_W], dtype=ACC) - twice_sigmoid(
-            tl.load(at, mask=live & (f < COUNT)[:, None], other=0.).to(ACC), ACT)
-        after = live & (f + 1 < COUNT)[:, None]
-        band = twice_sigmoid(tl.load(at + m_m, mask=after, other=0.).to(ACC), ACT)
-        step += tl.where(after, band, 1.)
-        s = tl.load(basis + w[None, :] * columns + j[:, None], mask=live, other=0.).to(ACC) * step
-        at_grad = (row * width + w)[:, None] * channels + c[None, :]
-        at_means = b * n_b + (h * tl.cdiv(width, BLOCK_W) + start // BLOCK_W) * n_r + c * n_c
+        s = tl.load(basis + w[:, None] * columns + j[None, :], mask=w_live[:, None] & j_live[None, :], other=0.)
+        s = s.to(ACC) * _steps(maps + w * m_w, filters, w_live, m_m, FILTERS, COUNT, ACT, ACC)
+        at_grad = w[:, None] * channels + c[None, :]
+        at_means = b * n_b + (h * tl.cdiv(width, MEANS_W) + start // MEANS_W) * n_r + c * n_c
         g = _with_mean(
-            grad, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
-        acc = dot(round_to(s, grad_rows, UPCAST), g, acc, PRECISION, UPCAST)
-    at = (row * columns + j)[:, None] * channels + c[None, :]
+            grad + row * width * channels, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
+        acc = dot(tl.trans(round_to(s, grad_rows, UPCAST)), g, acc, PRECISION, UPCAST)
+    grad_rows += row * columns * channels
+    at = j[:, None] * channels + c[None, :]
     tl.store(grad_rows + at, round_to(acc / width, grad_rows, UPCAST), mask=j_live[:, None] & c_live[None, :])

@@ -77,9 +77,9 @@ def _launches(
     acc, upcast = types_of(spec.dtype)
     how = acc, 'tf32' if spec.tf32 else 'ieee', upcast
     warps = 4 if half else 8
-    # an accumulator of `mix` holds block_w * block_c numbers
+    # with these blocks, a multiprocessor holds three or four programs of 4 warps of half precision
     block_w, own = _block_w(w), c // spec.groups
-    block_c = block(own, 16, 128 if half and block_w < 64 else 64)
+    block_c = block(own, 16, 128 if half and block_w < 32 else 64)
     all_c = block(c, 16, 128 if half else 64)
     c_blocks = spec.groups * cdiv(own, block_c)
     sizes = h, w, columns, c, spec.groups, *spec.maps
@@ -89,15 +89,16 @@ def _launches(
     axes = h, count_h, count_w, columns, c
     filters, bands = len(spec.factors), (spec.bands, spec.act, *how)
     block_h, block_i, block_j = block(h, 16, 64), block(count_h, 16, 64), block(columns, 16, 64)
+    mix_j = min(block_j, 64 if half and block_w == 64 else 32)
     return _Launches(
         Launch(kernels.synthesise_rows, (b * columns, cdiv(c, all_c), cdiv(h, block_h)), axes,
                (*how, block_h, block(count_h, 16, 32), all_c), warps),
         Launch(kernels.mix, (b * h, cdiv(w, block_w), c_blocks), sizes,
-               (filters, *bands, block_w, 16, block_c), warps),
+               (filters, *bands, block_w, mix_j, block_c), warps),
         Launch(kernels.mix_gradient, (b * h, cdiv(w, block_w), spec.groups), (*sizes, *means, *grad_maps),
-               (filters, block(filters + 2, 2, 64), *bands, block_w, 16, block_c), warps),
+               (filters, block(filters + 2, 2, 64), *bands, block_w, mix_j, block_c), warps),
         Launch(kernels.rows_gradient, (b * h, cdiv(columns, block_j), c_blocks), (*sizes, *means),
-               (*bands, block_w, block_j, block_c), warps),
+               (filters, *bands, block_w, min(block_w, 32), block_j, block_c), warps),
         Launch(kernels.synthesise_rows_gradient, (b * count_w, cdiv(c, all_c), cdiv(count_h, block_i)), axes,
                (most, *how, block_h, block_i, all_c), warps))
 
@@ -127,7 +128,7 @@ def forward(spec: Spec, x: Tensor, maps: Tensor, y: Tensor, means: Tensor) -> Te
     coefficients = x.new_empty((b, count_h, count_w, c))
     torch.bmm(t.mean_w.expand(b * count_h, -1, -1), down.view(-1, w, c), out=coefficients.view(-1, count_w, c))
     rows = _synthesise_rows(spec, t, launches, coefficients)
-    triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.first_column, y, means)
+    triton_support.launch(launches.mix, x, maps, rows, t.columns_basis, t.filter_of, y, means)
     return coefficients
 
 
@@ -147,7 +148,7 @@ def backward(
     b, c, h, w = spec.x
     rows = _synthesise_rows(spec, t, launches, coefficients)
     triton_support.launch(
-        launches.mix_gradient, grad, grad_means, x, maps, rows, t.columns_basis, t.first_column, grad_x, grad_maps)
+        launches.mix_gradient, grad, grad_means, x, maps, rows, t.columns_basis, t.filter_of, grad_x, grad_maps)
     # the gradients of the rows take the place of the rows
     triton_support.launch(launches.rows_gradient, grad, grad_means, maps, t.columns_basis, t.filter_of, rows)
     total = torch.empty_like(coefficients)

@@ -19,7 +19,6 @@ class Tables(NamedTuple):
     columns_basis (W, columns): the synthesis along the width.
     frequency, matrix, filter_of (columns,): each column's frequency, its matrix in rows_basis, and its filter.
     columns_of (J', most): the columns of each frequency, then -1.
-    first_column (filters + 1,): where each filter's columns begin.
     """
     basis_h: Tensor
     basis_w: Tensor
@@ -31,7 +30,6 @@ class Tables(NamedTuple):
     matrix: Tensor
     filter_of: Tensor
     columns_of: Tensor
-    first_column: Tensor
 
 
 def padded(count: int) -> int:
@@ -63,7 +61,6 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
     frequency: List[int] = []
     matrix: List[int] = []
     filter_of: List[int] = []
-    first_column = [0]
     for f in range(len(factors)):
         keep_h, keep_w = len(rows.kept[f]), len(cols.kept[f])
         full = torch.zeros(h, count_h, dtype=torch.float64, device=device)
@@ -83,7 +80,6 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
             matrix += [len(matrices)] * 2
             matrices.append(coupled)
         filter_of += [f] * (len(frequency) - len(filter_of))
-        first_column.append(len(frequency))
     found = [[n for n, j in enumerate(frequency) if j == own] for own in range(count_w)]
     most = max(map(len, found))
     columns_of = [n for own in found for n in own + [-1] * (most - len(own))]
@@ -94,8 +90,7 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
     return Tables(
         cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)),
         cast(torch.cat(parts, dim=1)), _integers(frequency, device), _integers(matrix, device),
-        _integers(filter_of, device), _integers(columns_of, device).view(count_w, most),
-        _integers(first_column, device))
+        _integers(filter_of, device), _integers(columns_of, device).view(count_w, most))
 
 
 # Tables by the arguments that they were made for, the oldest first.
