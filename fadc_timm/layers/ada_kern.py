@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_linear_bn_weights
 
+from ..ops import gains
 from ..ops.runtime import is_exporting, without_autocast
+from .own_hooks import has_hooks
 
 __all__ = ['AdaKern', 'NormLayer']
 
@@ -43,6 +45,10 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
     raise ValueError(
         'norm_layer, which is ada_kern_norm in FADConv2d, must make a BatchNorm, a LayerNorm or a GroupNorm: one of '
         f"timm's names, as 'batchnorm2d' or 'layernorm2d', or a callable; got {norm_layer!r}.")
+
+
+# Norms that compute in the dtype of their input, under autocast too.
+_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
 
 
 class _Head(nn.Linear):
@@ -181,6 +187,51 @@ class AdaKern(nn.Module):
         """
         with without_autocast(mean):
             return self._heads(mean)
+
+    @torch.jit.unused
+    def predict_in_kernels(
+            self, x: Tensor, means: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """:meth:`predict` where Triton's kernels run: trunk and heads are a kernel each, and the norm is between them.
+
+        Args:
+            x: Map (B, C, H, W).
+            means: (B, n, C), whose sum over n is the mean of x, or None.
+        """
+        autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+        if means is None:
+            means = x.mean(dim=(2, 3), dtype=torch.float32 if autocast else None)[:, None]
+        dtype = means.dtype if autocast else x.dtype
+        if not self._runs_in_kernels(means, dtype):
+            return self.predict_from_mean(means.sum(1).to(dtype))
+        y = gains.trunk(means, self.fc.weight, self.fc.bias)
+        if type(self.norm) in _NORMS:
+            y = self._normalize(y)
+        else:
+            with without_autocast(y):
+                y = self._normalize(y)
+        if self.low is None or self.high is None:
+            head = self.high if self.low is None else self.low
+            assert head is not None
+            only, _ = gains.heads(y, head.weight, head.bias)
+            return (None, only) if self.low is None else (only, None)
+        return gains.heads(y, self.low.weight, self.low.bias, self.high.weight, self.high.bias)
+
+    def _runs_in_kernels(self, means: Tensor, dtype: torch.dtype) -> bool:
+        """Whether trunk and heads are what they were made as, so that kernels can take the place of these modules.
+
+        Not while exporting, as other runtimes have no such kernels, and not on meta, where nothing runs.
+        """
+        heads = [head for head in (self.low, self.high) if head is not None]
+        if (means.device.type == 'meta' or is_exporting() or type(self.fc) is not nn.Linear
+                or type(self.act) is not nn.ReLU or any(type(head) is not _Head for head in heads)
+                or has_hooks(self.fc, self.act, *heads)):
+            return False
+        parameters = [self.fc.weight, *(p for head in heads for p in (head.weight, head.bias))]
+        if self.fc.bias is not None:
+            parameters.append(self.fc.bias)
+        # a subclass of Tensor may compute in another way: quantised, or in shards
+        return all(type(p) in (Tensor, nn.Parameter) and p.dtype == dtype and p.device == means.device
+                   for p in parameters)
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         x = self.fc(x)

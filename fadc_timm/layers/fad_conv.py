@@ -20,6 +20,7 @@ from .ada_dr import AdaDR
 from .ada_kern import AdaKern, NormLayer
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
+from .own_hooks import has_hooks, has_own_hooks
 
 __all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
 
@@ -78,24 +79,12 @@ def _one_int(name: str, value: Any, minimum: int) -> int:
     return values[0]
 
 
-def has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks were registered with the module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def reset_parts(module: nn.Module) -> None:
     """Make what FADC added to a layer the identity again."""
     for name in PARTS:
         part = getattr(module, name, None)  # nn.Conv2d resets its parameters before there are modules
         if part is not None:
             part.reset_parameters()
-
-
-def _has_hooks(module: Optional[nn.Module]) -> bool:
-    """Whether a call of the module does more than its class: hooks, of it or of all modules, or a forward set on it."""
-    return module is not None and (
-        has_own_hooks(module) or 'forward' in module.__dict__ or torch.nn.modules.module._has_any_global_hook())
 
 
 @register_notrace_module
@@ -281,21 +270,18 @@ class FADConv2d(nn.Conv2d):
     def _is_fused(self, x: Tensor) -> bool:
         """Whether the operators compute the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
         return (self.ada_dr is not None and takes_predictions(x, self.backend)
-                and not _has_hooks(self.ada_dr) and not _has_hooks(self.ada_kern))
+                and not has_hooks(self.ada_dr) and not has_hooks(self.ada_kern))
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
         x = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
-        mean: Optional[Tensor] = None
+        means: Optional[Tensor] = None
         if self.freq_select is not None:
-            hooked = _has_hooks(self.freq_select)
-            x, mean = (self.freq_select(x, self.backend), None) if hooked else self.freq_select.mix(x, self.backend)
+            hooked = has_hooks(self.freq_select)
+            x, means = (self.freq_select(x, self.backend), None) if hooked else self.freq_select.mix(x, self.backend)
         low, high = None, None
-        if self.ada_kern is not None and mean is None:
-            low, high = self.ada_kern.predict(x)
-        elif self.ada_kern is not None and mean is not None:
-            low, high = self.ada_kern.predict_from_mean(
-                mean if torch.is_autocast_enabled(x.device.type) else mean.to(x.dtype))
+        if self.ada_kern is not None:
+            low, high = self.ada_kern.predict_in_kernels(x, means)
         padding = self.inner_padding
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')

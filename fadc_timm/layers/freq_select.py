@@ -99,7 +99,8 @@ class FreqSelect(nn.Module):
             backend: The convolution's backend, of which 'triton' goes for the band mix too; None to choose.
 
         Returns:
-            What :meth:`forward` returns, and its mean (B, C) if the backend makes it on the way, or None.
+            What :meth:`forward` returns, and numbers (B, n, C) whose sum over n is its mean, if the backend makes
+            them on the way, or None.
         """
         if is_exporting() and choose_backend(x, backend) == 'written_out':
             return mix_exported_bands(x, self.conv(x), list(self.bands), self.spatial_group), None

@@ -16,8 +16,9 @@ from ..ops.neighborhood_attention import BACKENDS, neighborhood_attention2d
 from ..ops.neighborhood_attention.functional import window_means
 from ..ops.neighborhood_attention.written_out import attention, attention_weights
 from .ada_kern import AdaKern, NormLayer
-from .fad_conv import has_own_hooks, reset_parts
+from .fad_conv import reset_parts
 from .freq_select import FreqSelect
+from .own_hooks import has_own_hooks
 
 __all__ = ['ATTENTION_OPTIONS', 'FADNeighborhoodAttention', 'NeighborhoodAttention']
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.padded_conv import padded_conv2d, wants_padding
+from ..ops import few_outputs
 from ..ops.runtime import constant, is_exporting, is_transformed
 
 __all__ = ['PredictorConv2d']
@@ -21,10 +21,11 @@ def _one_hot(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class PredictorConv2d(nn.Conv2d):
-    """An `nn.Conv2d` that on a CPU, with few outputs, multiplies once for all taps, then shifts and adds.
+    """An `nn.Conv2d` that with few outputs multiplies once for all taps, then shifts and adds.
 
-    oneDNN computes a block of 8 or 16 outputs however few are wanted. The convolution of oneDNN still computes half
-    precisions, and every convolution that is strided, dilated, grouped or padded beyond its kernel.
+    Libraries compute a block of 8, 16 or 32 outputs however few are wanted. On a GPU half precisions go this way, see
+    ops/few_outputs. On a CPU the convolution of oneDNN still computes half precisions, and every convolution that is
+    strided, dilated, grouped or padded beyond its kernel.
     """
 
     def __init__(self, *args: Any, first: int = 0, first_bias: float = 0., **kwargs: Any) -> None:
@@ -57,11 +58,12 @@ class PredictorConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _eager(self, x: Tensor) -> Tensor:
-        if self.groups == 1 and self.bias is not None and self.padding_mode == 'zeros':
+        if self.groups == 1 and self.padding_mode == 'zeros' and not isinstance(self.padding, str):
             autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-            if wants_padding(x, self.weight, dtype):
-                return padded_conv2d(x, self.weight, self.bias, dtype, self.stride, self.padding, self.dilation)
+            if few_outputs.suits(x, self.weight, dtype):
+                return few_outputs.call(
+                    x.to(dtype), self.weight, self.bias, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
         if is_exporting() and exact and self._fills_a_block():
             return self._by_columns(x)

@@ -31,20 +31,22 @@ class Cost(NamedTuple):
 
 
 class _Activations(TorchDispatchMode):
-    """Counts the elements that convolutions and matrix products put out; an operator of ours is one convolution."""
+    """Counts the elements that convolutions and matrix products put out, and those of our operators that are such."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
         aten = torch.ops.aten
+        products = (
+            aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+        # how many of an operator's results are counted
         self.counted = {
-            aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-            *(operator.forward.default for operator in OPERATORS if operator.is_convolution)}
+            **dict.fromkeys(products, 1), **{operator.forward.default: operator.activations for operator in OPERATORS}}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in self.counted:
-            self.total += (out[0] if isinstance(out, (tuple, list)) else out).numel()
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        self.total += sum(y.numel() for y in outputs[:self.counted.get(func, 0)])
         return out
 
 

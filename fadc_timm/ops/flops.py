@@ -12,7 +12,7 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from . import sampled_conv  # noqa: F401  registers torch.ops.fadc_timm
+from . import few_outputs, gains, sampled_conv  # noqa: F401  register torch.ops.fadc_timm
 from .band_mix.fused import multiply_adds
 from .neighborhood_attention import windows
 from .runtime import is_depthwise
@@ -29,12 +29,13 @@ class Operator(NamedTuple):
 
     forward, backward: The operator and its gradient, which has arguments of the same names.
     multiply_adds: Of the forward pass; the backward pass takes twice as many.
-    is_convolution: Whether its output counts as activations, as that of a convolution does.
+    activations: How many of its results, the first ones, count as activations, as those of convolutions and linear
+        layers do.
     """
     forward: Any
     backward: Any
     multiply_adds: Callable[[Arguments], int]
-    is_convolution: bool
+    activations: int
 
 
 def _prod(shape) -> int:
@@ -50,6 +51,10 @@ def _sampled(call: Arguments, split: bool) -> int:
     return _prod(call['y']) * c * (k * k + split)
 
 
+def _convolution(call: Arguments) -> int:
+    return _prod(call['y']) * _prod(call['weight'][1:])
+
+
 def _two_step(call: Arguments) -> int:
     """As :func:`_sampled`. A depthwise kernel is not split."""
     depthwise = is_depthwise(call['x'][1], call['weight'][0], call['groups'])
@@ -59,22 +64,31 @@ def _two_step(call: Arguments) -> int:
 OPERATORS = (
     Operator(
         torch.ops.torchvision.deform_conv2d, torch.ops.torchvision._deform_conv2d_backward,
-        lambda call: _sampled(call, False), is_convolution=True),
+        lambda call: _sampled(call, False), activations=1),
     Operator(
         torch.ops.fadc_timm.sampled_conv2d, torch.ops.fadc_timm.sampled_conv2d_backward,
-        lambda call: _sampled(call, call['split']), is_convolution=True),
+        lambda call: _sampled(call, call['split']), activations=1),
     Operator(
         torch.ops.fadc_timm.two_step_conv2d, torch.ops.fadc_timm.two_step_conv2d_backward,
-        _two_step, is_convolution=True),
+        _two_step, activations=1),
+    Operator(
+        torch.ops.fadc_timm.few_outputs_conv2d, torch.ops.fadc_timm.few_outputs_conv2d_backward,
+        _convolution, activations=1),
     Operator(
         torch.ops.fadc_timm.mix_low_passes, torch.ops.fadc_timm.mix_low_passes_backward,
-        lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),
+        lambda call: multiply_adds(call['x'], call['factors']), activations=0),
     Operator(
         torch.ops.fadc_timm.mix_bands_triton, torch.ops.fadc_timm.mix_bands_triton_backward,
-        lambda call: multiply_adds(call['x'], call['factors']), is_convolution=False),
+        lambda call: multiply_adds(call['x'], call['factors']), activations=0),
+    Operator(
+        torch.ops.fadc_timm.gains_trunk, torch.ops.fadc_timm.gains_trunk_backward,
+        lambda call: _prod(call['y']) * call['weight'][1], activations=1),
+    Operator(
+        torch.ops.fadc_timm.gains_heads, torch.ops.fadc_timm.gains_heads_backward,
+        lambda call: _prod(call['y']) * call['weight'][1] * (1 if call['weight_2'] is None else 2), activations=2),
     Operator(
         torch.ops.fadc_timm.neighborhood_windows, torch.ops.fadc_timm.neighborhood_windows_backward,
-        lambda call: windows.multiply_adds(call['q'], call['kernel_size']), is_convolution=False),
+        lambda call: windows.multiply_adds(call['q'], call['kernel_size']), activations=0),
 )
 
 

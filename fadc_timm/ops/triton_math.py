@@ -1,8 +1,8 @@
-"""What Triton kernels of several operators compute, and small kernels of no operator. Importing this needs Triton."""
+"""What Triton kernels of several operators compute, and a kernel of no operator. Importing this needs Triton."""
 import triton
 import triton.language as tl
 
-__all__ = ['dot', 'pad_outputs', 'probe', 'round_to', 'twice_sigmoid']
+__all__ = ['dot', 'probe', 'round_to', 'twice_sigmoid']
 
 
 @triton.jit
@@ -36,22 +36,3 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def pad_outputs(
-        weight, bias, padded_weight, padded_bias,
-        outputs, channels, padded, w_o, w_c, w_k,
-        TAPS: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Copy weight (O, C, k, k) and bias (O,), with zeros for outputs from O to `padded`; the copy is channels_last.
-
-    Grid: blocks of elements.
-    """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = at < padded * TAPS * channels
-    o, k, c = at // (TAPS * channels), at // channels % TAPS, at % channels
-    w = tl.load(weight + o.to(tl.int64) * w_o + c * w_c + k * w_k, mask=live & (o < outputs), other=0.)
-    tl.store(padded_weight + at, round_to(w, padded_weight, UPCAST), mask=live)
-    b = tl.load(bias + at, mask=at < outputs, other=0.)
-    tl.store(padded_bias + at, round_to(b, padded_bias, UPCAST), mask=at < padded)

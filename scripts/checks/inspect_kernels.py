@@ -26,6 +26,8 @@ from triton.compiler import ASTSource
 
 from fadc_timm.ops import triton_support
 from fadc_timm.ops.band_mix.triton import operator as band_operator
+from fadc_timm.ops.few_outputs import operator as predictor_operator
+from fadc_timm.ops.gains import operator as gains_operator
 from fadc_timm.ops.sampled_conv.triton import ACTS
 from fadc_timm.ops.sampled_conv.triton import operator as conv_operator
 from fadc_timm.ops.triton_support import Launch
@@ -105,7 +107,56 @@ class Bands:
         band_operator.mix_bands_triton_backward._init_fn(y, means, x, maps, coefficients, *options)
 
 
-LAYERS: tuple[Layer | Bands, ...] = (
+@dataclass(frozen=True)
+class Predictor:
+    """A convolution with few outputs, as FreqSelect and AdaDR predict by it."""
+    name: str
+    b: int
+    c: int
+    side: int
+    outputs: int
+    k: int = 3
+    stride: int = 1
+    bias: bool = True
+    dtypes: tuple[torch.dtype, ...] = HALF
+
+    def run(self, dtype: torch.dtype) -> None:
+        x, weight = empty_map(self.b, self.c, self.side, self.side, dtype), empty(self.outputs, self.c, self.k, self.k)
+        bias = empty(self.outputs) if self.bias else None
+        options = [self.stride] * 2, [self.k // 2] * 2, [1, 1]
+        y, taps = predictor_operator.few_outputs_conv2d._init_fn(x, weight, bias, *options)
+        predictor_operator.few_outputs_conv2d_backward._init_fn(y, taps, x, weight, bias, *options)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The trunk and the heads that predict AdaKern's gains, from n parts of the mean of a map of c channels."""
+    name: str
+    b: int
+    n: int
+    c: int
+    width: int
+    outputs: int
+    parts: int = 2
+    bias: bool = False
+    means_dtype: torch.dtype = torch.float32
+    dtypes: tuple[torch.dtype, ...] = SINGLE
+
+    def run(self, dtype: torch.dtype) -> None:
+        width = self.parts * self.width
+        weight, bias = empty(width, self.c, dtype=dtype), empty(width, dtype=dtype) if self.bias else None
+        means = empty(self.b, self.n, self.c, dtype=self.means_dtype)
+        y, mean = gains_operator.gains_trunk._init_fn(means, weight, bias)
+        gains_operator.gains_trunk_backward._init_fn(y, mean, weight, bias)
+        head = empty(self.outputs, self.width, dtype=dtype), empty(self.outputs, dtype=dtype)
+        other = head if self.parts == 2 else (None, None)
+        low, high = gains_operator.gains_heads._init_fn(y, *head, *other)
+        gains_operator.gains_heads_backward._init_fn(low, high if self.parts == 2 else None, y, head[0], other[0])
+
+
+Case = Layer | Bands | Predictor | Gains
+
+LAYERS: tuple[Case, ...] = (
     Layer('resnet50 stage 2', 64, 128, 128, 28),
     Layer('resnet50 stage 3', 64, 256, 256, 14),
     Layer('resnet50 stage 4', 64, 512, 512, 7),
@@ -120,8 +171,15 @@ LAYERS: tuple[Layer | Bands, ...] = (
     Bands('bands, resnet50 stage 2, strided', 64, 128, 56, 56),
     Bands('bands, resnet50 stage 2', 64, 128, 28, 28),
     Bands('bands, resnet50 stage 4', 64, 512, 7, 7),
+    Predictor('FreqSelect in resnet50 stage 2', 64, 128, 28, 3),
+    Predictor('AdaDR in resnet50 stage 3, strided', 64, 256, 28, 10, stride=2),
+    Predictor('AdaDR in convnext_tiny stage 2', 64, 192, 28, 1, k=7),
+    Predictor('mask in convnext_tiny stage 2', 64, 192, 28, 49, k=1),
+    Gains('AdaKern, resnet50 stage 2', 64, 28, 128, 16, 256),
+    Gains('AdaKern, resnet50 stage 4', 64, 7, 512, 32, 1024),
+    Gains('AdaKern, convnext_tiny stage 4', 64, 7, 768, 48, 768),
 )
-VARIANTS: tuple[Layer | Bands, ...] = (
+VARIANTS: tuple[Case, ...] = (
     Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, act='none', dtypes=(torch.bfloat16,)),
     Layer('float64', 2, 16, 16, 7, act='relu', dtypes=(torch.float64,)),
     Layer('one pixel', 1, 1, 1, 1, dtypes=HALF),
@@ -142,7 +200,12 @@ VARIANTS: tuple[Layer | Bands, ...] = (
     Bands('bands, one pixel', 1, 1, 1, 1, dtypes=HALF),
     Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
+    Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF),
+    Gains('AdaKern, one part, bfloat16', 2, 130, 40, 80, 70, parts=1, bias=True, dtypes=(torch.bfloat16,)),
+    Gains('AdaKern, float64', 33, 3, 200, 16, 130, means_dtype=torch.float64, dtypes=(torch.float64,)),
     Bands('bands, one factor', 2, 200, 20, 65, 2, factors=(2,), dtypes=HALF),
+    Predictor('predictor, bfloat16, no bias', 2, 12, 9, 27, bias=False, dtypes=(torch.bfloat16,)),
+    Predictor('predictor, one pixel', 1, 1, 1, 1, k=1, dtypes=(torch.float32, torch.float64)),
 )
 # of a multiprocessor of compute capability 9.0
 REGISTERS, SHARED, MAX_WARPS = 65536, 227 * 1024, 64
@@ -156,7 +219,7 @@ def empty_map(b: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return empty(b, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def launches(layer: Layer | Bands, dtype: torch.dtype) -> Launches:
+def launches(layer: Case, dtype: torch.dtype) -> Launches:
     """What a layer launches forward and backward, each kernel once: tiles differ in numbers alone."""
     found: Launches = []
     original = triton_support.launch
@@ -215,7 +278,7 @@ def inspect(this: Launch, tensors: tuple[Tensor | None, ...], arch: int) -> dict
         'atomics': ' '.join(atomics) or 'none'}
 
 
-def rows_of(layer: Layer | Bands, arch: int) -> Iterator[dict[str, Any]]:
+def rows_of(layer: Case, arch: int) -> Iterator[dict[str, Any]]:
     for dtype in layer.dtypes:
         for this, tensors in launches(layer, dtype):
             name = f'{this.kernel.fn.__module__.rpartition(".")[2]} {this.kernel.fn.__name__}'

@@ -1,12 +1,16 @@
 """Layers whose predictions the Triton backend activates itself: the same function as by the ordinary path."""
+import copy
+
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 
 from fadc_timm import FreqSelect
 from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.ops import set_backend, triton_support
 from tests.support.cases import error
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
+from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytest.importorskip('triton')
@@ -102,6 +106,144 @@ def test_hooks_are_called(part, device):
         with watch_layers(m, lambda call: seen.append(call.dilation)):
             m(x)
     assert torch.equal(seen[-1], m.ada_dr(x)[0])
+
+
+def kernels_of(monkeypatch, run):
+    """What `run` returns, and the names of AdaKern's kernels that it launches."""
+    names, launch = [], triton_support.launch
+
+    def counted(this, *tensors):
+        if this.kernel.fn.__module__.endswith('gains.kernels'):
+            names.append(this.kernel.fn.__name__)
+        launch(this, *tensors)
+
+    with monkeypatch.context() as m:
+        m.setattr(triton_support, 'launch', counted)
+        return run(), names
+
+
+WHOLE = ['trunk', 'heads']
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('cfg', [
+    dict(freq_select=False), dict(freq_select=False, kernel_decompose='high', ada_kern_norm='layernorm2d'),
+    dict(bands=(2,)), dict(freq_select=False, **DEPTHWISE)], ids=ids)
+def test_ada_kern_in_kernels(cfg, device, monkeypatch):
+    """Trunk and heads are a kernel each, forward and backward, with a norm folded too."""
+    m = off_identity(make(padding=1, **cfg, dtype=torch.float64)).to(device)
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    for fold in (False, True):
+        if fold:
+            m.eval().ada_kern.reparameterize()
+            m.requires_grad_()
+        with set_backend('gather'):
+            expected, before = kernels_of(monkeypatch, lambda: (m(x),))
+        assert not before
+        expected += grads(expected[0], [x, *m.parameters()])
+        with set_backend('triton'):
+            (y,), names = kernels_of(monkeypatch, lambda: (m(x),))
+        assert names == WHOLE
+        actual, names = kernels_of(monkeypatch, lambda: (y, *grads(y, [x, *m.parameters()])))  # noqa: B023
+        assert names == ['heads_gradient', 'trunk_gradient']
+        assert_same(actual, expected, EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('part', ['fc', 'act', 'low', 'high'])
+def test_what_is_put_on_ada_kerns_modules(part, device, monkeypatch):
+    """Hooks, a forward, a parametrization or another class: the modules run as modules, with the same results."""
+    m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device)
+    x, seen = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device), []
+    module = getattr(m.ada_kern, part)
+    with set_backend('triton'), torch.no_grad():
+        expected, names = kernels_of(monkeypatch, lambda: m(x))
+        assert names == WHOLE
+
+        def runs_as_module():
+            y, names = kernels_of(monkeypatch, lambda: m(x))
+            assert not names
+            assert_same((y,), (expected,), EXACT)
+
+        for register in (module.register_forward_hook, module.register_forward_pre_hook,
+                         module.register_full_backward_hook, torch.nn.modules.module.register_module_forward_hook):
+            handle = register(lambda *args: seen.append(args[0]))
+            runs_as_module()
+            handle.remove()
+        assert module in seen
+        module.forward = type(module).forward.__get__(module)
+        runs_as_module()
+        del module.forward
+        if part != 'act':
+            torch.nn.utils.parametrize.register_parametrization(module, 'weight', torch.nn.Identity())
+            runs_as_module()
+            torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')
+        other = type('Other', (type(module),), {})
+        module.__class__, kept = other, type(module)
+        runs_as_module()
+        module.__class__ = kept
+        assert kernels_of(monkeypatch, lambda: m(x))[1] == WHOLE
+        # hooks of the norm are called, as it is a module in any case
+        handle = m.ada_kern.norm.register_forward_hook(lambda *_: seen.append('norm'))
+        assert kernels_of(monkeypatch, lambda: m(x))[1] == WHOLE and seen[-1] == 'norm'
+        handle.remove()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=ids)
+def test_half_model(dtype, device, monkeypatch):
+    """Its parameters are read as they are."""
+    m = off_identity(make(padding=1, bands=(2,))).to(device, dtype)
+    exact = copy.deepcopy(m).double()
+    x = torch.randn(2, 4, 5, 4, device=device, dtype=dtype)
+    with set_backend('gather'):
+        expected = exact(x.double())
+    with set_backend('triton'):
+        y, names = kernels_of(monkeypatch, lambda: m(x))
+    assert names == WHOLE and y.dtype == dtype
+    assert error(y.detach(), expected.detach().cpu()) < 16 * torch.finfo(dtype).eps
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('amp', [False, True])
+def test_compile(amp, device):
+    """Trunk and heads are operators of the graph, under autocast too."""
+    m = off_identity(make(padding=1, bands=(2,))).to(device)
+    x = torch.randn(2, 4, 5, 4, device=device, requires_grad=True)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target).removesuffix('.default') for node in graph.graph.nodes)
+        return lookup_backend('aot_eager')(graph, inputs)
+
+    torch.compiler.reset()
+    with set_backend('triton'), torch.autocast(device, torch.bfloat16, enabled=amp):
+        y, expected = torch.compile(m, fullgraph=True, backend=backend)(x), m(x)
+    assert [n for n in seen if 'gains' in n] == ['fadc_timm.gains_trunk', 'fadc_timm.gains_heads']
+    tolerance = 2e-2 if amp else 1e-5
+    assert_same((y, *grads(y, [x, *m.parameters()])), (expected, *grads(expected, [x, *m.parameters()])), tolerance)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_parameters_of_another_dtype_take_the_ordinary_way(device):
+    """Which says what is wrong, as torch does."""
+    m = off_identity(make(padding=1, freq_select=False)).to(device)
+    m.ada_kern.double()
+    with set_backend('triton'), pytest.raises(RuntimeError, match='dtype'):
+        m(torch.randn(2, 4, 5, 4, device=device))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('batch', [0, 1])
+def test_small_batches(batch, device):
+    m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device).train()
+    x = torch.randn(batch, 4, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    expected, actual = both_ways(m, x)
+    if batch:
+        assert_same(actual, expected, EXACT)
+    else:
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected))
 
 
 @pytest.mark.parametrize('device', DEVICES)

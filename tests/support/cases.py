@@ -298,7 +298,7 @@ def oracle(case: OpCase, dtype: torch.dtype, steps_dtype: Optional[torch.dtype] 
 def error(actual: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error; absolute where zeros are expected. NaN counts as infinite."""
     assert actual.shape == expected.shape, f'got {tuple(actual.shape)}, expected {tuple(expected.shape)}'
-    difference = (actual.cpu().double() - expected).norm() / (expected.norm().item() or 1.)
+    difference = (actual.cpu().double() - expected.cpu()).norm() / (expected.norm().item() or 1.)
     return difference.nan_to_num(nan=float('inf')).item()
 
 

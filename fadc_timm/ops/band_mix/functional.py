@@ -112,11 +112,11 @@ def mix_predicted_bands(
         backend: Name of the convolution's backend, or None: see :func:`choose_backend`.
 
     Returns:
-        (B, C, H, W) in the dtype and memory format of x, and its mean (B, C) where the backend makes it on the way, or
-        None.
+        (B, C, H, W) in the dtype and memory format of x, and numbers (B, n, C) whose sum over n is its mean, in float32
+        or float64, where the backend makes them on the way, or None.
     """
     chosen = choose_backend(x, backend)
     if chosen == 'triton' and triton.why_not(x) is None and not is_transformed():
         y, means = triton.call(x, maps, factors, True)
-        return match_layout(y, x), means.sum(1)
+        return match_layout(y, x), means
     return mix_bands(x, 2 * torch.sigmoid(maps), factors, chosen), None

@@ -12,11 +12,12 @@ DENSE = (
 DEPTHWISE = tuple(f'depthwise_kernels {name}' for name in ('forward', 'backward', 'products', 'kernel_gradient'))
 BANDS = tuple(f'kernels {name}' for name in (
     'synthesise_rows', 'mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows_gradient'))
+GAINS = tuple(f'kernels {name}' for name in ('trunk', 'trunk_gradient', 'heads', 'heads_gradient'))
 
 
 @pytest.mark.parametrize('only, kernels', [
-    ('one pixel', DENSE + DEPTHWISE + BANDS),
-    pytest.param('', DENSE + DEPTHWISE + BANDS, marks=pytest.mark.sweep)], ids=['one pixel', 'all'])
+    ('one pixel', DENSE + DEPTHWISE + BANDS + GAINS),
+    pytest.param('', DENSE + DEPTHWISE + BANDS + GAINS, marks=pytest.mark.sweep)], ids=['one pixel', 'all'])
 def test_kernels_compile_for_a_gpu(only, kernels):
     """The interpreter takes programs that the compiler does not; without a GPU they can still be compiled for one."""
     out = python(f'import sys; sys.argv = ["", "--variants", "--only", {only!r}]\n'

@@ -1,0 +1,293 @@
+"""A convolution with few outputs as an operator of torch, and its gradient."""
+import functools
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import triton_support
+from ..derivatives import formula_gradients, wants_formula
+from ..runtime import (
+    accumulation_dtype,
+    empty_map,
+    is_exporting,
+    is_plain_eager,
+    is_transformed,
+    nhwc,
+    without_autocast,
+)
+from ..triton_support import Launch, block, cdiv, types_of
+
+__all__ = ['MOST_PRODUCTS', 'call', 'few_outputs_conv2d', 'suits']
+
+# Outputs times taps: the map of products has so many channels.
+MOST_PRODUCTS = 256
+# The rows of a matrix in half precision are read 16 bytes at a time.
+_MULTIPLE = 8
+# Elements of a program of each kernel. Small maps are to have programs for all multiprocessors.
+_BLOCK, _POSITIONS, _COLUMNS = 1024, 256, 2048
+
+
+def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`call` is the way to convolve x in a dtype on its device.
+
+    It is in half precision, where Triton is the default, and where no more than `MOST_PRODUCTS` products of each pixel
+    are wanted. cuDNN computes a block of 32 outputs however few there are.
+    """
+    return (dtype in (torch.float16, torch.bfloat16) and triton_support.is_default_on(x.device.type)
+            and weight.shape[0] * weight.shape[2] * weight.shape[3] <= MOST_PRODUCTS
+            and not is_exporting() and not is_transformed())
+
+
+class _Spec(NamedTuple):
+    """What determines the launches of a call: shapes, dtypes and strides of map and weight, and the options."""
+    x: Tuple[int, ...]
+    dtype: torch.dtype
+    weight: Tuple[int, ...]
+    weight_strides: Tuple[int, ...]
+    has_bias: bool
+    stride: Tuple[int, ...]
+    padding: Tuple[int, ...]
+    dilation: Tuple[int, ...]
+
+
+class _Sizes:
+    """Numbers that the launches share. columns: of the matrix of products. shared: arguments of the larger kernels."""
+
+    def __init__(self, spec: _Spec) -> None:
+        self.spec = spec
+        b, self.channels, h, w = spec.x
+        self.outputs, _, self.k, self.k_w = spec.weight
+        self.taps = self.k * self.k_w
+        self.out_h, self.out_w = _out_size(spec.x, spec.weight, spec.stride, spec.padding, spec.dilation)
+        self.pixels, self.positions = b * h * w, b * self.out_h * self.out_w
+        self.columns = cdiv(self.outputs * self.taps, _MULTIPLE) * _MULTIPLE
+        self.acc, self.upcast = types_of(spec.dtype)
+        self.block_o = block(self.outputs, 1, 4096)
+        self.shared = (h, w, self.out_h, self.out_w, -spec.padding[0], -spec.padding[1], *spec.stride, *spec.dilation,
+                       self.positions, self.outputs, self.columns)
+        self.programs = cdiv(max(self.pixels, self.positions), self.block_q)
+
+    @property
+    def block_n(self) -> int:
+        return block(self.columns, 16, 64)
+
+    @property
+    def block_q(self) -> int:
+        return _COLUMNS // max(self.block_n, self.block_o)
+
+
+def _out_size(x, weight, stride, padding, dilation) -> List[int]:
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation)]
+
+
+class _Forward(NamedTuple):
+    sizes: _Sizes
+    pack: Launch
+    add_taps: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launches(spec: _Spec) -> _Forward:
+    from . import kernels
+    sizes = _Sizes(spec)
+    w_o, w_c, _, w_k = spec.weight_strides
+    block_p = max(_POSITIONS // sizes.block_o, 16)
+    return _Forward(
+        sizes,
+        Launch(kernels.pack, (cdiv(sizes.columns * sizes.channels, _BLOCK),),
+               (sizes.outputs, sizes.channels, sizes.columns, w_o, w_c, w_k), (sizes.taps, sizes.upcast, _BLOCK)),
+        Launch(kernels.add_taps, (cdiv(sizes.positions, block_p),), sizes.shared,
+               (sizes.k_w, sizes.taps, spec.has_bias, sizes.acc, sizes.upcast, block_p, sizes.block_o)))
+
+
+class _Backward(NamedTuple):
+    sizes: _Sizes
+    spread: Launch
+    unpack: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(spec: _Spec, grad_strides: Tuple[int, ...]) -> _Backward:
+    from . import kernels
+    sizes = _Sizes(spec)
+    numel = sizes.outputs * sizes.taps * sizes.channels
+    w_o, w_c, _, w_k = spec.weight_strides
+    return _Backward(
+        sizes,
+        Launch(kernels.spread, (sizes.programs, cdiv(sizes.columns, sizes.block_n)),
+               (*sizes.shared, sizes.pixels, *grad_strides),
+               (sizes.k_w, sizes.taps, sizes.acc, sizes.block_q, sizes.block_n, sizes.block_o)),
+        Launch(kernels.unpack, (cdiv(numel, _BLOCK),),
+               (sizes.outputs, sizes.channels, numel, sizes.programs, w_o, w_c, w_k),
+               (sizes.acc, sizes.upcast, _BLOCK, sizes.block_o, max(_BLOCK // sizes.block_o, 1))))
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight in a layout whose taps are one axis: contiguous or channels_last."""
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if is_dense else weight.contiguous()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed up and left in float32, or float64."""
+    wide = accumulation_dtype(a.dtype)
+    if a.is_cuda and a.dtype != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    with without_autocast(a):
+        return torch.mm(a.to(wide), b.to(wide))
+
+
+def _forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        stride: List[int],
+        padding: List[int],
+        dilation: List[int],
+) -> Tuple[Tensor, Tensor]:
+    """F.conv2d of x in its dtype, whatever dtype weight and bias have.
+
+    Args:
+        x: Map (B, C, H, W), best channels_last; another layout costs one copy.
+        weight: (O, C, k, k').
+        bias: (O,) or None.
+        stride, padding, dilation: Of the rows and of the columns.
+
+    Returns:
+        (B, O, H', W') channels_last, and the weight as a matrix (columns, C), which the backward pass reads.
+    """
+    weight = _dense(weight)
+    y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
+    if not y.numel():
+        return y, x.new_empty((0,))
+    launches = _forward_launches(_Spec(
+        tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
+        tuple(dilation)))
+    sizes = launches.sizes
+    taps = torch.empty((sizes.columns, sizes.channels), dtype=x.dtype, device=x.device)
+    triton_support.launch(launches.pack, weight, taps)
+    products = _product(nhwc(x).view(-1, sizes.channels), taps.t())
+    triton_support.launch(launches.add_taps, products, bias, y)
+    return y, taps
+
+
+few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', _forward, mutates_args=())
+
+
+@few_outputs_conv2d.register_fake
+def _(x, weight, bias, stride, padding, dilation):
+    y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
+    columns = cdiv(weight.shape[0] * weight.shape[2] * weight.shape[3], _MULTIPLE) * _MULTIPLE
+    return y, x.new_empty((columns, x.shape[1]))
+
+
+def _gradient(
+        grad: Tensor,
+        taps: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        stride: List[int],
+        padding: List[int],
+        dilation: List[int],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; that of no bias is empty."""
+    weight = _dense(weight)
+    grad_x, grad_weight = empty_map(x), torch.empty_like(weight)
+    grad_bias = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
+    if not grad.numel():
+        return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
+    launches = _backward_launches(_Spec(
+        tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
+        tuple(dilation)), grad.stride())
+    sizes = launches.sizes
+    grad_products = torch.empty((sizes.pixels, sizes.columns), dtype=x.dtype, device=x.device)
+    shares = torch.empty((sizes.programs, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
+    triton_support.launch(launches.spread, grad, grad_products, shares)
+    pixels = nhwc(x).view(-1, sizes.channels)
+    grad_taps = _product(grad_products.t(), pixels)
+    triton_support.launch(launches.unpack, grad_taps, shares, grad_weight, None if bias is None else grad_bias)
+    with without_autocast(x):
+        torch.mm(grad_products, taps, out=grad_x.permute(0, 2, 3, 1).view(-1, sizes.channels))
+    return grad_x, grad_weight, grad_bias
+
+
+few_outputs_conv2d_backward = torch.library.custom_op(
+    'fadc_timm::few_outputs_conv2d_backward', _gradient, mutates_args=())
+
+
+@few_outputs_conv2d_backward.register_fake
+def _(grad, taps, x, weight, bias, stride, padding, dilation):
+    return (empty_map(x), torch.empty_like(_dense(weight)),
+            x.new_empty((0,)) if bias is None else torch.empty_like(bias))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], x, weight, bias)
+
+
+def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    if grad is None:
+        return (None,) * 6
+    taps, *tensors = ctx.saved_tensors
+    if wants_formula(grad):
+        def formula(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+            return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ctx.options)
+
+        return *formula_gradients(formula, tensors, grad), None, None, None
+    grads = gradient(grad, taps, *tensors, *ctx.options)
+    return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], None, None, None
+
+
+def _backward(ctx: Any, grad: Optional[Tensor], _: Any) -> Tuple[Optional[Tensor], ...]:
+    return _backward_with(few_outputs_conv2d_backward, ctx, grad)
+
+
+few_outputs_conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator for eager calls: autograd alone sees it, which is faster than a registered operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[Tensor], _: Any) -> Tuple[Optional[Tensor], ...]:
+        return _backward_with(_gradient, ctx, grad)
+
+
+def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        stride: Tuple[int, ...],
+        padding: Tuple[int, ...],
+        dilation: Tuple[int, ...],
+) -> Tensor:
+    """`F.conv2d` of x in its dtype.
+
+    Args:
+        x: Map (B, C, H, W), best channels_last.
+        weight: (O, C, k, k'), of any float dtype.
+        bias: (O,) or None.
+        stride, padding, dilation: Two integers each, of the rows and of the columns.
+
+    Returns:
+        (B, O, H', W') channels_last, in the dtype of x.
+    """
+    args = x, weight, bias, list(stride), list(padding), list(dilation)
+    if not is_plain_eager(x, weight, bias):
+        return few_outputs_conv2d(*args)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Eager.apply(*args)[0]
+    return _forward(*args)[0]

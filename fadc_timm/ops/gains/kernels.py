@@ -1,0 +1,242 @@
+"""Triton kernels of AdaKern's linear layers.
+
+A batch is tens of vectors, too few for a matrix product of the library to fill a GPU. So most programs here compute
+one row of a result, the product of a vector with a block of a matrix. Every sum has a fixed order.
+"""
+import triton
+import triton.language as tl
+
+from ..triton_math import dot, round_to
+
+__all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_gradient']
+
+
+@triton.jit
+def trunk(
+        means, weight, bias, y, mean,
+        parts, channels, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):
+    """mean (B, C): the sum of means (B, parts, C); y (B, outputs): mean @ weight.T + bias.
+
+    Grid: samples, blocks of outputs.
+    """
+    b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_live = o < outputs
+    acc = tl.zeros([BLOCK_O, BLOCK_C], dtype=ACC)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        c_live = c < channels
+        total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
+        for first in range(0, parts, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            at = (b * parts + n)[:, None] * channels + c[None, :]
+            total += tl.load(means + at, mask=(n < parts)[:, None] & c_live[None, :], other=0.).to(ACC)
+        m = tl.sum(total, axis=0)
+        tl.store(mean + b * channels + c, m, mask=c_live & (tl.program_id(1) == 0))
+        at = o[:, None] * channels + c[None, :]
+        w = tl.load(weight + at, mask=o_live[:, None] & c_live[None, :], other=0.).to(ACC)
+        acc += w * m[None, :]
+    value = tl.sum(acc, axis=1)
+    if bias is not None:
+        value += tl.load(bias + o, mask=o_live, other=0.).to(ACC)
+    tl.store(y + b * outputs + o, round_to(value, y, UPCAST), mask=o_live)
+
+
+@triton.jit
+def _trunk_parameters_gradient(
+        o, grad, mean, grad_weight, grad_bias,
+        batch, channels, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Row o of the weight's gradient, and the bias's: sums over the samples."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels
+    acc = tl.zeros([BLOCK_I, BLOCK_C], dtype=ACC)
+    total = tl.zeros([BLOCK_I], dtype=ACC)
+    for start in range(0, batch, BLOCK_I):
+        b = start + tl.arange(0, BLOCK_I)
+        live, b = b < batch, b.to(tl.int64)
+        g = tl.load(grad + b * outputs + o, mask=live, other=0.).to(ACC)
+        m = tl.load(mean + b[:, None] * channels + c[None, :], mask=live[:, None] & c_live[None, :], other=0.).to(ACC)
+        acc += g[:, None] * m
+        total += g
+    tl.store(grad_weight + o * channels + c, round_to(tl.sum(acc, axis=0), grad_weight, UPCAST), mask=c_live)
+    if grad_bias is not None:
+        if tl.program_id(1) == 0:
+            tl.store(grad_bias + o, round_to(tl.sum(total, axis=0), grad_bias, UPCAST))
+
+
+@triton.jit
+def _mean_gradient(
+        b, grad, weight, grad_mean,
+        channels, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Row b of the mean's gradient: a sum over the outputs."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_live = c < channels
+    acc = tl.zeros([BLOCK_I, BLOCK_C], dtype=ACC)
+    for start in range(0, outputs, BLOCK_I):
+        o = start + tl.arange(0, BLOCK_I)
+        live = o < outputs
+        g = tl.load(grad + b * outputs + o, mask=live, other=0.).to(ACC)
+        w = tl.load(weight + o[:, None] * channels + c[None, :], mask=live[:, None] & c_live[None, :], other=0.).to(ACC)
+        acc += g[:, None] * w
+    tl.store(grad_mean + b * channels + c, round_to(tl.sum(acc, axis=0), grad_mean, UPCAST), mask=c_live)
+
+
+@triton.jit
+def trunk_gradient(
+        grad, mean, weight, grad_mean, grad_weight, grad_bias,
+        batch, channels, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Gradients of `trunk` for the mean, the weight and the bias.
+
+    Grid: outputs, for the parameters, and then samples, for the mean; blocks of channels.
+    """
+    row = tl.program_id(0)
+    if row < outputs:
+        _trunk_parameters_gradient(
+            row, grad, mean, grad_weight, grad_bias, batch, channels, outputs, ACC, UPCAST, BLOCK_I, BLOCK_C)
+    else:
+        _mean_gradient(
+            (row - outputs).to(tl.int64), grad, weight, grad_mean, channels, outputs, ACC, UPCAST, BLOCK_I, BLOCK_C)
+
+
+@triton.jit
+def _relu(x, at, live, ACC: tl.constexpr):
+    """ReLU of some elements of x, zero where nothing is live; NaN stays NaN."""
+    value = tl.load(x + at, mask=live, other=0.).to(ACC)
+    return tl.where(value <= 0., 0., value)
+
+
+@triton.jit
+def _head(
+        x, weight, bias, y,
+        first, inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y = relu(x[:, first:first + width]) @ weight.T + bias, one sample and a block of outputs."""
+    b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_live = o < outputs
+    acc = tl.zeros([BLOCK_O, BLOCK_K], dtype=ACC)
+    for start in range(0, width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live = k < width
+        r = _relu(x, b * inputs + first + k, live, ACC)
+        w = tl.load(weight + o[:, None] * width + k[None, :], mask=o_live[:, None] & live[None, :], other=0.).to(ACC)
+        acc += w * r[None, :]
+    value = tl.sum(acc, axis=1) + tl.load(bias + o, mask=o_live, other=0.).to(ACC)
+    tl.store(y + b * outputs + o, round_to(value, y, UPCAST), mask=o_live)
+
+
+@triton.jit
+def heads(
+        x, weight, bias, weight_2, bias_2, y, y_2,
+        inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """The heads of both parts, of which each reads its `width` of the `inputs` channels of x, after ReLU.
+
+    Grid: samples, blocks of outputs, parts. weight_2, bias_2 and y_2 are None if there is one part.
+    """
+    if weight_2 is None:
+        _head(x, weight, bias, y, 0, inputs, width, outputs, ACC, UPCAST, BLOCK_O, BLOCK_K)
+    else:
+        if tl.program_id(2) == 0:
+            _head(x, weight, bias, y, 0, inputs, width, outputs, ACC, UPCAST, BLOCK_O, BLOCK_K)
+        else:
+            _head(x, weight_2, bias_2, y_2, width, inputs, width, outputs, ACC, UPCAST, BLOCK_O, BLOCK_K)
+
+
+@triton.jit
+def _head_parameters_gradient(
+        x, grad, grad_weight, grad_bias,
+        first, batch, inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """A block of the gradients of a head's weight and bias: a product over the samples."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_live, k_live = o < outputs, k < width
+    acc = tl.zeros([BLOCK_O, BLOCK_K], dtype=ACC)
+    total = tl.zeros([BLOCK_O, BLOCK_B], dtype=ACC)
+    for start in range(0, batch, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        live, b = b < batch, b.to(tl.int64)
+        at = b[None, :] * outputs + o[:, None]
+        g = tl.load(grad + at, mask=o_live[:, None] & live[None, :], other=0.).to(ACC)
+        r = _relu(x, b[:, None] * inputs + first + k[None, :], live[:, None] & k_live[None, :], ACC)
+        acc = dot(g, r, acc, 'ieee', False)
+        total += g
+    at = o[:, None] * width + k[None, :]
+    tl.store(grad_weight + at, round_to(acc, grad_weight, UPCAST), mask=o_live[:, None] & k_live[None, :])
+    bias_live = o_live & (tl.program_id(1) == 0)
+    tl.store(grad_bias + o, round_to(tl.sum(total, axis=1), grad_bias, UPCAST), mask=bias_live)
+
+
+@triton.jit
+def _head_input_gradient(
+        b, x, grad, weight, grad_x,
+        first, inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """A sample's gradient of the channels that a head reads, through ReLU: a sum over the outputs."""
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < width
+    acc = tl.zeros([BLOCK_I, BLOCK_K], dtype=ACC)
+    for start in range(0, outputs, BLOCK_I):
+        o = start + tl.arange(0, BLOCK_I)
+        live = o < outputs
+        g = tl.load(grad + b * outputs + o, mask=live, other=0.).to(ACC)
+        w = tl.load(weight + o[:, None] * width + k[None, :], mask=live[:, None] & k_live[None, :], other=0.).to(ACC)
+        acc += g[:, None] * w
+    at = b * inputs + first + k
+    value = tl.load(x + at, mask=k_live, other=0.).to(ACC)
+    tl.store(grad_x + at, round_to(tl.where(value <= 0., 0., tl.sum(acc, axis=0)), grad_x, UPCAST), mask=k_live)
+
+
+@triton.jit
+def _head_gradient(
+        x, grad, weight, grad_x, grad_weight, grad_bias,
+        first, batch, inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+):
+    blocks = tl.cdiv(outputs, BLOCK_O)
+    if tl.program_id(0) < blocks:
+        _head_parameters_gradient(
+            x, grad, grad_weight, grad_bias, first, batch, inputs, width, outputs, ACC, UPCAST, BLOCK_O, BLOCK_B,
+            BLOCK_K)
+    else:
+        _head_input_gradient(
+            (tl.program_id(0) - blocks).to(tl.int64), x, grad, weight, grad_x, first, inputs, width, outputs, ACC,
+            UPCAST, BLOCK_I, BLOCK_K)
+
+
+@triton.jit
+def heads_gradient(
+        x, grad, grad_2, weight, weight_2, grad_x, grad_weight, grad_bias, grad_weight_2, grad_bias_2,
+        batch, inputs, width, outputs,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+):
+    """Gradients of `heads` for x and all parameters.
+
+    Grid: blocks of outputs, for the parameters, and then samples, for x; blocks of a head's channels; parts.
+    """
+    if weight_2 is None:
+        _head_gradient(
+            x, grad, weight, grad_x, grad_weight, grad_bias, 0, batch, inputs, width, outputs, ACC, UPCAST, BLOCK_O,
+            BLOCK_B, BLOCK_I, BLOCK_K)
+    else:
+        if tl.program_id(2) == 0:
+            _head_gradient(
+                x, grad, weight, grad_x, grad_weight, grad_bias, 0, batch, inputs, width, outputs, ACC, UPCAST,
+                BLOCK_O, BLOCK_B, BLOCK_I, BLOCK_K)
+        else:
+            _head_gradient(
+                x, grad_2, weight_2, grad_x, grad_weight_2, grad_bias_2, width, batch, inputs, width, outputs, ACC,
+                UPCAST, BLOCK_O, BLOCK_B, BLOCK_I, BLOCK_K)

@@ -1,0 +1,300 @@
+"""AdaKern's trunk and heads in Triton as operators of torch, and their gradients.
+
+Parameters and maps of any float dtype are read as they are. All sums are in float32, or float64 where a tensor is, and
+autocast changes nothing. The caller asks whether Triton can run (`triton_support.why_not_on`).
+"""
+import functools
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import triton_support
+from ..derivatives import refuse_more
+from ..runtime import accumulation_dtype, is_plain_eager
+from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
+
+__all__ = ['gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'trunk']
+
+_Shape = Tuple[int, ...]
+
+
+def _accumulated(a: Tensor, b: Tensor) -> torch.dtype:
+    """The dtype that products of a and b are added up in."""
+    return accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
+
+
+def _in_a_row(*tensors: Optional[Tensor]) -> List[Any]:
+    """Tensors as the kernels read them: contiguous. To ask is faster than to call an operator that copies nothing."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+# the trunk
+
+
+@functools.lru_cache(maxsize=1024)
+def _trunk_launch(means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: torch.dtype) -> Launch:
+    if len(means) != 3 or len(weight) != 2 or weight[1] != means[2] or bias not in (None, weight[:1]):
+        raise ValueError(
+            f'The trunk wants means (B, n, C), weight (O, C) and bias (O,) or None, got {list(means)}, {list(weight)} '
+            f'and {None if bias is None else list(bias)}.')
+    from . import kernels
+    (b, parts, channels), outputs = means, weight[0]
+    block_c, block_o = block(channels, 16, 128), 16
+    return Launch(kernels.trunk, (b, cdiv(outputs, block_o)), (parts, channels, outputs),
+                  (types_of(dtype)[0], is_interpreted(), block(parts, 1, 32), block_c, block_o))
+
+
+@functools.lru_cache(maxsize=1024)
+def _trunk_gradient_launch(batch: int, weight: _Shape, dtype: torch.dtype) -> Launch:
+    from . import kernels
+    outputs, channels = weight
+    block_c = block(channels, 16, 128)
+    return Launch(kernels.trunk_gradient, (outputs + batch, cdiv(channels, block_c)), (batch, channels, outputs),
+                  (types_of(dtype)[0], is_interpreted(), 32, block_c))
+
+
+def _trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """The linear layer of the sum of some vectors, and the sum.
+
+    Args:
+        means: (B, n, C), of which the sum over n is the mean of a map.
+        weight: (O, C).
+        bias: (O,) or None.
+
+    Returns:
+        `means.sum(1) @ weight.T + bias` (B, O) in the dtype of weight; the sum (B, C) in float32 or float64.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    dtype, batch = _accumulated(means, weight), means.shape[0]
+    launch = _trunk_launch(means.shape, weight.shape, None if bias is None else bias.shape, dtype)
+    y = weight.new_empty((batch, weight.shape[0]))
+    mean = torch.empty((batch, means.shape[2]), dtype=dtype, device=means.device)
+    if batch:
+        triton_support.launch(launch, *_in_a_row(means, weight, bias), y, mean)
+    return y, mean
+
+
+gains_trunk = torch.library.custom_op('fadc_timm::gains_trunk', _trunk, mutates_args=())
+
+
+@gains_trunk.register_fake
+def _(means, weight, bias):
+    batch, _, channels = means.shape
+    return weight.new_empty((batch, weight.shape[0])), means.new_empty(
+        (batch, channels), dtype=_accumulated(means, weight))
+
+
+def _trunk_gradient(
+        grad: Tensor, mean: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gains_trunk` for the sum (B, C), weight and bias; empty for no bias."""
+    grad_mean, grad_weight, grad_bias = _of_trunk(grad, mean, weight, bias)
+    triton_support.launch(
+        _trunk_gradient_launch(mean.shape[0], weight.shape, mean.dtype), *_in_a_row(grad, mean, weight), grad_mean,
+        grad_weight, None if bias is None else grad_bias)
+    return grad_mean, grad_weight, grad_bias
+
+
+gains_trunk_backward = torch.library.custom_op('fadc_timm::gains_trunk_backward', _trunk_gradient, mutates_args=())
+
+
+@gains_trunk_backward.register_fake
+def _of_trunk(grad, mean, weight, bias):
+    return (torch.empty_like(mean), weight.new_empty(weight.shape),
+            weight.new_empty((0,) if bias is None else bias.shape))
+
+
+def _trunk_context(ctx: Any, inputs: Any, output: Any) -> None:
+    means, weight, bias = inputs
+    ctx.parts = means.shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight, bias)
+
+
+def _trunk_backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]):
+    if grad is None:
+        return None, None, None
+    refuse_more('triton', grad)
+    mean, weight, bias = ctx.saved_tensors
+    grad_mean, grad_weight, grad_bias = gradient(grad, mean, weight, bias)
+    return grad_mean[:, None].expand(-1, ctx.parts, -1), grad_weight, None if bias is None else grad_bias
+
+
+gains_trunk.register_autograd(
+    lambda ctx, grad, _: _trunk_backward_with(gains_trunk_backward, ctx, grad), setup_context=_trunk_context)
+
+
+class _EagerTrunk(torch.autograd.Function):
+    """The trunk for eager calls: autograd alone sees it, which is faster than a registered operator."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _trunk(*inputs)
+        _trunk_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Optional[Tensor], _: Any):
+        return _trunk_backward_with(_trunk_gradient, ctx, grad)
+
+
+def trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """The first result of :func:`gains_trunk`."""
+    return _call(gains_trunk, _EagerTrunk, _trunk, means, weight, bias)[0]
+
+
+# the heads
+
+
+@functools.lru_cache(maxsize=1024)
+def _heads_launch(x: _Shape, shapes: Tuple[Optional[_Shape], ...], dtype: torch.dtype) -> Launch:
+    weight, bias, *others = shapes
+    parts = 1 if others == [None, None] else 2
+    if (len(x) != 2 or weight is None or len(weight) != 2 or x[1] != parts * weight[1] or bias != weight[:1]
+            or (parts == 2 and others != [weight, bias])):
+        raise ValueError(
+            'The heads want x (B, parts * K), and for each of one or two parts a weight (O, K) and a bias (O,); got '
+            f'{", ".join(str(None if s is None else list(s)) for s in (x, *shapes))}.')
+    from . import kernels
+    outputs, width = weight
+    block_o = block(outputs, 16, 128)
+    return Launch(kernels.heads, (x[0], cdiv(outputs, block_o), parts), (x[1], width, outputs),
+                  (types_of(dtype)[0], is_interpreted(), block_o, block(width, 16, 32)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _heads_gradient_launch(x: _Shape, weight: _Shape, dtype: torch.dtype) -> Launch:
+    from . import kernels
+    (batch, inputs), (outputs, width) = x, weight
+    block_o, block_k = 32, block(width, 16, 32)
+    return Launch(kernels.heads_gradient, (cdiv(outputs, block_o) + batch, cdiv(width, block_k), inputs // width),
+                  (batch, inputs, width, outputs),
+                  (types_of(dtype)[0], is_interpreted(), block_o, 32, block(outputs, 16, 128), block_k))
+
+
+def _heads(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        weight_2: Optional[Tensor],
+        bias_2: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """The linear layers of one or two parts of a vector, each after ReLU.
+
+    Args:
+        x: (B, K) or, with two parts, (B, 2 * K).
+        weight: (O, K), of the first part.
+        bias: (O,).
+        weight_2: (O, K), of the second part, or None.
+        bias_2: (O,) or None.
+
+    Returns:
+        `relu(x[:, :K]) @ weight.T + bias` (B, O) in the dtype of weight; that of the second part, or an empty tensor.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    parameters = weight, bias, weight_2, bias_2
+    launch = _heads_launch(
+        x.shape, tuple([None if p is None else p.shape for p in parameters]), _accumulated(x, weight))
+    y, y_2 = _of_heads(x, *parameters)
+    if x.shape[0]:
+        triton_support.launch(launch, *_in_a_row(x, *parameters), y, None if weight_2 is None else y_2)
+    return y, y_2
+
+
+gains_heads = torch.library.custom_op('fadc_timm::gains_heads', _heads, mutates_args=())
+
+
+@gains_heads.register_fake
+def _of_heads(x, weight, bias, weight_2, bias_2):
+    shape = x.shape[0], weight.shape[0]
+    return weight.new_empty(shape), weight.new_empty((0,)) if weight_2 is None else weight_2.new_empty(shape)
+
+
+def _heads_gradient(
+        grad: Tensor,
+        grad_2: Optional[Tensor],
+        x: Tensor,
+        weight: Tensor,
+        weight_2: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gains_heads` for x and the parameters; empty for a part that there is not."""
+    grads = grad_x, grad_weight, grad_bias, grad_weight_2, grad_bias_2 = _of_heads_gradient(
+        grad, grad_2, x, weight, weight_2)
+    triton_support.launch(
+        _heads_gradient_launch(x.shape, weight.shape, _accumulated(x, weight)),
+        *_in_a_row(x, grad, grad_2, weight, weight_2), grad_x, grad_weight, grad_bias,
+        None if weight_2 is None else grad_weight_2, None if weight_2 is None else grad_bias_2)
+    return grads
+
+
+gains_heads_backward = torch.library.custom_op('fadc_timm::gains_heads_backward', _heads_gradient, mutates_args=())
+
+
+@gains_heads_backward.register_fake
+def _of_heads_gradient(grad, grad_2, x, weight, weight_2):
+    own = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    if weight_2 is None:
+        return x.new_empty(x.shape), *own, weight.new_empty((0,)), weight.new_empty((0,))
+    return x.new_empty(x.shape), *own, weight_2.new_empty(weight_2.shape), weight_2.new_empty(weight_2.shape[:1])
+
+
+def _heads_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, weight_2, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, weight_2)
+
+
+def _heads_backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor], grad_2: Optional[Tensor]):
+    if grad is None and grad_2 is None:
+        return (None,) * 5
+    refuse_more('triton', grad, grad_2)
+    x, weight, weight_2 = ctx.saved_tensors
+    if weight_2 is None:
+        return *gradient(grad, None, x, weight, None)[:3], None, None
+    grads = [weight.new_zeros((x.shape[0], weight.shape[0])) if g is None else g for g in (grad, grad_2)]
+    return gradient(*grads, x, weight, weight_2)
+
+
+gains_heads.register_autograd(
+    lambda ctx, *grads: _heads_backward_with(gains_heads_backward, ctx, *grads), setup_context=_heads_context)
+
+
+class _EagerHeads(torch.autograd.Function):
+    """The heads for eager calls, as the trunk."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _heads(*inputs)
+        _heads_context(ctx, inputs, output)
+        if inputs[3] is None:
+            ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        return _heads_backward_with(_heads_gradient, ctx, *grads)
+
+
+def heads(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        weight_2: Optional[Tensor] = None,
+        bias_2: Optional[Tensor] = None,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The results of :func:`gains_heads`; None for a second part that there is not."""
+    y, y_2 = _call(gains_heads, _EagerHeads, _heads, x, weight, bias, weight_2, bias_2)
+    return y, None if weight_2 is None else y_2
+
+
+def _call(operator: Any, eager: Any, function: Any, *tensors: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    if not is_plain_eager(*tensors):
+        return operator(*tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return eager.apply(*tensors)
+    return function(*tensors)

@@ -1,0 +1,346 @@
+"""AdaKern's trunk and heads in Triton: against torch's linear layers in float64, with every gradient.
+
+On a CPU in Triton's interpreter; `pytest -m gpu` runs the same on a GPU, where the kernels are compiled.
+"""
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fadc_timm.ops import gains, triton_support
+from fadc_timm.ops.gains import operator
+from tests.support.cases import error
+from tests.support.marks import needs_dynamo
+from tests.support.no_copies import no_copies
+
+pytest.importorskip('triton')
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def skip_where_compiled(request):
+    """With a GPU there is no interpreter for the cases on a CPU."""
+    callspec = getattr(request.node, 'callspec', None)
+    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
+        pytest.skip('the kernels are compiled here, see pytest -m gpu')
+
+
+class Case(NamedTuple):
+    """b samples, n parts of a mean, c channels, a trunk of width channels per part, and o outputs of a head."""
+    b: int = 3
+    n: int = 4
+    c: int = 12
+    width: int = 5
+    o: int = 7
+    parts: int = 2
+    bias: bool = False
+
+    def __str__(self):
+        return f'b{self.b}-n{self.n}-c{self.c}-w{self.width}-o{self.o}-p{self.parts}{"-bias" * self.bias}'
+
+    def trunk(self, dtype=torch.float64, device='cpu', means_dtype: Optional[torch.dtype] = None):
+        """means, weight and bias, whose values the dtype holds."""
+        outputs = self.parts * self.width
+        shapes = (self.b, self.n, self.c), (outputs, self.c), *(((outputs,),) if self.bias else ())
+        means, *others = draw(*shapes, dtype=dtype, device=device)
+        return means.detach().to(means_dtype or dtype).requires_grad_(), *others
+
+    def heads(self, dtype=torch.float64, device='cpu'):
+        """x and, per part, weight and bias. A quarter of x is exactly zero."""
+        own = (self.o, self.width), (self.o,)
+        x, *others = draw((self.b, self.parts * self.width), *own * self.parts, dtype=dtype, device=device)
+        x = torch.where(torch.arange(x.numel(), device=device).view(x.shape) % 4 == 1, 0, x.detach())
+        return x.requires_grad_(), *others
+
+
+CASES = [
+    Case(), Case(1, 1, 1, 1, 1, 1), Case(1, 33, 40, 3, 20), Case(2, 130, 17, 16, 19, 1, bias=True),
+    Case(130, 2, 5, 17, 33), Case(33, 1, 129, 4, 130, bias=True), Case(2, 3, 16, 66, 3)]
+
+
+def draw(*shapes, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+            for shape in shapes]
+
+
+def trunk_definition(means, weight, bias=None):
+    return F.linear(means.sum(1), weight, bias)
+
+
+def heads_definition(x, *parameters):
+    parts = torch.relu(x).chunk(len(parameters) // 2, 1)
+    return [F.linear(part, *pair) for part, pair in zip(parts, zip(parameters[::2], parameters[1::2]))]
+
+
+def called_heads(*tensors):
+    return [y for y in gains.heads(*tensors) if y is not None]
+
+
+def results(function, tensors):
+    """Outputs, and the gradients of a projection of them that is the same in every dtype."""
+    ys = function(*tensors)
+    ys = [ys] if isinstance(ys, torch.Tensor) else ys
+    cotangents = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).cos().bfloat16()
+                  for y in ys]
+    return [*ys, *torch.autograd.grad(ys, tensors, [t.to(y.dtype) for t, y in zip(cotangents, ys)])]
+
+
+def check(actual, tensors, definition, tolerance):
+    """Each result is near that of the definition in float64, in the shape, and every gradient in its tensor's dtype."""
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = results(definition, exact)
+    assert [t.shape for t in actual] == [t.shape for t in expected]
+    assert [t.dtype for t in actual[-len(tensors):]] == [t.dtype for t in tensors]
+    for a, e in zip(actual, expected):
+        assert error(a.detach(), e.detach().cpu()) <= tolerance
+
+
+# Largest error measured, relative to the largest number: 5.5e-16, 2.4e-7, 3.5e-4, 2.1e-3. Halves are rounded once.
+TOLERANCES = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+EXACT = [pytest.param(case, dtype, marks=() if dtype == torch.float64 or i == 0 else pytest.mark.sweep)
+         for dtype in DTYPES for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype', EXACT, ids=str)
+def test_trunk(case, dtype, device):
+    tensors = case.trunk(dtype, device)
+    actual = results(gains.trunk, tensors)
+    assert actual[0].dtype == dtype
+    check(actual, tensors, trunk_definition, TOLERANCES[dtype])
+    with torch.no_grad():
+        assert torch.equal(gains.trunk(*tensors), actual[0])
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype', EXACT, ids=str)
+def test_heads(case, dtype, device):
+    tensors = case.heads(dtype, device)
+    actual = results(called_heads, tensors)
+    assert {y.dtype for y in actual} == {dtype} and len(actual) == case.parts + len(tensors)
+    check(actual, tensors, heads_definition, TOLERANCES[dtype])
+    with torch.no_grad():
+        assert all(map(torch.equal, called_heads(*tensors), actual))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_half_parameters_of_an_exact_mean(dtype, device):
+    """A half model: FreqSelect's parts of the mean are float32."""
+    tensors = Case(bias=True).trunk(dtype, device, torch.float32)
+    actual = results(gains.trunk, tensors)
+    assert actual[0].dtype == dtype
+    check(actual, tensors, trunk_definition, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_autocast_changes_nothing(device):
+    tensors, more = Case().trunk(torch.float32, device), Case().heads(torch.float32, device)
+    expected = results(gains.trunk, tensors), results(called_heads, more)
+    with torch.autocast(device, torch.bfloat16):
+        actual = results(gains.trunk, tensors), results(called_heads, more)
+    for a, e in zip(actual, expected):
+        assert all(map(torch.equal, a, e))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_layouts(device):
+    """Slices, transposed parameters and expanded gradients are read as what they say."""
+    def strided(t):
+        return t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
+
+    case = Case(bias=True)
+    for function, definition, tensors in (
+            (gains.trunk, trunk_definition, case.trunk(device=device)),
+            (called_heads, heads_definition, case.heads(device=device))):
+        tensors = [strided(t) for t in tensors]
+        assert not tensors[0].is_contiguous() and not tensors[-1].is_contiguous()
+        check(results(function, tensors), tensors, definition, 2e-15)
+        ys, expected = function(*tensors), definition(*tensors)
+        sums = [sum(y.sum() for y in (ys if isinstance(ys, list) else [ys])) for ys in (ys, expected)]
+        for a, e in zip(*(torch.autograd.grad(s, tensors) for s in sums)):
+            assert error(a, e.cpu()) <= 2e-15
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_the_gradient_of_the_parts_is_not_copied(device):
+    """Each of the n parts has the same gradient: one row per sample, which the band mix's gradient reads n times."""
+    means, weight = Case(2, 50, 8).trunk(device=device)
+    seen = []
+    aliased = means.view_as(means)
+    aliased.register_hook(lambda grad: seen.append(grad.stride()))
+    gains.trunk(aliased, weight).sum().backward()
+    assert seen == [(8, 0, 1)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_empty_batch(device):
+    for function, tensors in (
+            (gains.trunk, Case(0, bias=True).trunk(device=device)), (called_heads, Case(0).heads(device=device))):
+        actual = results(function, tensors)
+        assert all(t.shape[0] == 0 for t in actual[:-len(tensors) + 1])
+        assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(actual[-len(tensors):], tensors))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_no_uninitialised_memory(device):
+    """Memory that nothing was written to holds NaN here, so that reading it shows; and twice the same is the same."""
+    case = Case(33, 3, 17, 18, 35, bias=True)
+    more = case.trunk(torch.float32, device), case.heads(torch.float32, device)
+    torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
+    try:
+        assert torch.empty(10).isnan().all()
+        actual, again = ([results(f, t) for f, t in zip((gains.trunk, called_heads), more)] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(actual, again):
+        assert all(map(torch.equal, a, b)) and all(t.isfinite().all() for t in a)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_not_a_number(device):
+    """As through torch's ReLU: NaN stays NaN, and has a gradient."""
+    tensors = Case(2, width=2, o=3, parts=1).heads(device=device)
+    with torch.no_grad():
+        tensors[0][0, 0] = float('nan')
+    for a, e in zip(results(called_heads, tensors), results(heads_definition, tensors)):
+        assert torch.equal(a.isnan(), e.isnan()) and error(a.nan_to_num(), e.nan_to_num().cpu()) <= 2e-15
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_one_head_alone_is_differentiated(device):
+    tensors = Case().heads(device=device)
+    for i in (0, 1):
+        actual = torch.autograd.grad(gains.heads(*tensors)[i].sum(), tensors)
+        expected = torch.autograd.grad(heads_definition(*tensors)[i].sum(), tensors, allow_unused=True)
+        for a, e in zip(actual, expected):
+            assert a.count_nonzero() == 0 if e is None else error(a, e.cpu()) <= 2e-15
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_frozen_parameters_and_frozen_map(device):
+    case = Case(bias=True)
+    for function, tensors in ((gains.trunk, case.trunk(device=device)), (called_heads, case.heads(device=device))):
+        expected = results(function, tensors)[-len(tensors):]
+        for i, grad in enumerate(expected):
+            only = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
+            ys = function(*only)
+            ys = ys if isinstance(ys, list) else [ys]
+            cotangents = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view(y.shape).cos()
+                          .bfloat16().to(y.dtype) for y in ys]
+            torch.autograd.backward(ys, cotangents)
+            assert torch.equal(only[i].grad, grad) and all(t.grad is None for t in only if t is not only[i])
+
+
+def test_second_derivatives_are_refused():
+    if not triton_support.is_interpreted():
+        pytest.skip('the kernels are compiled here')
+    for function, tensors in ((gains.trunk, Case().trunk()), (called_heads, Case().heads())):
+        y = function(*tensors)
+        with pytest.raises(NotImplementedError, match="'triton' has no second derivatives"):
+            torch.autograd.grad(sum(t.square().sum() for t in y), tensors, create_graph=True)
+
+
+@pytest.mark.parametrize('shapes, message', [
+    (((2, 3, 4), (5, 3)), r'means \(B, n, C\).*got \[2, 3, 4\], \[5, 3\] and None'),
+    (((2, 4), (5, 4)), r'got \[2, 4\]'),
+    (((2, 3, 4), (5, 4), (4,)), r'and \[4\]')], ids=['channels', 'no parts', 'bias'])
+def test_trunk_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        gains.trunk(*(torch.empty(s) for s in shapes))
+
+
+@pytest.mark.parametrize('shapes, message', [
+    (((2, 8), (5, 4), (5,)), r'x \(B, parts \* K\).*got \[2, 8\], \[5, 4\], \[5\], None, None'),
+    (((2, 8), (5, 4), (5,), (6, 4), (6,)), r'\[6, 4\], \[6\]'),
+    (((2, 4), (5, 4), (4,)), r'\[4\], None, None')], ids=['width', 'other outputs', 'bias'])
+def test_heads_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        gains.heads(*(torch.empty(s) for s in shapes))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('parts', [1, 2])
+def test_opcheck(parts, device):
+    case = Case(2, parts=parts, bias=parts == 1)
+    means, weight, *bias = case.trunk(torch.float32, device)
+    torch.library.opcheck(operator.gains_trunk, (means, weight, bias[0] if bias else None))
+    x, *parameters = case.heads(torch.float32, device)
+    parameters += [None] * (4 - len(parameters))
+    torch.library.opcheck(operator.gains_heads, (x, *parameters))
+    with torch.no_grad():
+        y, mean = operator.gains_trunk(means, weight, None)
+        torch.library.opcheck(operator.gains_trunk_backward, (y, mean, weight, bias[0] if bias else None))
+        y, y_2 = operator.gains_heads(x, *parameters)
+        torch.library.opcheck(operator.gains_heads_backward, (
+            y, y_2 if parts == 2 else None, x, parameters[0], parameters[2]))
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+def test_compile(device):
+    """With the gradient in the graph, for any batch."""
+    def both(means, weight, *parameters):
+        return gains.heads(gains.trunk(means, weight), *parameters)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend='inductor' if device == 'cuda' else 'aot_eager')
+    for b in (3, 5):
+        tensors = *Case(b).trunk(device=device), *Case(b).heads(device=device)[1:]
+        for a, e in zip(results(compiled, tensors), results(both, tensors)):
+            assert error(a.detach(), e.detach().cpu()) <= 2e-15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('device', ['cuda'])
+def test_cuda_graph(device):
+    """A captured graph follows its inputs."""
+    tensors = Case().heads(torch.float32, device)
+    results(called_heads, tensors)  # the kernels are compiled
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = called_heads(*tensors)
+        grads = torch.autograd.grad(ys, tensors, [torch.ones_like(y) for y in ys])
+    with torch.no_grad():
+        tensors[0].normal_()
+    graph.replay()
+    expected = heads_definition(*tensors)
+    for a, e in zip((*ys, *grads), (*expected, *torch.autograd.grad(sum(y.sum() for y in expected), tensors))):
+        assert error(a.detach(), e.detach().cpu()) <= 1e-6
+
+
+def test_few_launches_and_no_copies(monkeypatch):
+    """One kernel per pass for the trunk and for both heads; a CUDA graph can hold all of it."""
+    launches = []
+    monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
+    with no_copies():
+        for dtype in (torch.float16, torch.float32):
+            means, weight = torch.empty(2, 3, 8, device='cuda'), torch.empty(32, 8, dtype=dtype, device='cuda')
+            y, mean = operator.gains_trunk._init_fn(means, weight, None)
+            operator.gains_trunk_backward._init_fn(y, mean, weight, None)
+            weight, bias = (torch.empty(s, dtype=dtype, device='cuda') for s in ((12, 16), (12,)))
+            ys = operator.gains_heads._init_fn(y, weight, bias, weight, bias)
+            operator.gains_heads_backward._init_fn(*ys, y, weight, weight)
+    assert len(launches) == 2 * 4
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_flops(parts):
+    """Those of torch's linear layers, forward and backward."""
+    def of(function, tensors):
+        tensors = [t.detach().to('meta').requires_grad_() for t in tensors]
+        with FlopCounterMode(display=False) as counter:
+            results(function, tensors)
+        return counter.get_total_flops()
+
+    case = Case(parts=parts)
+    assert of(gains.trunk, case.trunk()) == of(trunk_definition, case.trunk()) > 0
+    assert of(called_heads, case.heads()) == of(heads_definition, case.heads()) > 0

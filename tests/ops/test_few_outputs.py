@@ -1,0 +1,186 @@
+"""The convolution with few outputs in Triton: against torch's in float64, with every gradient.
+
+On a CPU in Triton's interpreter; `pytest -m gpu` runs the same on a GPU, where the kernels are compiled.
+"""
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fadc_timm.layers.predictor_conv import PredictorConv2d
+from fadc_timm.ops import few_outputs, triton_support
+from fadc_timm.ops.few_outputs.operator import few_outputs_conv2d_backward
+from tests.support.cases import error
+from tests.support.marks import needs_dynamo
+from tests.support.no_copies import no_copies
+
+pytest.importorskip('triton')
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+OPTIONS = (1, 1), (1, 1), (1, 1)
+
+
+@pytest.fixture(autouse=True)
+def skip_where_compiled(request):
+    """With a GPU there is no interpreter for the cases on a CPU."""
+    callspec = getattr(request.node, 'callspec', None)
+    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
+        pytest.skip('the kernels are compiled here, see pytest -m gpu')
+
+
+class Case(NamedTuple):
+    """shape: (B, C, H, W); kernel: (O, k, k'); then stride, padding, dilation, each of rows and columns."""
+    shape: tuple
+    kernel: tuple
+    stride: tuple = (1, 1)
+    padding: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    bias: bool = True
+
+    def tensors(self, dtype, device):
+        """x, weight and bias, whose values the dtype holds, in double precision."""
+        torch.manual_seed(0)
+        o, k, k_w = self.kernel
+        drawn = torch.randn(self.shape), torch.randn(o, self.shape[1], k, k_w), torch.randn(o)
+        x, weight, bias = (t.to(device, dtype).double() for t in drawn)
+        return x, weight, bias if self.bias else None
+
+    @property
+    def options(self):
+        return self.stride, self.padding, self.dilation
+
+    def __str__(self):
+        sizes = *self.shape, *self.kernel, *self.stride, *self.padding, *self.dilation, int(self.bias)
+        return '_'.join(map(str, sizes))
+
+
+CASES = [
+    Case((1, 1, 1, 1), (1, 1, 1), padding=(0, 0)),
+    Case((2, 5, 7, 6), (3, 3, 3)),
+    Case((2, 8, 9, 7), (10, 3, 3), stride=(2, 2)),
+    Case((1, 6, 5, 8), (1, 7, 7), padding=(3, 3)),
+    Case((3, 4, 6, 5), (49, 1, 1), padding=(0, 0)),
+    Case((2, 3, 8, 9), (2, 3, 5), stride=(3, 1), padding=(4, 0), dilation=(1, 2), bias=False),
+    Case((1, 3, 4, 5), (2, 2, 2), padding=(3, 2)),
+    Case((1, 16, 3, 33), (27, 3, 3), stride=(1, 2)),
+    Case((5, 33, 12, 11), (4, 3, 3), padding=(2, 2), dilation=(2, 2))]
+
+# largest error measured, relative to the largest number
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def results(f, tensors, options, dtype=torch.float64):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    y = f(*leaves, *options)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).cos().bfloat16()
+    wanted = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, wanted, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_values_and_gradients(case, dtype, device):
+    tensors = case.tensors(dtype, device)
+    expected = results(F.conv2d, tensors, case.options)
+    found = results(few_outputs.call, [None if t is None else t.to(dtype) for t in tensors], case.options)
+    assert found[0].dtype == dtype and found[0].is_contiguous(memory_format=torch.channels_last)
+    for value, want in zip(found, expected, strict=True):
+        assert value.dtype == dtype and error(value, want) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_parameters_in_float32_and_layouts(layout, device):
+    """As under autocast: a half map and float32 parameters, each in any layout; the gradient comes in any strides."""
+    case = CASES[2]
+    x, weight, bias = case.tensors(torch.float16, device)
+    expected = results(F.conv2d, (x, weight, bias), case.options)
+    odd = weight.float().transpose(2, 3).contiguous().transpose(2, 3)
+    for w in (weight.float().to(memory_format=layout), odd):
+        leaves = [t.detach().requires_grad_() for t in (x.half().to(memory_format=layout), w, bias.float())]
+        y = few_outputs.call(*leaves, *case.options)
+        grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view(y.shape).cos().bfloat16()
+        for stored in (grad.half(), grad.half().transpose(1, 3).contiguous().transpose(1, 3)):
+            grads = torch.autograd.grad(y, leaves, stored, retain_graph=True)
+            for t, g, want in zip(leaves, grads, expected[1:]):
+                assert g.dtype == t.dtype and error(g, want) < 1e-3
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_no_images(device):
+    x, weight, bias = CASES[1].tensors(torch.float64, device)
+    y, *grads = results(few_outputs.call, (x[:0], weight, bias), OPTIONS)
+    assert y.shape == (0, 3, 7, 6) and [g.shape for g in grads] == [(0, 5, 7, 6), weight.shape, bias.shape]
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_second_derivatives(device):
+    """Those of torch's convolution."""
+    tensors = CASES[1].tensors(torch.float64, device)
+    found = []
+    for f in (few_outputs.call, F.conv2d):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        first = torch.autograd.grad(f(*leaves, *OPTIONS).square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for a, b in zip(*found, strict=True):
+        assert error(a, b) < 1e-13
+
+
+@needs_dynamo
+@pytest.mark.parametrize('device', DEVICES)
+def test_compiled(device):
+    """One graph, of the same values; FLOPs are those of the convolution."""
+    torch.compiler.reset()
+    case = CASES[2]
+    tensors = case.tensors(torch.float64, device)
+    compiled = torch.compile(few_outputs.call, backend='aot_eager', fullgraph=True)
+    expected = results(F.conv2d, tensors, case.options)
+    for value, want in zip(results(compiled, tensors, case.options), expected, strict=True):
+        assert error(value, want) < 1e-14
+    totals = []
+    for f in (few_outputs.call, F.conv2d):
+        with FlopCounterMode(display=False) as counter:
+            results(f, tensors, case.options)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_operator_is_right_for_torch(device):
+    x, weight, bias = (t.requires_grad_() for t in CASES[1].tensors(torch.float64, device))
+    torch.library.opcheck(few_outputs.few_outputs_conv2d, (x, weight, bias, [1, 1], [1, 1], [1, 1]))
+
+
+def test_nothing_is_copied_to_the_device(monkeypatch):
+    """So that a CUDA graph can hold a step."""
+    launches = []
+    monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
+    with no_copies():
+        for dtype in (torch.float16, torch.float32):
+            x = torch.empty(2, 8, 9, 7, dtype=dtype, device='cuda')
+            weight, bias = torch.empty(10, 8, 3, 3, device='cuda'), torch.empty(10, device='cuda')
+            y, taps = few_outputs.few_outputs_conv2d._init_fn(x, weight, bias, *OPTIONS)
+            few_outputs_conv2d_backward._init_fn(y, taps, x, weight, bias, *OPTIONS)
+    assert len(launches) == 2 * 4
+
+
+def test_where_it_is_taken(monkeypatch):
+    """In half precision, where Triton is the default, with few products; a layer computes the same there."""
+    monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: device_type == 'cpu')
+    torch.manual_seed(0)
+    conv = PredictorConv2d(6, 3, 3, padding=1)
+    torch.nn.init.normal_(conv.weight)
+    x = torch.randn(2, 6, 5, 7)
+    assert few_outputs.suits(x, conv.weight, torch.bfloat16) and not few_outputs.suits(x, conv.weight, torch.float32)
+    assert not few_outputs.suits(x, torch.empty(few_outputs.MOST_PRODUCTS // 9 + 1, 6, 3, 3), torch.bfloat16)
+    expected = F.conv2d(x.bfloat16().double(), conv.weight.bfloat16().double(), conv.bias.double(), padding=1)
+    with torch.autocast('cpu', torch.bfloat16), torch.profiler.profile() as prof:
+        y = conv(x)
+    assert y.dtype == torch.bfloat16 and error(y, expected) < 8e-3
+    assert not any('conv' in event.key for event in prof.key_averages())
