@@ -161,7 +161,8 @@ def _relaunch(this: Launch, compiled: Any, device: int) -> Callable[..., None]:
     """
     from triton import knobs
     as_triton, numbers = compiled[this.grid], (*this.numbers, *this.constants)
-    run, function, metadata = (getattr(compiled, name, None) for name in ('run', 'function', 'packed_metadata'))
+    run: Any = getattr(compiled, 'run', None)
+    function, metadata = (getattr(compiled, name, None) for name in ('function', 'packed_metadata'))
     stream_of: Any = getattr(torch._C, '_cuda_getCurrentRawStream', None)
     if None in (run, function, metadata, stream_of):
         return lambda *addresses: as_triton(*addresses, *numbers)
