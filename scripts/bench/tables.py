@@ -115,12 +115,13 @@ def speed(kinds: Sequence[str] = KINDS) -> str:
     return '\n\n'.join(parts + _not_measured(groups, kinds))
 
 
-# Lines of README.md: where, case and quantity.
+# Lines of README.md: where, case, quantity and compile.
 _HEADLINES = (
-    ('cpu', 'resnet50_fadc 4x224', 'inference'), ('cpu', 'resnet50_fadc 4x224', 'train'),
-    ('cpu', 'convnext_tiny_fadc 4x224', 'inference'), ('cpu', 'convnext_tiny_fadc 2x224', 'train'),
-    ('cuda', 'resnet50_fadc 64x224', 'inference'), ('cuda', 'resnet50_fadc 64x224', 'train'),
-    ('cuda', 'resnet50_fadc 64x224', 'memory'))
+    ('cpu', 'resnet50_fadc 4x224', 'inference', 'no'), ('cpu', 'resnet50_fadc 4x224', 'train', 'no'),
+    ('cpu', 'convnext_tiny_fadc 4x224', 'inference', 'no'), ('cpu', 'convnext_tiny_fadc 2x224', 'train', 'no'),
+    *(('cuda', case, what, compiled) for compiled in ('no', 'graph')
+      for case in ('resnet50_fadc 64x224', 'convnext_tiny_fadc 64x224') for what in ('inference', 'train')),
+    ('cuda', 'resnet50_fadc 64x224', 'memory', 'no'))
 
 
 def headlines() -> str:
@@ -128,12 +129,13 @@ def headlines() -> str:
     lines = []
     groups = _groups(read_rows(bench_model.OUTPUT), KINDS)
     for (device, dtype), rows in groups.items():
-        for kind, case, what in _HEADLINES:
-            found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, 'no')}
+        for kind, case, what, compiled in _HEADLINES:
+            found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, compiled)}
             if _kind(device) == kind and 'plain' in found:
                 ratios = (found.get(variant) for variant in ('today', 'fadc', 'triton'))
+                machine = device.partition(': ')[2]
                 lines.append([
-                    f'{case}, {what}', f'{device.partition(": ")[2]}, {dtype}', _value(found['plain']),
+                    f'{case}, {what}{_COMPILED[compiled]}', f'{machine}, {dtype}', _value(found['plain']),
                     *('' if r is None else f'{float(r["ratio"]):.2f}' for r in ratios)])
     return markdown_table(
         ['model, batch and size', 'machine', 'plain', "today's way", 'FADC', 'FADC, `triton`'], lines, left=2)

@@ -218,7 +218,8 @@ def rows_gradient(
 ):
     """Transpose of the low-passes' last step, over the width: grad_rows (B, H, columns, C).
 
-    MEANS_W: Columns of a block of `mix`, and so of one mean. Grid: rows of all samples, blocks of columns, blocks of channels.
+    MEANS_W: Columns of a block of `mix`, and so of one mean.
+    Grid: rows of all samples, blocks of columns, blocks of channels.
     """
     row = tl.program_id(0).to(tl.int64)
     b, h = row // height, row % height
@@ -239,8 +240,9 @@ def rows_gradient(
         s = s.to(ACC) * _steps(maps + w * m_w, filters, w_live, m_m, FILTERS, COUNT, ACT, ACC)
         at_grad = w[:, None] * channels + c[None, :]
         at_means = b * n_b + (h * tl.cdiv(width, MEANS_W) + start // MEANS_W) * n_r + c * n_c
+        live = w_live[:, None] & c_live[None, :]
         g = _with_mean(
-            grad + row * width * channels, grad_means, at_grad, at_means, w_live[:, None] & c_live[None, :], c_live, height, width, ACC)
+            grad + row * width * channels, grad_means, at_grad, at_means, live, c_live, height, width, ACC)
         acc = dot(tl.trans(round_to(s, grad_rows, UPCAST)), g, acc, PRECISION, UPCAST)
     grad_rows += row * columns * channels
     at = j[:, None] * channels + c[None, :]
