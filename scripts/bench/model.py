@@ -128,6 +128,10 @@ CUDA_CASES = (
 )
 
 
+# A network is drawn once for all of its cases: steps take copies.
+networks = functools.lru_cache(maxsize=1)(make_models)
+
+
 def targets(case: Case) -> dict[str, float]:
     """The largest ratio by variant."""
     return {} if case.target is None else dict.fromkeys(('fadc', 'triton'), case.target)
@@ -156,7 +160,7 @@ def _skipped_graphs() -> int:
 
 def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
     """inference, train."""
-    models = make_models(case.model, args.variants)
+    models = networks(case.model, args.variants)
     x = torch.randn(case.batch, 3, case.size, case.size)
     check_same(models, x, setting.device)
     torch.compiler.reset()
@@ -203,7 +207,7 @@ def measure_times(case: Case, args: argparse.Namespace, setting: Setting) -> lis
 
 
 def measure_per_pixel(case: Case, args: argparse.Namespace, setting: Setting) -> list[Row]:
-    models = make_models(case.model, args.variants)
+    models = networks(case.model, args.variants)
     clock = Clock(setting.device)
     formats: dict[str, str] = {}
     steps: dict[str, Step] = {}
@@ -230,7 +234,7 @@ def measure_memory(case: Case, args: argparse.Namespace, setting: Setting) -> li
     x = torch.randn(case.batch, 3, case.size, case.size)
     samples: Samples = {}
     formats: dict[str, str] = {}
-    for variant, source in make_models(case.model, args.variants).items():
+    for variant, source in networks(case.model, args.variants).items():
         for memory_format in formats_to_try(args.memory_format):
             model, images = place(source, x, setting.device, memory_format)
             optimizer = training_state(model)
