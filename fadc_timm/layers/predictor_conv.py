@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import few_outputs
-from ..ops.runtime import constant, is_exporting, is_transformed
+from ..ops.runtime import constant, convolution_dtype, is_exporting, is_transformed
 
 __all__ = ['PredictorConv2d']
 
@@ -59,8 +59,7 @@ class PredictorConv2d(nn.Conv2d):
     @torch.jit.unused
     def _eager(self, x: Tensor) -> Tensor:
         if self.groups == 1 and self.padding_mode == 'zeros' and not isinstance(self.padding, str):
-            autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            dtype = convolution_dtype(x)
             if few_outputs.suits(x, self.weight, dtype):
                 return few_outputs.call(
                     x.to(dtype), self.weight, self.bias, self.stride, self.padding, self.dilation)

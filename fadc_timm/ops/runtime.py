@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'as_dtype', 'constant', 'empty_map', 'exact_products', 'is_depthwise', 'is_exporting',
-    'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast',
-    'without_autocast']
+    'accumulation_dtype', 'as_dtype', 'constant', 'convolution_dtype', 'empty_map', 'exact_products', 'is_depthwise',
+    'is_exporting', 'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device',
+    'under_autocast', 'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -83,12 +83,17 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def under_autocast(x: Tensor) -> Tensor:
-    """x as a convolution computes on it: under autocast in autocast's dtype, except float64."""
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution computes on x: under autocast autocast's dtype, except for float64."""
     device_type = x.device.type
     if device_type == 'meta' or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x
-    return as_dtype(x, torch.get_autocast_dtype(device_type))
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """x in its :func:`convolution_dtype`."""
+    return as_dtype(x, convolution_dtype(x))
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

@@ -184,3 +184,7 @@ def test_where_it_is_taken(monkeypatch):
         y = conv(x)
     assert y.dtype == torch.bfloat16 and error(y, expected) < 8e-3
     assert not any('conv' in event.key for event in prof.key_averages())
+    # float64 stays, as in torch's convolution
+    with torch.autocast('cpu', torch.bfloat16):
+        y = conv.double()(x.double())
+    assert y.dtype == torch.float64 and error(y, F.conv2d(x.double(), conv.weight, conv.bias, padding=1)) < 1e-14

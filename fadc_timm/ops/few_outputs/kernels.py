@@ -74,7 +74,7 @@ def _share(grad, share, p, out_h, out_w, positions, outputs, g_b, g_o, g_h, g_w,
     """The sum of the gradient over some positions (O,)."""
     o = tl.arange(0, BLOCK_O)
     b, i, j = p // out_w // out_h, p // out_w % out_h, p % out_w
-    at = grad + (b.to(tl.int64) * g_b + i.to(tl.int64) * g_h + j * g_w)[:, None] + o[None, :] * g_o
+    at = grad + (b.to(tl.int64) * g_b + i.to(tl.int64) * g_h + j * g_w)[:, None] + o.to(tl.int64)[None, :] * g_o
     g = tl.load(at, mask=(p < positions)[:, None] & (o < outputs)[None, :], other=0.).to(ACC)
     tl.store(share + o, tl.sum(g, axis=0), mask=o < outputs)
 
@@ -100,7 +100,7 @@ def spread(
     i, j = down // stride_h, across // stride_w
     reached = (down >= 0) & (down % stride_h == 0) & (i < out_h)
     reached &= (across >= 0) & (across % stride_w == 0) & (j < out_w)
-    at = grad + b.to(tl.int64)[:, None] * g_b + o[None, :] * g_o + i.to(tl.int64) * g_h + j * g_w
+    at = grad + b.to(tl.int64)[:, None] * g_b + o.to(tl.int64)[None, :] * g_o + i.to(tl.int64) * g_h + j * g_w
     live = (q < pixels)[:, None] & (n < columns)[None, :]
     g = tl.load(at, mask=live & (k < TAPS)[None, :] & reached, other=0.)
     tl.store(grad_products + q.to(tl.int64)[:, None] * columns + n[None, :], g, mask=live)

@@ -21,7 +21,7 @@ def _band(maps, m, live, stride_m, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: 
     """The weight of band m at some places. A band without a map, which can only be the lowest, weighs 1."""
     band = tl.full(live.shape, 1., dtype=ACC)
     if m < COUNT:
-        band = twice_sigmoid(tl.load(maps + m * stride_m, mask=live, other=0.).to(ACC), ACT)
+        band = twice_sigmoid(tl.load(maps + m * tl.cast(stride_m, tl.int64), mask=live, other=0.).to(ACC), ACT)
     return band
 
 
@@ -121,7 +121,7 @@ def mix(
     c += group * (channels // groups)
     w_live = w < width
     live = w_live[:, None] & c_live[None, :]
-    maps += b * m_b + group * m_s + h * m_h + w * m_w
+    maps += b * m_b + group.to(tl.int64) * m_s + h * m_h + w * m_w
     rows += row * columns * channels
     first = row * width * channels
     at = w[:, None] * channels + c[None, :]
@@ -166,7 +166,7 @@ def mix_gradient(
     group = tl.program_id(2)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_live = w < width
-    maps += b * m_b + group * m_s + h * m_h + w * m_w
+    maps += b * m_b + group.to(tl.int64) * m_s + h * m_h + w * m_w
     rows += row * columns * channels
     first_band = _band(maps, 0, w_live, m_m, COUNT, ACT, ACC)
     first = row * width * channels
@@ -198,14 +198,14 @@ def mix_gradient(
         for f in tl.static_range(FILTERS):
             of_low = tl.sum(tl.where((filters == f)[None, :], products, 0.), axis=1)
             steps += tl.where(step[None, :] == f + 1, of_low[:, None], 0.)
-    grad_maps += b * g_b + group * g_s + h * g_h + w * g_w
+    grad_maps += b * g_b + group.to(tl.int64) * g_s + h * g_h + w * g_w
     for m in tl.static_range(COUNT):
         # band m enters step m with sign +, and step m + 1 with sign -
         of_band = tl.sum(tl.where(step[None, :] == m, steps, 0.) - tl.where(step[None, :] == m + 1, steps, 0.), axis=1)
         if ACT:
             band = _band(maps, m, w_live, m_m, COUNT, ACT, ACC)
             of_band = of_band * band * (1 - band / 2)
-        tl.store(grad_maps + m * g_m, round_to(of_band, grad_maps, UPCAST), mask=w_live)
+        tl.store(grad_maps + m * tl.cast(g_m, tl.int64), round_to(of_band, grad_maps, UPCAST), mask=w_live)
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def rows_gradient(
     c = tl.program_id(2) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     c_live = c < channels // groups
     c += group * (channels // groups)
-    maps += b * m_b + group * m_s + h * m_h
+    maps += b * m_b + group.to(tl.int64) * m_s + h * m_h
     filters = tl.load(filter_of + j, mask=j_live, other=0)
     acc = tl.zeros([BLOCK_J, BLOCK_C], dtype=ACC)
     for start in range(0, width, BLOCK_W):
