@@ -51,6 +51,12 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
 
 
+def _mean_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a map's mean goes through the linear layers: under autocast float32, except for float64."""
+    autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+    return torch.float32 if autocast and x.dtype != torch.float64 else x.dtype
+
+
 class _Head(nn.Linear):
     """A linear layer that starts at zero."""
 
@@ -176,8 +182,7 @@ class AdaKern(nn.Module):
 
     @torch.jit.unused
     def _without_autocast(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
-        return self.predict_from_mean(x.mean(dim=(2, 3), dtype=torch.float32 if autocast else None))
+        return self.predict_from_mean(x.mean(dim=(2, 3), dtype=_mean_dtype(x)))
 
     @torch.jit.unused
     def predict_from_mean(self, mean: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
@@ -197,10 +202,9 @@ class AdaKern(nn.Module):
             x: Map (B, C, H, W).
             means: (B, n, C), whose sum over n is the mean of x, or None.
         """
-        autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+        dtype = _mean_dtype(x)
         if means is None:
-            means = x.mean(dim=(2, 3), dtype=torch.float32 if autocast else None)[:, None]
-        dtype = means.dtype if autocast else x.dtype
+            means = x.mean(dim=(2, 3), dtype=dtype)[:, None]
         if not self._runs_in_kernels(means, dtype):
             return self.predict_from_mean(means.sum(1).to(dtype))
         y = gains.trunk(means, self.fc.weight, self.fc.bias)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import few_outputs
-from ..ops.runtime import constant, convolution_dtype, is_exporting, is_transformed
+from ..ops.runtime import constant, convolution_dtype, is_exporting, is_transformed, under_autocast
 
 __all__ = ['PredictorConv2d']
 
@@ -59,10 +59,9 @@ class PredictorConv2d(nn.Conv2d):
     @torch.jit.unused
     def _eager(self, x: Tensor) -> Tensor:
         if self.groups == 1 and self.padding_mode == 'zeros' and not isinstance(self.padding, str):
-            dtype = convolution_dtype(x)
-            if few_outputs.suits(x, self.weight, dtype):
+            if few_outputs.suits(x, self.weight, convolution_dtype(x)):
                 return few_outputs.call(
-                    x.to(dtype), self.weight, self.bias, self.stride, self.padding, self.dilation)
+                    under_autocast(x), self.weight, self.bias, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
         if is_exporting() and exact and self._fills_a_block():
             return self._by_columns(x)

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'as_dtype', 'constant', 'convolution_dtype', 'empty_map', 'exact_products', 'is_depthwise',
-    'is_exporting', 'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device',
-    'under_autocast', 'without_autocast']
+    'accumulation_dtype', 'as_dtype', 'constant', 'contiguous_weight', 'convolution_dtype', 'empty_map',
+    'exact_products', 'is_depthwise', 'is_exporting', 'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc',
+    'once_per_graph', 'table_device', 'under_autocast', 'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -109,6 +109,12 @@ def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:
 def nhwc(x: Tensor) -> Tensor:
     """x (B, C, H, W) as (B, H, W, C), contiguous; no copy of a channels_last map."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+def contiguous_weight(weight: Tensor) -> Tensor:
+    """A convolution's weight in a layout whose taps are one axis: contiguous or channels_last."""
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if is_dense else weight.contiguous()
 
 
 def match_layout(y: Tensor, x: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ def test_autocast(cfg, whole, device):
 @pytest.mark.parametrize('device', DEVICES)
 def test_autocast_begins_before_freq_select(device):
     """FreqSelect reads and returns autocast's dtype; float64 stays, as in a convolution."""
-    m, seen = make(padding=1, kernel_decompose='none').to(device), []
+    m, seen = make(padding=1).to(device), []
     m.freq_select.register_forward_hook(lambda module, args, y: seen.append((args[0].dtype, y.dtype)))
     x = torch.randn(1, 4, 3, 4, device=device)
     with set_backend('triton'), torch.autocast(device, torch.bfloat16):

@@ -67,6 +67,7 @@ CASES = [
     Case((2, 3, 8, 9), (2, 3, 5), stride=(3, 1), padding=(4, 0), dilation=(1, 2), bias=False),
     Case((1, 3, 4, 5), (2, 2, 2), padding=(3, 2)),
     Case((1, 16, 3, 33), (27, 3, 3), stride=(1, 2)),
+    Case((2, 3, 6, 5), (2, 5, 1), padding=(2, 0)),
     Case((5, 33, 12, 11), (4, 3, 3), padding=(2, 2), dilation=(2, 2))]
 
 # largest error measured, relative to the largest number
@@ -120,6 +121,18 @@ def test_no_images(device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+def test_taps_of_one_column(device):
+    """A transposed row is contiguous for torch, whatever the stride of its only column."""
+    x, weight, bias = Case((2, 3, 6, 5), (2, 1, 5)).tensors(torch.float64, device)
+    weight = weight.transpose(2, 3)
+    assert weight.is_contiguous() and weight.stride(3) != 1
+    options = (1, 1), (2, 0), (1, 1)
+    found, expected = (results(f, (x, weight, bias), options) for f in (few_outputs.call, F.conv2d))
+    for value, want in zip(found, expected, strict=True):
+        assert error(value, want) < 1e-14
+
+
+@pytest.mark.parametrize('device', DEVICES)
 def test_second_derivatives(device):
     """Those of torch's convolution."""
     tensors = CASES[1].tensors(torch.float64, device)
@@ -154,7 +167,8 @@ def test_compiled(device):
 @pytest.mark.parametrize('device', DEVICES)
 def test_operator_is_right_for_torch(device):
     x, weight, bias = (t.requires_grad_() for t in CASES[1].tensors(torch.float64, device))
-    torch.library.opcheck(few_outputs.few_outputs_conv2d, (x, weight, bias, [1, 1], [1, 1], [1, 1]))
+    for images in (x, x.detach()[:0].requires_grad_()):
+        torch.library.opcheck(few_outputs.few_outputs_conv2d, (images, weight, bias, [1, 1], [1, 1], [1, 1]))
 
 
 def test_nothing_is_copied_to_the_device(monkeypatch):
@@ -177,8 +191,14 @@ def test_where_it_is_taken(monkeypatch):
     conv = PredictorConv2d(6, 3, 3, padding=1)
     torch.nn.init.normal_(conv.weight)
     x = torch.randn(2, 6, 5, 7)
-    assert few_outputs.suits(x, conv.weight, torch.bfloat16) and not few_outputs.suits(x, conv.weight, torch.float32)
-    assert not few_outputs.suits(x, torch.empty(few_outputs.MOST_PRODUCTS // 9 + 1, 6, 3, 3), torch.bfloat16)
+    many = torch.empty(few_outputs.MOST_PRODUCTS // 9 + 1, 6, 3, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert few_outputs.suits(x, conv.weight, torch.bfloat16)
+        assert not few_outputs.suits(x, conv.weight, torch.float32)
+        assert not few_outputs.suits(x, many, torch.bfloat16)
+    assert few_outputs.suits(x.bfloat16(), conv.weight.bfloat16(), torch.bfloat16)
+    with pytest.raises(RuntimeError):  # as torch's convolution does
+        conv(x.bfloat16())
     expected = F.conv2d(x.bfloat16().double(), conv.weight.bfloat16().double(), conv.bias.double(), padding=1)
     with torch.autocast('cpu', torch.bfloat16), torch.profiler.profile() as prof:
         y = conv(x)

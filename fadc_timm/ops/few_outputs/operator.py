@@ -4,12 +4,13 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import triton_support
 from ..derivatives import formula_gradients, wants_formula
 from ..runtime import (
     accumulation_dtype,
+    contiguous_weight,
     empty_map,
     is_exporting,
     is_plain_eager,
@@ -35,8 +36,10 @@ def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     It is in half precision, where Triton is the default, and where no more than `MOST_PRODUCTS` products of each pixel
     are wanted. cuDNN computes a block of 32 outputs however few there are.
     """
+    # without autocast torch's convolution says which dtypes differ; a subclass of Tensor may compute in another way
     return (dtype in (torch.float16, torch.bfloat16) and triton_support.is_default_on(x.device.type)
-            and weight.shape[0] * weight.shape[2] * weight.shape[3] <= MOST_PRODUCTS
+            and (weight.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+            and type(weight) in (Tensor, nn.Parameter) and _columns(weight) <= MOST_PRODUCTS
             and not is_exporting() and not is_transformed())
 
 
@@ -78,9 +81,20 @@ class _Sizes:
         return _COLUMNS // max(self.block_n, self.block_o)
 
 
+def _columns(weight: Tensor) -> int:
+    """Columns of the matrix of products."""
+    return cdiv(weight.shape[0] * weight.shape[2] * weight.shape[3], _MULTIPLE) * _MULTIPLE
+
+
 def _out_size(x, weight, stride, padding, dilation) -> List[int]:
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation)]
+
+
+def _tap_strides(spec: _Spec) -> Tuple[int, int, int]:
+    """Of the weight: the steps between outputs, channels and taps, which are one axis."""
+    w_o, w_c, w_row, w_col = spec.weight_strides
+    return w_o, w_c, w_row if spec.weight[3] == 1 else w_col
 
 
 class _Forward(NamedTuple):
@@ -93,12 +107,11 @@ class _Forward(NamedTuple):
 def _forward_launches(spec: _Spec) -> _Forward:
     from . import kernels
     sizes = _Sizes(spec)
-    w_o, w_c, _, w_k = spec.weight_strides
     block_p = max(_POSITIONS // sizes.block_o, 16)
     return _Forward(
         sizes,
         Launch(kernels.pack, (cdiv(sizes.columns * sizes.channels, _BLOCK),),
-               (sizes.outputs, sizes.channels, sizes.columns, w_o, w_c, w_k), (sizes.taps, sizes.upcast, _BLOCK)),
+               (sizes.outputs, sizes.channels, sizes.columns, *_tap_strides(spec)), (sizes.taps, sizes.upcast, _BLOCK)),
         Launch(kernels.add_taps, (cdiv(sizes.positions, block_p),), sizes.shared,
                (sizes.k_w, sizes.taps, spec.has_bias, sizes.acc, sizes.upcast, block_p, sizes.block_o)))
 
@@ -114,21 +127,14 @@ def _backward_launches(spec: _Spec, grad_strides: Tuple[int, ...]) -> _Backward:
     from . import kernels
     sizes = _Sizes(spec)
     numel = sizes.outputs * sizes.taps * sizes.channels
-    w_o, w_c, _, w_k = spec.weight_strides
     return _Backward(
         sizes,
         Launch(kernels.spread, (sizes.programs, cdiv(sizes.columns, sizes.block_n)),
                (*sizes.shared, sizes.pixels, *grad_strides),
                (sizes.k_w, sizes.taps, sizes.acc, sizes.block_q, sizes.block_n, sizes.block_o)),
         Launch(kernels.unpack, (cdiv(numel, _BLOCK),),
-               (sizes.outputs, sizes.channels, numel, sizes.programs, w_o, w_c, w_k),
+               (sizes.outputs, sizes.channels, numel, sizes.programs, *_tap_strides(spec)),
                (sizes.acc, sizes.upcast, _BLOCK, sizes.block_o, max(_BLOCK // sizes.block_o, 1))))
-
-
-def _dense(weight: Tensor) -> Tensor:
-    """The weight in a layout whose taps are one axis: contiguous or channels_last."""
-    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return weight if is_dense else weight.contiguous()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -159,10 +165,10 @@ def _forward(
     Returns:
         (B, O, H', W') channels_last, and the weight as a matrix (columns, C), which the backward pass reads.
     """
-    weight = _dense(weight)
+    weight = contiguous_weight(weight)
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
     if not y.numel():
-        return y, x.new_empty((0,))
+        return y, x.new_empty((_columns(weight), weight.shape[1]))
     launches = _forward_launches(_Spec(
         tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
         tuple(dilation)))
@@ -180,8 +186,7 @@ few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', _f
 @few_outputs_conv2d.register_fake
 def _(x, weight, bias, stride, padding, dilation):
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
-    columns = cdiv(weight.shape[0] * weight.shape[2] * weight.shape[3], _MULTIPLE) * _MULTIPLE
-    return y, x.new_empty((columns, x.shape[1]))
+    return y, x.new_empty((_columns(weight), weight.shape[1]))
 
 
 def _gradient(
@@ -195,7 +200,7 @@ def _gradient(
         dilation: List[int],
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; that of no bias is empty."""
-    weight = _dense(weight)
+    weight = contiguous_weight(weight)
     grad_x, grad_weight = empty_map(x), torch.empty_like(weight)
     grad_bias = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
     if not grad.numel():
@@ -221,7 +226,7 @@ few_outputs_conv2d_backward = torch.library.custom_op(
 
 @few_outputs_conv2d_backward.register_fake
 def _(grad, taps, x, weight, bias, stride, padding, dilation):
-    return (empty_map(x), torch.empty_like(_dense(weight)),
+    return (empty_map(x), torch.empty_like(contiguous_weight(weight)),
             x.new_empty((0,)) if bias is None else torch.empty_like(bias))
 
 

@@ -32,7 +32,7 @@ def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Te
     """
     y, means = empty_map(x), _empty_means(x)
     if not x.numel():
-        return y, means, x.new_empty((0,))
+        return y, means, _empty_coefficients(x, factors)
     coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
     return y, means, coefficients
 
@@ -46,10 +46,14 @@ def _count(n: int, factors: List[int]) -> int:
     return padded(max([2 * max(-low, high - 1, 0) + 1 for low, high in ends], default=1))
 
 
+def _empty_coefficients(x: Tensor, factors: List[int]) -> Tensor:
+    b, c, h, w = x.shape
+    return x.new_empty((b, _count(h, factors), _count(w, factors), c))
+
+
 @mix_bands_triton.register_fake
 def _(x, maps, factors, act):
-    b, c, h, w = x.shape
-    return empty_map(x), _empty_means(x), x.new_empty((b, _count(h, factors), _count(w, factors), c))
+    return empty_map(x), _empty_means(x), _empty_coefficients(x, factors)
 
 
 def _gradient(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import triton_support
+from ...runtime import contiguous_weight
 from ...triton_support import Launch, block, cdiv
 from .call import Call, Tile, mask_in
 from .sums import gains_gradient, sampling_gradient
 
-__all__ = ['backward', 'blocks', 'contiguous_weight', 'forward']
+__all__ = ['backward', 'blocks', 'forward']
 
 # Positions and channels of a program, and its warps, for half dtypes: the fastest of ten on an H200.
 _COLUMNS = 4, 128, 2
@@ -87,12 +88,6 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
         scatter=scatter,
         unpack=Launch(kernels.unpack, (call.o, cdiv(call.per_group, unpack_c)), groups, (*kernel, unpack_c)),
         scatter_blocks=(call.channel_blocks(scatter_c), chunks))
-
-
-def contiguous_weight(weight: Tensor) -> Tensor:
-    """The weight in a layout that the kernels can read: contiguous or channels_last."""
-    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return weight if is_dense else weight.contiguous()
 
 
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ... import triton_support
+from ...runtime import contiguous_weight
 from ...triton_support import Launch, block, cdiv
 from .call import Call, mask_in
-from .dense import blocks, contiguous_weight
+from .dense import blocks
 from .sums import sampling_gradient
 
 __all__ = ['backward', 'forward']

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import settings
 from ...derivatives import refuse_more
-from ...runtime import empty_map, is_depthwise, is_plain_eager, nhwc
+from ...runtime import contiguous_weight, empty_map, is_depthwise, is_plain_eager, nhwc
 from . import dense, depthwise
 from .call import Call, Spec, call_of
 
@@ -197,7 +197,7 @@ def _scale(
 def _gradients(x, weight, bias, steps, mask, low, high) -> List[Tensor]:
     """Tensors for the gradients, not filled."""
     return [
-        empty_map(x), torch.empty_like(dense.contiguous_weight(weight)),
+        empty_map(x), torch.empty_like(contiguous_weight(weight)),
         x.new_empty((0,)) if bias is None else torch.empty_like(bias), empty_map(steps),
         x.new_empty((0,)) if mask is None else empty_map(mask),
         *(x.new_empty((0,)) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
