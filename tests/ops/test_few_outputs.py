@@ -133,6 +133,23 @@ def test_taps_of_one_column(device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+def test_bias_that_is_a_view(device):
+    x, weight = torch.randn(1, 4, 5, 5, device=device), torch.randn(3, 4, 3, 3, device=device)
+    bias = torch.randn(6, device=device)[::2].requires_grad_()
+    y = few_outputs.call(x, weight, bias, (1, 1), (1, 1), (1, 1))
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=1), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 25.))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_wrong_channels(device):
+    x, weight = torch.randn(1, 6, 5, 5, device=device), torch.randn(3, 4, 3, 3, device=device)
+    with pytest.raises(ValueError, match='4 channels'):
+        few_outputs.call(x, weight, None, (1, 1), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize('device', DEVICES)
 def test_second_derivatives(device):
     """Those of torch's convolution."""
     tensors = CASES[1].tensors(torch.float64, device)

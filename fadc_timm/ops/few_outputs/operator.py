@@ -105,6 +105,8 @@ class _Forward(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _forward_launches(spec: _Spec) -> _Forward:
+    if spec.weight[1] != spec.x[1]:
+        raise ValueError(f'The weight wants maps of {spec.weight[1]} channels, got {list(spec.x)}.')
     from . import kernels
     sizes = _Sizes(spec)
     block_p = max(_POSITIONS // sizes.block_o, 16)
@@ -168,7 +170,7 @@ def _forward(
     weight = contiguous_weight(weight)
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
     if not y.numel():
-        return y, x.new_empty((_columns(weight), weight.shape[1]))
+        return y, x.new_zeros((_columns(weight), weight.shape[1]))
     launches = _forward_launches(_Spec(
         tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
         tuple(dilation)))
@@ -176,7 +178,7 @@ def _forward(
     taps = torch.empty((sizes.columns, sizes.channels), dtype=x.dtype, device=x.device)
     triton_support.launch(launches.pack, weight, taps)
     products = _product(nhwc(x).view(-1, sizes.channels), taps.t())
-    triton_support.launch(launches.add_taps, products, bias, y)
+    triton_support.launch(launches.add_taps, products, None if bias is None else bias.contiguous(), y)
     return y, taps
 
 
@@ -202,7 +204,7 @@ def _gradient(
     """Gradients of x, weight and bias; that of no bias is empty."""
     weight = contiguous_weight(weight)
     grad_x, grad_weight = empty_map(x), torch.empty_like(weight)
-    grad_bias = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
+    grad_bias = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
     if not grad.numel():
         return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
     launches = _backward_launches(_Spec(
@@ -227,7 +229,7 @@ few_outputs_conv2d_backward = torch.library.custom_op(
 @few_outputs_conv2d_backward.register_fake
 def _(grad, taps, x, weight, bias, stride, padding, dilation):
     return (empty_map(x), torch.empty_like(contiguous_weight(weight)),
-            x.new_empty((0,)) if bias is None else torch.empty_like(bias))
+            x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -289,6 +291,9 @@ def call(
 
     Returns:
         (B, O, H', W') channels_last, in the dtype of x.
+
+    Raises:
+        ValueError: The map has not the weight's C.
     """
     args = x, weight, bias, list(stride), list(padding), list(dilation)
     if not is_plain_eager(x, weight, bias):

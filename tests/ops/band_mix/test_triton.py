@@ -58,8 +58,9 @@ CASES = [
     Case(6, 4, 4, 2),
     Case(6, 9, factors=(2,), count=1), Case(7, 7, 4, channels=5), Case(8, 8), Case(9, 12, 5, factors=(3, 1, 16, 2)),
     Case(14, 14, 3, 2, 6), Case(12, 8, 4, 4), Case(14, 9, channels=67), Case(28, 28, 4), Case(28, 33), Case(33, 6),
+    Case(2, 2, 1, factors=(8,)),  # whose filter passes nothing
     Case(64, 14), Case(14, 64, 4), Case(65, 8), Case(9, 70, 4, 2), Case(65, 70, 2, channels=1, factors=(8,))]
-FEW = CASES[2], CASES[3], CASES[7], Case(6, 4, 4, 2)
+FEW = CASES[2], CASES[3], CASES[7], Case(6, 4, 4, 2), Case(2, 2, 1, factors=(8,))
 EXACT = [
     pytest.param(case, dtype, marks=() if case in few else pytest.mark.sweep)
     for dtype, few in ((torch.float64, FEW), (torch.float32, FEW[::3])) for case in CASES]
