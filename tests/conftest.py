@@ -95,6 +95,15 @@ def no_tf32():
 
 
 @pytest.fixture
+def skip_where_compiled(request):
+    """With a GPU there is no interpreter for the cases of Triton's kernels on a CPU."""
+    from fadc_timm.ops import triton_support
+    callspec = getattr(request.node, 'callspec', None)
+    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
+        pytest.skip('the kernels are compiled here, see pytest -m gpu')
+
+
+@pytest.fixture
 def one_thread():
     """For tests on tiny maps: threads cost more than they bring there, tenfold beside another process."""
     n = torch.get_num_threads()

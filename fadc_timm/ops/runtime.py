@@ -1,7 +1,7 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 from contextlib import nullcontext
 from functools import lru_cache, wraps
-from typing import Any, Callable, ContextManager, Dict, MutableMapping, Optional, Sequence, TypeVar, cast
+from typing import Any, Callable, ContextManager, Dict, List, MutableMapping, Optional, Sequence, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     'accumulation_dtype', 'as_dtype', 'constant', 'contiguous_weight', 'convolution_dtype', 'empty_map',
-    'exact_products', 'is_depthwise', 'is_exporting', 'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc',
-    'once_per_graph', 'table_device', 'under_autocast', 'without_autocast']
+    'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting', 'is_plain_eager', 'is_transformed',
+    'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast', 'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -117,6 +117,11 @@ def contiguous_weight(weight: Tensor) -> Tensor:
     return weight if is_dense else weight.contiguous()
 
 
+def in_a_row(*tensors: Optional[Tensor]) -> List[Any]:
+    """Tensors as kernels read them: contiguous. To ask is faster than to call an operator that copies nothing."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
 def match_layout(y: Tensor, x: Tensor) -> Tensor:
     """y in the memory format of x: channels_last if x is only channels_last, otherwise contiguous.
 
@@ -178,3 +183,24 @@ def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
     return not (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())
+
+
+def form_of_call(
+        operator: Callable[..., Any],
+        eager: Any,
+        function: Callable[..., Any],
+        tensors: Sequence[Optional[Tensor]],
+) -> Callable[..., Any]:
+    """The cheapest form of an operator that does all that is wanted of a call.
+
+    Args:
+        operator: Of torch, for what more than autograd looks at.
+        eager: The `torch.autograd.Function` of it.
+        function: What both compute, without a gradient.
+        tensors: Those of the call.
+    """
+    if not is_plain_eager(*tensors):
+        return operator
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return eager.apply
+    return function

@@ -18,18 +18,10 @@ from tests.support.no_copies import no_copies
 
 pytest.importorskip('triton')
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'skip_where_compiled')
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 OPTIONS = (1, 1), (1, 1), (1, 1)
-
-
-@pytest.fixture(autouse=True)
-def skip_where_compiled(request):
-    """With a GPU there is no interpreter for the cases on a CPU."""
-    callspec = getattr(request.node, 'callspec', None)
-    if callspec and callspec.params.get('device') == 'cpu' and not triton_support.is_interpreted():
-        pytest.skip('the kernels are compiled here, see pytest -m gpu')
 
 
 class Case(NamedTuple):

@@ -1,6 +1,6 @@
 """A convolution with few outputs as an operator of torch, and its gradient."""
 import functools
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from ..runtime import (
     accumulation_dtype,
     contiguous_weight,
     empty_map,
+    form_of_call,
+    in_a_row,
     is_exporting,
-    is_plain_eager,
     is_transformed,
     nhwc,
     without_autocast,
@@ -39,7 +40,7 @@ def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     # without autocast torch's convolution says which dtypes differ; a subclass of Tensor may compute in another way
     return (dtype in (torch.float16, torch.bfloat16) and triton_support.is_default_on(x.device.type)
             and (weight.dtype == dtype or torch.is_autocast_enabled(x.device.type))
-            and type(weight) in (Tensor, nn.Parameter) and _columns(weight) <= MOST_PRODUCTS
+            and type(weight) in (Tensor, nn.Parameter) and _columns(weight.shape) <= MOST_PRODUCTS
             and not is_exporting() and not is_transformed())
 
 
@@ -55,6 +56,12 @@ class _Spec(NamedTuple):
     dilation: Tuple[int, ...]
 
 
+def _spec(x, weight, bias, stride, padding, dilation) -> _Spec:
+    return _Spec(
+        tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
+        tuple(dilation))
+
+
 class _Sizes:
     """Numbers that the launches share. columns: of the matrix of products. shared: arguments of the larger kernels."""
 
@@ -65,7 +72,7 @@ class _Sizes:
         self.taps = self.k * self.k_w
         self.out_h, self.out_w = _out_size(spec.x, spec.weight, spec.stride, spec.padding, spec.dilation)
         self.pixels, self.positions = b * h * w, b * self.out_h * self.out_w
-        self.columns = cdiv(self.outputs * self.taps, _MULTIPLE) * _MULTIPLE
+        self.columns = _columns(spec.weight)
         self.acc, self.upcast = types_of(spec.dtype)
         self.block_o = block(self.outputs, 1, 4096)
         self.shared = (h, w, self.out_h, self.out_w, -spec.padding[0], -spec.padding[1], *spec.stride, *spec.dilation,
@@ -81,9 +88,9 @@ class _Sizes:
         return _COLUMNS // max(self.block_n, self.block_o)
 
 
-def _columns(weight: Tensor) -> int:
-    """Columns of the matrix of products."""
-    return cdiv(weight.shape[0] * weight.shape[2] * weight.shape[3], _MULTIPLE) * _MULTIPLE
+def _columns(weight: Sequence[int]) -> int:
+    """Columns of the matrix of products, from the shape of the weight."""
+    return cdiv(weight[0] * weight[2] * weight[3], _MULTIPLE) * _MULTIPLE
 
 
 def _out_size(x, weight, stride, padding, dilation) -> List[int]:
@@ -170,15 +177,13 @@ def _forward(
     weight = contiguous_weight(weight)
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
     if not y.numel():
-        return y, x.new_zeros((_columns(weight), weight.shape[1]))
-    launches = _forward_launches(_Spec(
-        tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
-        tuple(dilation)))
+        return y, x.new_zeros((_columns(weight.shape), weight.shape[1]))
+    launches = _forward_launches(_spec(x, weight, bias, stride, padding, dilation))
     sizes = launches.sizes
     taps = torch.empty((sizes.columns, sizes.channels), dtype=x.dtype, device=x.device)
     triton_support.launch(launches.pack, weight, taps)
     products = _product(nhwc(x).view(-1, sizes.channels), taps.t())
-    triton_support.launch(launches.add_taps, products, None if bias is None else bias.contiguous(), y)
+    triton_support.launch(launches.add_taps, products, *in_a_row(bias), y)
     return y, taps
 
 
@@ -188,7 +193,7 @@ few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', _f
 @few_outputs_conv2d.register_fake
 def _(x, weight, bias, stride, padding, dilation):
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
-    return y, x.new_empty((_columns(weight), weight.shape[1]))
+    return y, x.new_empty((_columns(weight.shape), weight.shape[1]))
 
 
 def _gradient(
@@ -207,9 +212,7 @@ def _gradient(
     grad_bias = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
     if not grad.numel():
         return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
-    launches = _backward_launches(_Spec(
-        tuple(x.shape), x.dtype, tuple(weight.shape), weight.stride(), bias is not None, tuple(stride), tuple(padding),
-        tuple(dilation)), grad.stride())
+    launches = _backward_launches(_spec(x, weight, bias, stride, padding, dilation), grad.stride())
     sizes = launches.sizes
     grad_products = torch.empty((sizes.pixels, sizes.columns), dtype=x.dtype, device=x.device)
     shares = torch.empty((sizes.programs, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
@@ -296,8 +299,4 @@ def call(
         ValueError: The map has not the weight's C.
     """
     args = x, weight, bias, list(stride), list(padding), list(dilation)
-    if not is_plain_eager(x, weight, bias):
-        return few_outputs_conv2d(*args)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Eager.apply(*args)[0]
-    return _forward(*args)[0]
+    return form_of_call(few_outputs_conv2d, _Eager, _forward, args[:3])(*args)[0]

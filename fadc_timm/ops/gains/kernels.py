@@ -68,6 +68,20 @@ def _trunk_parameters_gradient(
 
 
 @triton.jit
+def _times_matrix(vector, matrix, c, c_live, rows, columns, ACC: tl.constexpr, BLOCK_I: tl.constexpr,
+                  BLOCK_C: tl.constexpr):
+    """Some columns c of the product of a vector (rows,) with a matrix (rows, columns)."""
+    acc = tl.zeros([BLOCK_I, BLOCK_C], dtype=ACC)
+    for start in range(0, rows, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        live = i < rows
+        v = tl.load(vector + i, mask=live, other=0.).to(ACC)
+        m = tl.load(matrix + i[:, None] * columns + c[None, :], mask=live[:, None] & c_live[None, :], other=0.).to(ACC)
+        acc += v[:, None] * m
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
 def _mean_gradient(
         b, grad, weight, grad_mean,
         channels, outputs,
@@ -76,14 +90,8 @@ def _mean_gradient(
     """Row b of the mean's gradient: a sum over the outputs."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_live = c < channels
-    acc = tl.zeros([BLOCK_I, BLOCK_C], dtype=ACC)
-    for start in range(0, outputs, BLOCK_I):
-        o = start + tl.arange(0, BLOCK_I)
-        live = o < outputs
-        g = tl.load(grad + b * outputs + o, mask=live, other=0.).to(ACC)
-        w = tl.load(weight + o[:, None] * channels + c[None, :], mask=live[:, None] & c_live[None, :], other=0.).to(ACC)
-        acc += g[:, None] * w
-    tl.store(grad_mean + b * channels + c, round_to(tl.sum(acc, axis=0), grad_mean, UPCAST), mask=c_live)
+    total = _times_matrix(grad + b * outputs, weight, c, c_live, outputs, channels, ACC, BLOCK_I, BLOCK_C)
+    tl.store(grad_mean + b * channels + c, round_to(total, grad_mean, UPCAST), mask=c_live)
 
 
 @triton.jit
@@ -186,16 +194,10 @@ def _head_input_gradient(
     """A sample's gradient of the channels that a head reads, through ReLU: a sum over the outputs."""
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_live = k < width
-    acc = tl.zeros([BLOCK_I, BLOCK_K], dtype=ACC)
-    for start in range(0, outputs, BLOCK_I):
-        o = start + tl.arange(0, BLOCK_I)
-        live = o < outputs
-        g = tl.load(grad + b * outputs + o, mask=live, other=0.).to(ACC)
-        w = tl.load(weight + o[:, None] * width + k[None, :], mask=live[:, None] & k_live[None, :], other=0.).to(ACC)
-        acc += g[:, None] * w
+    total = _times_matrix(grad + b * outputs, weight, k, k_live, outputs, width, ACC, BLOCK_I, BLOCK_K)
     at = b * inputs + first + k
     value = tl.load(x + at, mask=k_live, other=0.).to(ACC)
-    tl.store(grad_x + at, round_to(tl.where(value <= 0., 0., tl.sum(acc, axis=0)), grad_x, UPCAST), mask=k_live)
+    tl.store(grad_x + at, round_to(tl.where(value <= 0., 0., total), grad_x, UPCAST), mask=k_live)
 
 
 @triton.jit

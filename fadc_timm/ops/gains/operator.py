@@ -4,14 +4,14 @@ Parameters and maps of any float dtype are read as they are. All sums are in flo
 autocast changes nothing. The caller asks whether Triton can run (`triton_support.why_not_on`).
 """
 import functools
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import triton_support
 from ..derivatives import refuse_more
-from ..runtime import accumulation_dtype, is_plain_eager
+from ..runtime import accumulation_dtype, form_of_call, in_a_row
 from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
 
 __all__ = ['gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'trunk']
@@ -22,11 +22,6 @@ _Shape = Tuple[int, ...]
 def _accumulated(a: Tensor, b: Tensor) -> torch.dtype:
     """The dtype that products of a and b are added up in."""
     return accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
-
-
-def _in_a_row(*tensors: Optional[Tensor]) -> List[Any]:
-    """Tensors as the kernels read them: contiguous. To ask is faster than to call an operator that copies nothing."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 # the trunk
@@ -73,7 +68,7 @@ def _trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tenso
     y = weight.new_empty((batch, weight.shape[0]))
     mean = torch.empty((batch, means.shape[2]), dtype=dtype, device=means.device)
     if batch:
-        triton_support.launch(launch, *_in_a_row(means, weight, bias), y, mean)
+        triton_support.launch(launch, *in_a_row(means, weight, bias), y, mean)
     return y, mean
 
 
@@ -92,7 +87,7 @@ def _trunk_gradient(
     """Gradients of :func:`gains_trunk` for the sum (B, C), weight and bias; empty for no bias."""
     grad_mean, grad_weight, grad_bias = _of_trunk(grad, mean, weight, bias)
     triton_support.launch(
-        _trunk_gradient_launch(mean.shape[0], weight.shape, mean.dtype), *_in_a_row(grad, mean, weight), grad_mean,
+        _trunk_gradient_launch(mean.shape[0], weight.shape, mean.dtype), *in_a_row(grad, mean, weight), grad_mean,
         grad_weight, None if bias is None else grad_bias)
     return grad_mean, grad_weight, grad_bias
 
@@ -143,7 +138,8 @@ class _EagerTrunk(torch.autograd.Function):
 
 def trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """The first result of :func:`gains_trunk`."""
-    return _call(gains_trunk, _EagerTrunk, _trunk, means, weight, bias)[0]
+    tensors = means, weight, bias
+    return form_of_call(gains_trunk, _EagerTrunk, _trunk, tensors)(*tensors)[0]
 
 
 # the heads
@@ -202,7 +198,7 @@ def _heads(
         x.shape, tuple([None if p is None else p.shape for p in parameters]), _accumulated(x, weight))
     y, y_2 = _of_heads(x, *parameters)
     if x.shape[0]:
-        triton_support.launch(launch, *_in_a_row(x, *parameters), y, None if weight_2 is None else y_2)
+        triton_support.launch(launch, *in_a_row(x, *parameters), y, None if weight_2 is None else y_2)
     return y, y_2
 
 
@@ -227,7 +223,7 @@ def _heads_gradient(
         grad, grad_2, x, weight, weight_2)
     triton_support.launch(
         _heads_gradient_launch(x.shape, weight.shape, _accumulated(x, weight)),
-        *_in_a_row(x, grad, grad_2, weight, weight_2), grad_x, grad_weight, grad_bias,
+        *in_a_row(x, grad, grad_2, weight, weight_2), grad_x, grad_weight, grad_bias,
         None if weight_2 is None else grad_weight_2, None if weight_2 is None else grad_bias_2)
     return grads
 
@@ -288,13 +284,6 @@ def heads(
         bias_2: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """The results of :func:`gains_heads`; None for a second part that there is not."""
-    y, y_2 = _call(gains_heads, _EagerHeads, _heads, x, weight, bias, weight_2, bias_2)
+    tensors = x, weight, bias, weight_2, bias_2
+    y, y_2 = form_of_call(gains_heads, _EagerHeads, _heads, tensors)(*tensors)
     return y, None if weight_2 is None else y_2
-
-
-def _call(operator: Any, eager: Any, function: Any, *tensors: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    if not is_plain_eager(*tensors):
-        return operator(*tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return eager.apply(*tensors)
-    return function(*tensors)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ...derivatives import refuse_more
-from ...runtime import accumulation_dtype, empty_map, is_plain_eager, nhwc
+from ...runtime import accumulation_dtype, empty_map, form_of_call, nhwc
 from ..low_pass import edges
 from .mix import backward, forward, means_shape, spec_of
 from .tables import padded
@@ -121,8 +121,4 @@ class _Eager(torch.autograd.Function):
 
 def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
     """The first two results of :func:`mix_bands_triton`."""
-    if not is_plain_eager(x, maps):
-        return mix_bands_triton(x, maps, factors, act)[:2]
-    if torch.is_grad_enabled() and (x.requires_grad or maps.requires_grad):
-        return _Eager.apply(x, maps, factors, act)
-    return _forward(x, maps, factors, act)[:2]
+    return form_of_call(mix_bands_triton, _Eager, _forward, (x, maps))(x, maps, factors, act)[:2]

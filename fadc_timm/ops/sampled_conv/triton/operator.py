@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import settings
 from ...derivatives import refuse_more
-from ...runtime import contiguous_weight, empty_map, is_depthwise, is_plain_eager, nhwc
+from ...runtime import contiguous_weight, empty_map, form_of_call, in_a_row, is_depthwise, nhwc
 from . import dense, depthwise
 from .call import Call, Spec, call_of
 
@@ -15,11 +15,6 @@ __all__ = ['call', 'two_step_conv2d']
 
 def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
     return empty_map(x, (x.shape[0], weight.shape[0], *steps.shape[2:]))
-
-
-def _in_a_row(*tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
-    """Bias and gains as the kernels read them: contiguous."""
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _filled(x: Tensor, results: Sequence[Optional[Tensor]]) -> List[Tensor]:
@@ -91,7 +86,7 @@ def _computed(
     y = _empty_output(x, weight, steps)
     if not y.numel():
         return y, None, None
-    bias, low, high = _in_a_row(bias, low, high)
+    bias, low, high = in_a_row(bias, low, high)
     call = call_of(_spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups))
     tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
     if call.is_depthwise:
@@ -149,7 +144,7 @@ def _computed_gradient(
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
         return [None if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
-    bias, low, high = _in_a_row(bias, low, high)
+    bias, low, high = in_a_row(bias, low, high)
     call = call_of(_spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups))
     fixed = torch.are_deterministic_algorithms_enabled()
     scale = _scale(call, grad, weight, mask, low, high) if fixed else None
@@ -240,7 +235,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _computed(*inputs)
         _setup_context(ctx, inputs, output)
-        return output[0]
+        return output[:1]
 
     @staticmethod
     def backward(ctx, grad: Optional[Tensor]):
@@ -249,8 +244,4 @@ class _Eager(torch.autograd.Function):
 
 def call(*args: Any) -> Tensor:
     """The first result of :func:`two_step_conv2d`; the arguments are the same."""
-    if not is_plain_eager(*args[:7]):
-        return two_step_conv2d(*args)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
-        return _Eager.apply(*args)
-    return _computed(*args)[0]
+    return form_of_call(two_step_conv2d, _Eager, _computed, args[:7])(*args)[0]
