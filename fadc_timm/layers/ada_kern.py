@@ -17,7 +17,7 @@ from ..ops import gains
 from ..ops.runtime import is_exporting, without_autocast
 from .own_hooks import has_hooks
 
-__all__ = ['AdaKern', 'NormLayer']
+__all__ = ['AdaKern', 'Head', 'NormLayer', 'mean_dtype']
 
 # What makes a norm: a name of timm's, or a callable that takes a number of channels.
 NormLayer = Union[str, Callable[..., nn.Module]]
@@ -51,13 +51,13 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity)
 
 
-def _mean_dtype(x: Tensor) -> torch.dtype:
+def mean_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a map's mean goes through the linear layers: under autocast float32, except for float64."""
     autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
     return torch.float32 if autocast and x.dtype != torch.float64 else x.dtype
 
 
-class _Head(nn.Linear):
+class Head(nn.Linear):
     """A linear layer that starts at zero."""
 
     def reset_parameters(self) -> None:
@@ -121,8 +121,8 @@ class AdaKern(nn.Module):
         name = 'batchnorm2d' if isinstance(self.norm, _BatchNorm) else 'layernorm2d'
         self.norm_layer = norm_layer if isinstance(norm_layer, str) else name
         self.act = nn.ReLU()
-        self.low = None if kernel_decompose == 'high' else _Head(width, heads, **dd)
-        self.high = None if kernel_decompose == 'low' else _Head(width, heads, **dd)
+        self.low = None if kernel_decompose == 'high' else Head(width, heads, **dd)
+        self.high = None if kernel_decompose == 'low' else Head(width, heads, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,7 +182,7 @@ class AdaKern(nn.Module):
 
     @torch.jit.unused
     def _without_autocast(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        return self.predict_from_mean(x.mean(dim=(2, 3), dtype=_mean_dtype(x)))
+        return self.predict_from_mean(x.mean(dim=(2, 3), dtype=mean_dtype(x)))
 
     @torch.jit.unused
     def predict_from_mean(self, mean: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
@@ -202,10 +202,10 @@ class AdaKern(nn.Module):
             x: Map (B, C, H, W).
             means: (B, n, C), whose sum over n is the mean of x, or None.
         """
-        dtype = _mean_dtype(x)
+        dtype = mean_dtype(x)
         if means is None:
             means = x.mean(dim=(2, 3), dtype=dtype)[:, None]
-        if not self._runs_in_kernels(means, dtype):
+        if not self._runs_in_kernels(x):
             return self.predict_from_mean(means.sum(1).to(dtype))
         y = gains.trunk(means, self.fc.weight, self.fc.bias)
         if type(self.norm) in _NORMS:
@@ -220,21 +220,23 @@ class AdaKern(nn.Module):
             return (None, only) if self.low is None else (only, None)
         return gains.heads(y, self.low.weight, self.low.bias, self.high.weight, self.high.bias)
 
-    def _runs_in_kernels(self, means: Tensor, dtype: torch.dtype) -> bool:
+    @torch.jit.unused
+    def _runs_in_kernels(self, x: Tensor) -> bool:
         """Whether trunk and heads are what they were made as, so that kernels can take the place of these modules.
 
         Not while exporting, as other runtimes have no such kernels, and not on meta, where nothing runs.
         """
         heads = [head for head in (self.low, self.high) if head is not None]
-        if (means.device.type == 'meta' or is_exporting() or type(self.fc) is not nn.Linear
-                or type(self.act) is not nn.ReLU or any(type(head) is not _Head for head in heads)
+        if (x.device.type == 'meta' or is_exporting() or type(self.fc) is not nn.Linear
+                or type(self.act) is not nn.ReLU or any(type(head) is not Head for head in heads)
                 or has_hooks(self.fc, self.act, *heads)):
             return False
         parameters = [self.fc.weight, *(p for head in heads for p in (head.weight, head.bias))]
         if self.fc.bias is not None:
             parameters.append(self.fc.bias)
+        dtype = mean_dtype(x)
         # a subclass of Tensor may compute in another way: quantised, or in shards
-        return all(type(p) in (Tensor, nn.Parameter) and p.dtype == dtype and p.device == means.device
+        return all(type(p) in (Tensor, nn.Parameter) and p.dtype == dtype and p.device == x.device
                    for p in parameters)
 
     def _heads(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:

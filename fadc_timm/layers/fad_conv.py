@@ -12,7 +12,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
-from ..ops.runtime import is_depthwise, under_autocast
+from ..ops.runtime import is_depthwise, match_layout, under_autocast
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
@@ -20,6 +20,7 @@ from .ada_dr import AdaDR
 from .ada_kern import AdaKern, NormLayer
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
+from .one_call import in_one_call
 from .own_hooks import has_hooks, has_own_hooks
 
 __all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
@@ -275,6 +276,9 @@ class FADConv2d(nn.Conv2d):
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
         x = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
+        y = in_one_call(self, x)
+        if y is not None:
+            return match_layout(y, x)
         means: Optional[Tensor] = None
         if self.freq_select is not None:
             hooked = has_hooks(self.freq_select)

@@ -21,7 +21,7 @@ from ..runtime import (
 )
 from ..triton_support import Launch, block, cdiv, types_of
 
-__all__ = ['MOST_PRODUCTS', 'call', 'few_outputs_conv2d', 'suits']
+__all__ = ['MOST_PRODUCTS', 'call', 'few_outputs_conv2d', 'fits', 'forward', 'gradient', 'suits']
 
 # Outputs times taps: the map of products has so many channels.
 MOST_PRODUCTS = 256
@@ -31,17 +31,22 @@ _MULTIPLE = 8
 _BLOCK, _POSITIONS, _COLUMNS = 1024, 256, 2048
 
 
-def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether :func:`call` is the way to convolve x in a dtype on its device.
+def fits(weight: Tensor, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether these kernels are ahead of a library's convolution on a device.
 
-    It is in half precision, where Triton is the default, and where no more than `MOST_PRODUCTS` products of each pixel
-    are wanted. cuDNN computes a block of 32 outputs however few there are.
+    They are in half precision, where Triton is the default, and where no more than `MOST_PRODUCTS` products of each
+    pixel are wanted. cuDNN computes a block of 32 outputs however few there are.
     """
+    return (dtype in (torch.float16, torch.bfloat16) and triton_support.is_default_on(device_type)
+            and _columns(weight.shape) <= MOST_PRODUCTS)
+
+
+def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`call` is the way to convolve x in a dtype on its device: it :func:`fits`, and can be called."""
     # without autocast torch's convolution says which dtypes differ; a subclass of Tensor may compute in another way
-    return (dtype in (torch.float16, torch.bfloat16) and triton_support.is_default_on(x.device.type)
+    return (fits(weight, dtype, x.device.type)
             and (weight.dtype == dtype or torch.is_autocast_enabled(x.device.type))
-            and type(weight) in (Tensor, nn.Parameter) and _columns(weight.shape) <= MOST_PRODUCTS
-            and not is_exporting() and not is_transformed())
+            and type(weight) in (Tensor, nn.Parameter) and not is_exporting() and not is_transformed())
 
 
 class _Spec(NamedTuple):
@@ -155,7 +160,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a.to(wide), b.to(wide))
 
 
-def _forward(
+def forward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
@@ -187,13 +192,53 @@ def _forward(
     return y, taps
 
 
-few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', _forward, mutates_args=())
+few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', forward, mutates_args=())
 
 
 @few_outputs_conv2d.register_fake
 def _(x, weight, bias, stride, padding, dilation):
     y = empty_map(x, (x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation)))
     return y, x.new_empty((_columns(weight.shape), weight.shape[1]))
+
+
+def gradient(
+        grad: Tensor,
+        taps: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        stride: List[int],
+        padding: List[int],
+        dilation: List[int],
+        into: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; that of no bias is empty.
+
+    Args:
+        grad, taps: The gradient of the output of :func:`forward`, and its second result.
+        x, weight, bias, stride, padding, dilation: As there.
+        into: A map (B, C, H, W), channels_last, to which the gradient of x is added, or None.
+    """
+    weight = contiguous_weight(weight)
+    grad_x, grad_weight = empty_map(x) if into is None else into, torch.empty_like(weight)
+    grad_bias = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
+    if not grad.numel():
+        return grad_x.zero_() if into is None else into, grad_weight.zero_(), grad_bias.zero_()
+    launches = _backward_launches(_spec(x, weight, bias, stride, padding, dilation), grad.stride())
+    sizes = launches.sizes
+    grad_products = torch.empty((sizes.pixels, sizes.columns), dtype=x.dtype, device=x.device)
+    shares = torch.empty((sizes.programs, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
+    triton_support.launch(launches.spread, grad, grad_products, shares)
+    pixels = nhwc(x).view(-1, sizes.channels)
+    grad_taps = _product(grad_products.t(), pixels)
+    triton_support.launch(launches.unpack, grad_taps, shares, grad_weight, None if bias is None else grad_bias)
+    rows = grad_x.permute(0, 2, 3, 1).view(-1, sizes.channels)
+    with without_autocast(x):
+        if into is None:
+            torch.mm(grad_products, taps, out=rows)
+        else:
+            rows.addmm_(grad_products, taps)
+    return grad_x, grad_weight, grad_bias
 
 
 def _gradient(
@@ -206,23 +251,7 @@ def _gradient(
         padding: List[int],
         dilation: List[int],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; that of no bias is empty."""
-    weight = contiguous_weight(weight)
-    grad_x, grad_weight = empty_map(x), torch.empty_like(weight)
-    grad_bias = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
-    if not grad.numel():
-        return grad_x.zero_(), grad_weight.zero_(), grad_bias.zero_()
-    launches = _backward_launches(_spec(x, weight, bias, stride, padding, dilation), grad.stride())
-    sizes = launches.sizes
-    grad_products = torch.empty((sizes.pixels, sizes.columns), dtype=x.dtype, device=x.device)
-    shares = torch.empty((sizes.programs, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
-    triton_support.launch(launches.spread, grad, grad_products, shares)
-    pixels = nhwc(x).view(-1, sizes.channels)
-    grad_taps = _product(grad_products.t(), pixels)
-    triton_support.launch(launches.unpack, grad_taps, shares, grad_weight, None if bias is None else grad_bias)
-    with without_autocast(x):
-        torch.mm(grad_products, taps, out=grad_x.permute(0, 2, 3, 1).view(-1, sizes.channels))
-    return grad_x, grad_weight, grad_bias
+    return gradient(grad, taps, x, weight, bias, stride, padding, dilation)
 
 
 few_outputs_conv2d_backward = torch.library.custom_op(
@@ -266,14 +295,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
+        output = forward(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor], _: Any) -> Tuple[Optional[Tensor], ...]:
-        return _backward_with(_gradient, ctx, grad)
+        return _backward_with(gradient, ctx, grad)
 
 
 def call(
@@ -299,4 +328,4 @@ def call(
         ValueError: The map has not the weight's C.
     """
     args = x, weight, bias, list(stride), list(padding), list(dilation)
-    return form_of_call(few_outputs_conv2d, _Eager, _forward, args[:3])(*args)[0]
+    return form_of_call(few_outputs_conv2d, _Eager, forward, args[:3])(*args)[0]

@@ -14,7 +14,9 @@ from ..derivatives import refuse_more
 from ..runtime import accumulation_dtype, form_of_call, in_a_row
 from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
 
-__all__ = ['gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'trunk']
+__all__ = [
+    'gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'heads_forward',
+    'heads_gradient', 'trunk', 'trunk_forward', 'trunk_gradient']
 
 _Shape = Tuple[int, ...]
 
@@ -49,7 +51,7 @@ def _trunk_gradient_launch(batch: int, weight: _Shape, dtype: torch.dtype) -> La
                   (types_of(dtype)[0], is_interpreted(), 32, block_c))
 
 
-def _trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+def trunk_forward(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """The linear layer of the sum of some vectors, and the sum.
 
     Args:
@@ -72,7 +74,7 @@ def _trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tenso
     return y, mean
 
 
-gains_trunk = torch.library.custom_op('fadc_timm::gains_trunk', _trunk, mutates_args=())
+gains_trunk = torch.library.custom_op('fadc_timm::gains_trunk', trunk_forward, mutates_args=())
 
 
 @gains_trunk.register_fake
@@ -82,7 +84,7 @@ def _(means, weight, bias):
         (batch, channels), dtype=_accumulated(means, weight))
 
 
-def _trunk_gradient(
+def trunk_gradient(
         grad: Tensor, mean: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`gains_trunk` for the sum (B, C), weight and bias; empty for no bias."""
     grad_mean, grad_weight, grad_bias = _of_trunk(grad, mean, weight, bias)
@@ -92,7 +94,7 @@ def _trunk_gradient(
     return grad_mean, grad_weight, grad_bias
 
 
-gains_trunk_backward = torch.library.custom_op('fadc_timm::gains_trunk_backward', _trunk_gradient, mutates_args=())
+gains_trunk_backward = torch.library.custom_op('fadc_timm::gains_trunk_backward', trunk_gradient, mutates_args=())
 
 
 @gains_trunk_backward.register_fake
@@ -126,20 +128,20 @@ class _EagerTrunk(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _trunk(*inputs)
+        output = trunk_forward(*inputs)
         _trunk_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
         return output
 
     @staticmethod
     def backward(ctx, grad: Optional[Tensor], _: Any):
-        return _trunk_backward_with(_trunk_gradient, ctx, grad)
+        return _trunk_backward_with(trunk_gradient, ctx, grad)
 
 
 def trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """The first result of :func:`gains_trunk`."""
     tensors = means, weight, bias
-    return form_of_call(gains_trunk, _EagerTrunk, _trunk, tensors)(*tensors)[0]
+    return form_of_call(gains_trunk, _EagerTrunk, trunk_forward, tensors)(*tensors)[0]
 
 
 # the heads
@@ -171,7 +173,7 @@ def _heads_gradient_launch(x: _Shape, weight: _Shape, dtype: torch.dtype) -> Lau
                   (types_of(dtype)[0], is_interpreted(), block_o, 32, block(outputs, 16, 128), block_k))
 
 
-def _heads(
+def heads_forward(
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -202,7 +204,7 @@ def _heads(
     return y, y_2
 
 
-gains_heads = torch.library.custom_op('fadc_timm::gains_heads', _heads, mutates_args=())
+gains_heads = torch.library.custom_op('fadc_timm::gains_heads', heads_forward, mutates_args=())
 
 
 @gains_heads.register_fake
@@ -211,7 +213,7 @@ def _of_heads(x, weight, bias, weight_2, bias_2):
     return weight.new_empty(shape), weight.new_empty((0,)) if weight_2 is None else weight_2.new_empty(shape)
 
 
-def _heads_gradient(
+def heads_gradient(
         grad: Tensor,
         grad_2: Optional[Tensor],
         x: Tensor,
@@ -228,7 +230,7 @@ def _heads_gradient(
     return grads
 
 
-gains_heads_backward = torch.library.custom_op('fadc_timm::gains_heads_backward', _heads_gradient, mutates_args=())
+gains_heads_backward = torch.library.custom_op('fadc_timm::gains_heads_backward', heads_gradient, mutates_args=())
 
 
 @gains_heads_backward.register_fake
@@ -265,7 +267,7 @@ class _EagerHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _heads(*inputs)
+        output = heads_forward(*inputs)
         _heads_context(ctx, inputs, output)
         if inputs[3] is None:
             ctx.mark_non_differentiable(output[1])
@@ -273,7 +275,7 @@ class _EagerHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Optional[Tensor]):
-        return _heads_backward_with(_heads_gradient, ctx, *grads)
+        return _heads_backward_with(heads_gradient, ctx, *grads)
 
 
 def heads(
@@ -285,5 +287,5 @@ def heads(
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """The results of :func:`gains_heads`; None for a second part that there is not."""
     tensors = x, weight, bias, weight_2, bias_2
-    y, y_2 = form_of_call(gains_heads, _EagerHeads, _heads, tensors)(*tensors)
+    y, y_2 = form_of_call(gains_heads, _EagerHeads, heads_forward, tensors)(*tensors)
     return y, None if weight_2 is None else y_2

@@ -7,17 +7,17 @@ from torch import Tensor
 from ...derivatives import refuse_more
 from ...runtime import accumulation_dtype, empty_map, form_of_call, nhwc
 from ..low_pass import edges
-from .mix import backward, forward, means_shape, spec_of
+from . import mix
 from .tables import padded
 
-__all__ = ['call', 'mix_bands_triton']
+__all__ = ['call', 'forward', 'gradient', 'mix_bands_triton']
 
 
 def _empty_means(x: Tensor) -> Tensor:
-    return torch.empty(means_shape(*x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
+    return torch.empty(mix.means_shape(*x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`mix_bands` in Triton.
 
     Args:
@@ -33,11 +33,11 @@ def _forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Te
     y, means = empty_map(x), _empty_means(x)
     if not x.numel():
         return y, means, _empty_coefficients(x, factors)
-    coefficients = forward(spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
+    coefficients = mix.forward(mix.spec_of(x, maps, factors, act), nhwc(x), maps, y.permute(0, 2, 3, 1), means)
     return y, means, coefficients
 
 
-mix_bands_triton = torch.library.custom_op('fadc_timm::mix_bands_triton', _forward, mutates_args=())
+mix_bands_triton = torch.library.custom_op('fadc_timm::mix_bands_triton', forward, mutates_args=())
 
 
 def _count(n: int, factors: List[int]) -> int:
@@ -56,7 +56,7 @@ def _(x, maps, factors, act):
     return empty_map(x), _empty_means(x), _empty_coefficients(x, factors)
 
 
-def _gradient(
+def gradient(
         grad: Tensor,
         grad_means: Optional[Tensor],
         x: Tensor,
@@ -69,13 +69,13 @@ def _gradient(
     grad_x, grad_maps = empty_map(x), torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     if not x.numel():
         return grad_x, grad_maps.zero_()
-    backward(spec_of(x, maps, factors, act), nhwc(grad), grad_means, nhwc(x), maps, coefficients,
-             grad_x.permute(0, 2, 3, 1), grad_maps)
+    mix.backward(mix.spec_of(x, maps, factors, act), nhwc(grad), grad_means, nhwc(x), maps, coefficients,
+                 grad_x.permute(0, 2, 3, 1), grad_maps)
     return grad_x, grad_maps
 
 
 mix_bands_triton_backward = torch.library.custom_op(
-    'fadc_timm::mix_bands_triton_backward', _gradient, mutates_args=())
+    'fadc_timm::mix_bands_triton_backward', gradient, mutates_args=())
 
 
 @mix_bands_triton_backward.register_fake
@@ -110,15 +110,15 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, maps, factors, act):
-        output = _forward(x, maps, factors, act)
+        output = forward(x, maps, factors, act)
         _setup_context(ctx, (x, maps, factors, act), output)
         return output[:2]
 
     @staticmethod
     def backward(ctx, grad: Optional[Tensor], grad_means: Optional[Tensor]):
-        return _backward_with(_gradient, ctx, grad, grad_means)
+        return _backward_with(gradient, ctx, grad, grad_means)
 
 
 def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
     """The first two results of :func:`mix_bands_triton`."""
-    return form_of_call(mix_bands_triton, _Eager, _forward, (x, maps))(x, maps, factors, act)[:2]
+    return form_of_call(mix_bands_triton, _Eager, forward, (x, maps))(x, maps, factors, act)[:2]

@@ -10,7 +10,7 @@ from ...runtime import contiguous_weight, empty_map, form_of_call, in_a_row, is_
 from . import dense, depthwise
 from .call import Call, Spec, call_of
 
-__all__ = ['call', 'two_step_conv2d']
+__all__ = ['call', 'forward', 'gradient', 'two_step_conv2d']
 
 
 def _empty_output(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
@@ -73,13 +73,13 @@ def _forward(
         The output (B, O, H', W') channels_last; and its high and its low part before the output gains (B*H'*W', O),
         which are empty unless they were asked for.
     """
-    y, *parts = _computed(
+    y, *parts = forward(
         x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)
     high_part, low_part = _filled(x, parts)
     return y, high_part, low_part
 
 
-def _computed(
+def forward(
         x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """:func:`_forward`, with None for empty results."""
@@ -131,12 +131,12 @@ def _gradient(
 
     Without the two parts of the output, the gradients of low and high are right for the input channels only.
     """
-    return _filled(x, _computed_gradient(
+    return _filled(x, gradient(
         grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
         spacing, groups))
 
 
-def _computed_gradient(
+def gradient(
         grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
         spacing, groups,
 ) -> List[Optional[Tensor]]:
@@ -206,7 +206,7 @@ def _(grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, b
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    """output: The results of :func:`_forward` or of :func:`_computed`."""
+    """output: The results of :func:`_forward` or of :func:`forward`."""
     *tensors, act, base, gains_act, _, stride, padding, spacing, groups = inputs
     ctx.options = act, base, gains_act, stride, padding, spacing, groups
     ctx.set_materialize_grads(False)
@@ -233,15 +233,15 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _computed(*inputs)
+        output = forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output[:1]
 
     @staticmethod
     def backward(ctx, grad: Optional[Tensor]):
-        return _backward_with(_computed_gradient, ctx, grad)
+        return _backward_with(gradient, ctx, grad)
 
 
 def call(*args: Any) -> Tensor:
     """The first result of :func:`two_step_conv2d`; the arguments are the same."""
-    return form_of_call(two_step_conv2d, _Eager, _computed, args[:7])(*args)[0]
+    return form_of_call(two_step_conv2d, _Eager, forward, args[:7])(*args)[0]

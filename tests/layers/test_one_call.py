@@ -1,0 +1,281 @@
+"""A layer in one call, as Triton runs it in eager mode: the same numbers as its parts one by one."""
+import copy
+
+import pytest
+import torch
+from timm.layers import FrozenBatchNormAct2d
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fadc_timm.layers import fad_conv
+from fadc_timm.ops import set_backend, triton_support
+from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
+from tests.support.off_identity import off_identity
+
+pytest.importorskip('triton')
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'triton_backend')
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+DEPTHWISE = dict(groups=4, out_channels=4)
+
+
+@pytest.fixture
+def triton_backend(request):
+    """On a machine with a GPU kernels are not interpreted, and run there alone."""
+    reason = triton_support.why_not_on(request.getfixturevalue('device'))
+    if reason:
+        pytest.skip(reason)
+    with set_backend('triton'):
+        yield
+
+
+def sweep(cfg):
+    return pytest.param(cfg, marks=pytest.mark.sweep)
+
+
+def layer(device, dtype=torch.float64, **cfg):
+    return off_identity(make(**{'padding': 1, **cfg}, dtype=dtype)).to(device)
+
+
+def image(device, dtype=torch.float64, batch=2, size=(4, 3)):
+    x = torch.randn(batch, 4, *size, dtype=torch.float64).to(device, dtype)
+    return x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def is_one_call(y):
+    """Whether autograd sees one function behind an output."""
+    return y.grad_fn.name() == '_OneCallBackward'
+
+
+def by_parts(monkeypatch, run):
+    """What `run` returns where the parts are called one by one."""
+    with monkeypatch.context() as m:
+        m.setattr(fad_conv, 'in_one_call', lambda layer, x: None)
+        return run()
+
+
+def both(m, x, monkeypatch, run=None):
+    """Output, gradients and buffers, in one call and part by part, each of a copy of the layer."""
+    run, results = run or (lambda m, x: m(x)), []
+
+    def call(m):
+        y = run(m, x)
+        assert is_one_call(y) == (not results)
+        wanted = [p for p in (x, *m.parameters()) if p.requires_grad]
+        return [y, *grads(y, wanted), *[b.double() for b in m.buffers()]]
+
+    results.append(call(copy.deepcopy(m)))
+    results.append(by_parts(monkeypatch, lambda: call(copy.deepcopy(m))))
+    return results
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('cfg', [
+    dict(bands=(2,)),
+    dict(freq_select=False, stride=2, groups=2, dilation_groups=2, kernel_decompose='low', bias=False),
+    dict(freq_select=False, kernel_decompose='high', dilation=2, padding=2, dilation_act='relu'),
+    dict(freq_select=False, kernel_decompose='none', dilation_act='zero'),
+    dict(freq_select=False, **DEPTHWISE, ada_kern_norm='layernorm2d', dilation_groups=2),
+    dict(bands=(2,), kernel_decompose='none', spatial_group=2, **DEPTHWISE),
+    sweep(dict()), sweep(dict(lowfreq_att=True, spatial_group=4, kernel_size=5, padding=2, stride=2)),
+    sweep(dict(ada_kern_norm='layernorm2d', kernel_decompose='high')), sweep(dict(**DEPTHWISE, dilation_act='relu')),
+], ids=ids)
+def test_output_gradients_and_buffers(cfg, device, monkeypatch):
+    x = image(device)
+    for training in (True, False):
+        m = layer(device, **cfg).train(training)
+        actual, expected = both(m, x, monkeypatch)
+        for a, e in zip(actual, expected):
+            assert_same([a], [e], EXACT)
+    with torch.no_grad():
+        assert_same((m(x),), (by_parts(monkeypatch, lambda: m(x)),), EXACT)
+
+
+NORMS = {
+    'affine': lambda n: nn.BatchNorm2d(n, affine=False), 'momentum': lambda n: nn.BatchNorm2d(n, momentum=0.7),
+    'no_statistics': lambda n: nn.BatchNorm2d(n, track_running_stats=False), 'groups': lambda n: nn.GroupNorm(4, n),
+    'plain_groups': lambda n: nn.GroupNorm(2, n, affine=False)}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', [*NORMS, 'folded'])
+def test_norms(name, device, monkeypatch):
+    m = layer(device, freq_select=False)
+    if name == 'folded':
+        m.eval().ada_kern.reparameterize()
+        m.train().requires_grad_()
+    else:
+        m.ada_kern.norm = NORMS[name](32).to(device, torch.float64)
+    actual, expected = both(m, image(device, batch=3), monkeypatch)
+    assert_same(actual, expected, EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('frozen', ['x', 'conv', 'all_but_one'])
+def test_frozen(frozen, device, monkeypatch):
+    """Gradients go to what needs one, and to nothing else."""
+    m, x = layer(device, freq_select=False), image(device)
+    if frozen == 'x':
+        x = x.detach()
+    elif frozen == 'conv':
+        m.weight.requires_grad_(False)
+        m.bias.requires_grad_(False)
+    else:
+        x = x.detach()
+        m.requires_grad_(False)
+        m.ada_kern.fc.weight.requires_grad_()
+    actual, expected = both(m, x, monkeypatch)
+    assert_same(actual, expected, EXACT)
+    m(x).sum().backward()
+    assert all((t.grad is not None) == t.requires_grad for t in (x, *m.parameters()))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize('cfg', [dict(bands=(2,)), dict(freq_select=False, **DEPTHWISE)], ids=ids)
+def test_half_precision(cfg, dtype, device, monkeypatch):
+    """Under autocast and as a half model, with the predictors' kernels in the call, as on a GPU."""
+    monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: True)
+    m, x = layer(device, torch.float32, **cfg), image(device, torch.float32)
+
+    def amp(m, x):
+        with torch.autocast(device, dtype):
+            return m(x).float() * 1.
+
+    def check(m, x, run):
+        results = []
+        for way in (lambda f: f(), lambda f: by_parts(monkeypatch, f)):
+            y = way(lambda: run(m, x))
+            results.append([y, *grads(y, [x, *m.parameters()])])
+        for a, e, p in zip(*results, (x, x, *m.parameters())):
+            assert a.dtype == e.dtype
+            # the difference is where gradients of maps are rounded
+            assert_same([a], [e], 8 * torch.finfo(dtype).eps), p.shape
+
+    check(m, x, amp)
+    check(m.to(dtype), image(device, dtype), lambda m, x: m(x))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_two_calls_before_the_backward_pass(device):
+    """Between them the running statistics change; and what was saved is there for a second backward pass."""
+    m, x = layer(device, freq_select=False).train(), image(device)
+    first, second = m(x), m(2 * x.detach())
+    assert is_one_call(first) and m.ada_kern.norm.num_batches_tracked == 2
+    a, b = (torch.autograd.grad(y.sum(), m.weight, retain_graph=True)[0] for y in (first, second))
+    again = torch.autograd.grad(first.sum(), m.weight)[0]
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    with pytest.raises(NotImplementedError, match='has no second derivatives'):
+        torch.autograd.grad(second.sum(), m.weight, create_graph=True)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_checkpoint_and_saved_tensors(device, monkeypatch):
+    m, x = layer(device, freq_select=False, ada_kern_norm='layernorm2d'), image(device)
+    expected = m(x)
+    expected = [expected, *grads(expected, [x, *m.parameters()])]
+    for reentrant in (False, True):
+        y = checkpoint(m, x, use_reentrant=reentrant)
+        y.sum().backward() if reentrant else None
+        if not reentrant:
+            assert_same([y, *grads(y, [x, *m.parameters()])], expected, EXACT)
+    with torch.autograd.graph.save_on_cpu():
+        y = m(x)
+    assert is_one_call(y)
+    assert_same([y, *grads(y, [x, *m.parameters()])], expected, EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_layout(device):
+    m, x = layer(device, freq_select=False), image(device)
+    y = m(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    z = m(x.detach().contiguous().requires_grad_())
+    assert z.is_contiguous()
+    assert_same([z], [y], EXACT)
+    y.relu_().sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def put_a_hook(module):
+    return module.register_forward_pre_hook(lambda *_: None).remove
+
+
+def put_a_forward(module):
+    module.forward = type(module).forward.__get__(module)
+    return lambda: module.__dict__.pop('forward')
+
+
+def put_a_class(module):
+    kept, module.__class__ = type(module), type('Other', (type(module),), {})
+    return lambda: setattr(module, '__class__', kept)
+
+
+def put_a_parametrization(module):
+    if 'weight' not in module._parameters:
+        return None
+    nn.utils.parametrize.register_parametrization(module, 'weight', nn.Identity())
+    return lambda: nn.utils.parametrize.remove_parametrizations(module, 'weight')
+
+
+def put_a_tensor(module):
+    """In place of a parameter, as wrappers that hold the parameters of many modules in one do."""
+    kept = module._parameters.pop('weight', None)
+    if kept is None:
+        return None
+    module.weight = kept.detach()
+
+    def undo():
+        del module.weight
+        module.register_parameter('weight', kept)
+
+    return undo
+
+
+def put_a_global_hook(_):
+    return nn.modules.module.register_module_forward_pre_hook(lambda *_: None).remove
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('put', [
+    put_a_hook, put_a_forward, put_a_class, put_a_parametrization, put_a_tensor, put_a_global_hook])
+def test_what_is_put_on_a_module(put, device, monkeypatch):
+    """The parts are called one by one, with the same results; until it is taken off."""
+    m, x = layer(device, bands=(2,), **DEPTHWISE, kernel_decompose='high'), image(device, size=(2, 2))
+    calls, one = [], fad_conv.in_one_call
+    monkeypatch.setattr(fad_conv, 'in_one_call', lambda m, x: calls.append(one(m, x) is not None))
+    monkeypatch.setattr(fad_conv, 'predicted_conv2d', lambda x, *args, **kwargs: x)  # the parts' end, not computed
+    with torch.no_grad():
+        m._fused(x)
+        assert calls == [True]
+        for module in m.modules():
+            if module is not m:
+                undo = put(module)
+                if undo is not None:
+                    m._fused(x)
+                    assert not calls[-1], module
+                    undo()
+        m._fused(x)
+    assert calls[-1]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_what_is_rare_is_called_part_by_part(device, monkeypatch):
+    """And computes what it did."""
+    x = image(device)
+    assert is_one_call(layer(device, freq_select=False)(x))
+    for cfg in (dict(padding_mode='replicate'), dict(dilation=3)):
+        assert not is_one_call(layer(device, freq_select=False, **cfg)(image(device, size=(9, 8))))
+    m = layer(device, freq_select=False).train()
+    assert not is_one_call(m(x[:1])) and not is_one_call(m(x[:0]))
+    assert is_one_call(m.eval()(x[:1])) and not is_one_call(m(x[:0]))
+    for change in (dict(momentum=None), dict(track_running_stats=False)):
+        m = layer(device, freq_select=False).train()
+        vars(m.ada_kern.norm).update(change)
+        assert not is_one_call(m(x))
+    m.ada_kern.norm = FrozenBatchNormAct2d(32).to(device, torch.float64)
+    assert not is_one_call(m(x))
+    m = layer(device, freq_select=False)
+    m.ada_kern.norm = nn.SyncBatchNorm(32).to(device, torch.float64).eval()
+    assert not is_one_call(m(x))
