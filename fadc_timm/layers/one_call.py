@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import few_outputs, gains
 from ..ops.band_mix.triton import operator as band_mix
+from ..ops.band_mix.triton.mix import means_shape
 from ..ops.derivatives import refuse_more
 from ..ops.runtime import as_dtype, is_plain_eager
 from ..ops.sampled_conv.triton import ACTS
@@ -92,7 +93,6 @@ class _Between(NamedTuple):
     maps: _Maybe
     maps_taps: _Maybe
     coefficients: _Maybe
-    means: _Maybe
     mean: _Maybe
     trunk: _Maybe
     normalized: _Maybe
@@ -190,8 +190,8 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     y, high_part, low_part = sampled_conv.forward(
         selected, t.weight, t.bias, o, mask, low, high, layer.act, layer.base, True, save, stride, padding, [], groups)
     return y, _Between(
-        selected, maps, maps_taps, coefficients, means, mean, trunk, normalized, norm_mean, norm_rstd, low, high, o,
-        o_taps, mask_dw, mask, mask_taps, high_part, low_part)
+        selected, maps, maps_taps, coefficients, mean, trunk, normalized, norm_mean, norm_rstd, low, high, o, o_taps,
+        mask_dw, mask, mask_taps, high_part, low_part)
 
 
 def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor) -> _Tensors:
@@ -221,7 +221,7 @@ def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor) -> _T
         of_mean, of_fc, of_fc_bias = gains.trunk_gradient(of_trunk, between.mean, t.fc_weight, t.fc_bias)
     of_x, of_maps_weight, of_maps_bias = of_selected, None, None
     if layer.maps is not None:
-        of_means = None if of_mean is None else of_mean[:, None].expand_as(between.means)
+        of_means = None if of_mean is None else of_mean[:, None].expand(-1, means_shape(*t.x.shape)[1], -1)
         of_x, of_maps = band_mix.gradient(
             of_selected, of_means, t.x, between.maps, between.coefficients, layer.bands, True)
         of_maps = of_maps.transpose(1, 2).flatten(1, 2)

@@ -380,14 +380,14 @@ def sampling_gradient(
         row = (group * parts + part).to(tl.int64) * (TAPS + STEPS) + k
         total += tl.load(sampling + row[None, :] * positions + p[:, None],
                          mask=of_steps | of_mask if HAS_MASK else of_steps, other=0.)
-    channel = group * STEPS + k - TAPS
+    channel = (group * STEPS + k - TAPS).to(tl.int64)
     at = (b * s_b + i * s_h + j * s_w)[:, None] + channel[None, :] * s_c
     o = tl.load(steps + at, mask=of_steps, other=0.).to(ACC)
     at = (b * gs_b + i * gs_h + j * gs_w)[:, None] + channel[None, :] * gs_c
     tl.store(grad_steps + at, round_to(total * dilation_slope(o, base, DILATION_ACT), grad_steps, UPCAST),
              mask=of_steps)
     if HAS_MASK:
-        channel = group * TAPS + k
+        channel = (group * TAPS + k).to(tl.int64)
         if MASK_ACT:
             at = (b * m_b + i * m_h + j * m_w)[:, None] + channel[None, :] * m_c
             m = twice_sigmoid(tl.load(mask + at, mask=of_mask, other=0.).to(ACC), MASK_ACT)
