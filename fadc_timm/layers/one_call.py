@@ -258,10 +258,6 @@ class _OneCall(torch.autograd.Function):
         return None, *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:])]
 
 
-def _conv_of(conv: Any) -> _Conv:
-    return _Conv(conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def _norm_of(norm: nn.Module, batch: int) -> Tuple[bool, Optional[_Norm]]:
     """Whether torch's function of a norm computes all that the module does for so many images, and the norm."""
     if type(norm) is nn.GroupNorm:
@@ -288,17 +284,20 @@ def _weight_and_bias(module: Any, cls: type) -> Optional[Sequence[Optional[Tenso
     return parameters['weight'], parameters['bias']
 
 
-def _conv_tensors(conv: Any, cls: type) -> Optional[Sequence[Optional[Tensor]]]:
-    """Weight and bias of a convolution, or None where :func:`_convolve` cannot take its place."""
-    is_plain = conv.padding_mode == 'zeros' and type(conv.padding) is tuple
-    return _weight_and_bias(conv, cls) if is_plain else None
+def _conv_of(conv: Any, cls: type) -> Optional[Tuple[Any, ...]]:
+    """A convolution, its weight and its bias; or None where :func:`_convolve` cannot take its place."""
+    tensors = _weight_and_bias(conv, cls)
+    if tensors is None or conv.padding_mode != 'zeros' or type(conv.padding) is not tuple:
+        return None
+    options: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    return _Conv(*options), *tensors
 
 
 def _kern_tensors(kern: AdaKern, dtype: torch.dtype) -> Optional[Sequence[Optional[Tensor]]]:
     """Those of :class:`_Tensors` from fc_weight to head_bias_2, or None where a module is not as it was made."""
     modules: Dict[str, Any] = kern._modules
     norm = modules['norm']
-    if not _is_own(kern, AdaKern) or not _is_own(modules['act'], nn.ReLU) or not _is_own(norm, type(norm)):
+    if not _is_own(modules['act'], nn.ReLU) or not _is_own(norm, type(norm)):
         return None
     found = [_weight_and_bias(modules['fc'], nn.Linear)]
     if type(norm) is nn.Identity:
@@ -327,8 +326,8 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
 
     Returns:
         (B, O, H', W') channels_last; or None where the parts have to be called one by one: where more than autograd
-        looks at operators, if a module is not what the layer was made with, or has hooks, if a parameter has a dtype
-        that is mixed with that of x, and for what is rare (replicated padding, a padding that crops, empty batches).
+        looks at operators, if a module is not what the layer was made with, or has hooks, if a parameter does not fit x
+        in dtype or device, and for what is rare (replicated padding, a padding that crops, empty batches).
     """
     if torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
         return None
@@ -338,31 +337,33 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     if layer.pads_itself or not batch or not _is_own(dr, AdaDR) or dr.crop:
         return None
     parts: Dict[str, Any] = dr._modules
-    o_conv, dw, pw = parts['conv'], parts.get('mask_dw'), parts.get('mask_pw')
-    of_maps: Any = _NONE[:2]
+    o = _conv_of(parts['conv'], PredictorConv2d)
+    maps: Optional[Tuple[Any, ...]] = _NONE[:3]  # options, weight and bias
+    dw: Optional[Tuple[Any, ...]] = _NONE[:3]
+    pw: Optional[Tuple[Any, ...]] = _NONE[:3]
+    bands, groups, norm = [], 1, None
     of_kern: Any = _NONE[:10]
-    of_o, of_dw, of_pw = _conv_tensors(o_conv, PredictorConv2d), of_maps, of_maps
-    bands, groups, maps, norm, mask_dw, mask_pw = [], 1, None, None, None, None
     if select is not None:
-        conv = select._modules['conv']
-        if not _is_own(select, FreqSelect):
+        maps = _conv_of(select._modules['conv'], PredictorConv2d) if _is_own(select, FreqSelect) else None
+        if maps is None:
             return None
-        of_maps, maps = _conv_tensors(conv, PredictorConv2d), _conv_of(conv)
         bands, groups = select.bands, select.spatial_group
     if kern is not None:
-        is_known, norm = _norm_of(kern._modules['norm'], batch)
+        is_known, norm = _norm_of(kern._modules['norm'], batch) if _is_own(kern, AdaKern) else (False, None)
         of_kern = _kern_tensors(kern, mean_dtype(x)) if is_known else None
-    if dw is not None:
-        of_dw, of_pw = _conv_tensors(dw, nn.Conv2d), _conv_tensors(pw, PredictorConv2d)
-        mask_dw, mask_pw = _conv_of(dw), _conv_of(pw)
-    if of_maps is None or of_kern is None or of_o is None or of_dw is None or of_pw is None:
+    if parts.get('mask_dw') is not None:
+        dw, pw = _conv_of(parts['mask_dw'], nn.Conv2d), _conv_of(parts['mask_pw'], PredictorConv2d)
+    if maps is None or of_kern is None or o is None or dw is None or pw is None:
         return None
-    t = _Tensors._make((x, *of_maps, *of_kern, *of_o, of_dw[0], *of_pw, layer.weight, layer.bias))
+    t = _Tensors._make((x, *maps[1:], *of_kern, *o[1:], dw[1], *pw[1:], layer.weight, layer.bias))
     if not is_plain_eager(*t):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         t = t._replace(x=x.contiguous(memory_format=torch.channels_last))  # once for all parts
-    dtype, amp = x.dtype, torch.is_autocast_enabled(x.device.type)
+    dtype, device, amp = x.dtype, x.get_device(), torch.is_autocast_enabled(x.device.type)
+    for p in t:
+        if p is not None and p.get_device() != device:
+            return None
     for p in t[1:3] + t[13:]:
         if p is not None and p.dtype != dtype and not (amp and p.dtype == torch.float32):
             return None
@@ -372,8 +373,8 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
             count.add_(1)
     stride, padding = layer.stride[0], layer.inner_padding
     this = _Layer(
-        bands, groups, maps, norm, kern is not None and kern._modules.get('low') is None, _conv_of(o_conv), mask_dw,
-        mask_pw, ACTS.index(dr.dilation_act), float(dr.dilation),
+        bands, groups, maps[0], norm, kern is not None and kern._modules.get('low') is None, o[0], dw[0], pw[0],
+        ACTS.index(dr.dilation_act), float(dr.dilation),
         _Conv([stride] * 2, [padding] * 2, [1] * 2, layer.groups))
     if torch.is_grad_enabled():
         for p in t:

@@ -260,6 +260,31 @@ def test_what_is_put_on_a_module(put, device, monkeypatch):
     assert calls[-1]
 
 
+class Wrapped(nn.Module):
+    """A module around another, as adapters are: without the other's attributes."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', [
+    'freq_select.conv', 'ada_kern.fc', 'ada_kern.norm', 'ada_kern.act', 'ada_kern.low', 'ada_kern.high', 'ada_dr.conv',
+    'ada_dr.mask_dw', 'ada_dr.mask_pw'])
+def test_adapters_around_modules(name, device, monkeypatch):
+    m, x = layer(device, bands=(2,), **DEPTHWISE), image(device, size=(2, 2)).detach()
+    monkeypatch.setattr(fad_conv, 'predicted_conv2d', lambda x, *args, **kwargs: x)  # the parts' end, not computed
+    assert fad_conv.in_one_call(m, x) is not None
+    m.set_submodule(name, Wrapped(m.get_submodule(name)))
+    assert fad_conv.in_one_call(m, x) is None
+    if name != 'ada_kern.norm':  # AdaKern asks its norm for what it is
+        m(x)
+
+
 @pytest.mark.parametrize('device', DEVICES)
 def test_what_is_rare_is_called_part_by_part(device, monkeypatch):
     """And computes what it did."""

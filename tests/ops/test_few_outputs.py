@@ -193,6 +193,20 @@ def test_nothing_is_copied_to_the_device(monkeypatch):
     assert len(launches) == 2 * 4
 
 
+@pytest.mark.parametrize('device', DEVICES)
+def test_gradient_added_to_another(device):
+    x, weight, bias = Case((2, 5, 4, 3), (3, 3, 3)).tensors(torch.float64, device)
+    x = x.to(memory_format=torch.channels_last)
+    y, taps = few_outputs.forward(x, weight, bias, *OPTIONS)
+    other = torch.randn_like(x)
+    expected, *same = few_outputs.gradient(y, taps, x, weight, bias, *OPTIONS)
+    into = other.clone()
+    actual, *others = few_outputs.gradient(y, taps, x, weight, bias, *OPTIONS, into)
+    assert actual is into and error(actual, expected + other) < 1e-14
+    assert all(map(torch.equal, others, same))
+    assert few_outputs.gradient(y[:0], taps, x[:0], weight, bias, *OPTIONS, into)[0] is into
+
+
 def test_where_it_is_taken(monkeypatch):
     """In half precision, where Triton is the default, with few products; a layer computes the same there."""
     monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: device_type == 'cpu')
@@ -205,6 +219,7 @@ def test_where_it_is_taken(monkeypatch):
         assert few_outputs.suits(x, conv.weight, torch.bfloat16)
         assert not few_outputs.suits(x, conv.weight, torch.float32)
         assert not few_outputs.suits(x, many, torch.bfloat16)
+        assert not few_outputs.suits(x, conv.weight.to('meta'), torch.bfloat16)
     assert few_outputs.suits(x.bfloat16(), conv.weight.bfloat16(), torch.bfloat16)
     with pytest.raises(RuntimeError):  # as torch's convolution does
         conv(x.bfloat16())

@@ -43,8 +43,9 @@ def fits(weight: Tensor, dtype: torch.dtype, device_type: str) -> bool:
 
 def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether :func:`call` is the way to convolve x in a dtype on its device: it :func:`fits`, and can be called."""
-    # without autocast torch's convolution says which dtypes differ; a subclass of Tensor may compute in another way
-    return (fits(weight, dtype, x.device.type)
+    # torch's convolution says which devices, or without autocast which dtypes, differ; a subclass of Tensor may compute
+    # in another way
+    return (fits(weight, dtype, x.device.type) and weight.device == x.device
             and (weight.dtype == dtype or torch.is_autocast_enabled(x.device.type))
             and type(weight) in (Tensor, nn.Parameter) and not is_exporting() and not is_transformed())
 
