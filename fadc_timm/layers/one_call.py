@@ -194,13 +194,13 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
         mask_dw, mask, mask_taps, high_part, low_part)
 
 
-def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor) -> _Tensors:
-    """The gradients of the tensors, None for buffers."""
+def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor, wants_weight: bool) -> _Tensors:
+    """The gradients of the tensors, None for buffers, and for the weight if it is not wanted."""
     stride, padding, _, groups = layer.conv
     selected, low, high = between.selected, between.low, between.high
     of_sampled: List[Any] = sampled_conv.gradient(
         grad, between.high_part, between.low_part, selected, t.weight, t.bias, between.o, between.mask, low, high,
-        layer.act, layer.base, True, stride, padding, [], groups)
+        layer.act, layer.base, True, stride, padding, [], groups, wants_weight)
     of_selected, of_weight, of_bias, of_o, of_mask, of_low, of_high = of_sampled
     of_dw = of_pw = of_pw_bias = None
     if layer.mask_dw is not None and layer.mask_pw is not None:
@@ -252,10 +252,10 @@ class _OneCall(torch.autograd.Function):
         if grad is None:
             return (None,) * (1 + len(_Tensors._fields))
         refuse_more('triton', grad)
-        saved = ctx.saved_tensors
-        n = len(_Tensors._fields)
-        grads = _gradient(ctx.layer, _Tensors(*saved[:n]), _Between(*saved[n:]), grad)
-        return None, *[g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:])]
+        saved, n = ctx.saved_tensors, len(_Tensors._fields)
+        needed: Any = _Tensors(*ctx.needs_input_grad[1:])
+        grads = _gradient(ctx.layer, _Tensors(*saved[:n]), _Between(*saved[n:]), grad, needed.weight)
+        return None, *[g if wanted else None for g, wanted in zip(grads, needed)]
 
 
 def _norm_of(norm: nn.Module, batch: int) -> Tuple[bool, Optional[_Norm]]:

@@ -127,8 +127,16 @@ def test_frozen(frozen, device, monkeypatch):
         m.ada_kern.fc.weight.requires_grad_()
     actual, expected = both(m, x, monkeypatch)
     assert_same(actual, expected, EXACT)
+    names, launch = [], triton_support.launch
+
+    def named(this, *tensors):
+        names.append(this.kernel.fn.__name__)
+        launch(this, *tensors)
+
+    monkeypatch.setattr(triton_support, 'launch', named)
     m(x).sum().backward()
     assert all((t.grad is not None) == t.requires_grad for t in (x, *m.parameters()))
+    assert ('unpack' in names) == m.weight.requires_grad  # nothing is computed for the kernel
 
 
 @pytest.mark.parametrize('device', DEVICES)

@@ -199,8 +199,9 @@ def backward(
         high: Optional[Tensor],
         grad_x: Tensor,
         scale: Optional[Tensor],
+        wants_weight: bool,
 ) -> List[Optional[Tensor]]:
-    """Gradients of weight, bias, steps, mask, low and high from grad (B, H', W', O) contiguous.
+    """Gradients of weight (if wanted), bias, steps, mask, low and high from grad (B, H', W', O) contiguous.
 
     The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale.
     """
@@ -230,19 +231,21 @@ def backward(
         triton_support.launch(columns, x, steps, masks, low, high, cols, totals)
         # the gradients of the columns take the place of the columns
         g, of_tile = _rows(grad_high, start, n), _rows(cols, 0, n)
-        grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
+        if wants_weight:
+            grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
         _columns_gradient(call, g, rest, of_tile)
         if mean is not None and totals is not None:
             g, of_tile = _rows(grad_low, start, n), _rows(totals, 0, n)
-            grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
+            if wants_weight:
+                grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
             _columns_gradient(call, g, mean, of_tile)
         triton_support.launch(
             scatter, x, steps, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n
-    assert grad_rest is not None
-    grad_weight = torch.empty_like(weight)
-    triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
-    grad_bias = None
+    grad_weight = grad_bias = None
+    if grad_rest is not None:
+        grad_weight = torch.empty_like(weight)
+        triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
     if bias is not None:
         grad_bias = grad.sum(0) if of_output is None else of_output[:, :, 2].sum((0, 1))
     return [

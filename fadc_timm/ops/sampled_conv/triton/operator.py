@@ -1,4 +1,5 @@
 """The Triton backend as an operator of torch, and its gradient."""
+from functools import partial
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
@@ -138,9 +139,12 @@ def _gradient(
 
 def gradient(
         grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
-        spacing, groups,
+        spacing, groups, wants_weight=True,
 ) -> List[Optional[Tensor]]:
-    """:func:`_gradient`, with None for empty tensors, which the two parts may be too."""
+    """:func:`_gradient`, with None for empty tensors, which the two parts may be too.
+
+    wants_weight: Whether the gradient of the weight is wanted, else it is None. It is a third of the products.
+    """
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
         return [None if t is None else like.zero_() for t, like in zip(tensors, _gradients(*tensors))]
@@ -156,7 +160,7 @@ def gradient(
     else:
         parts = (None, None) if high_part is None or not high_part.numel() else (high_part, low_part)
         grads = dense.backward(
-            call, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale)
+            call, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale, wants_weight)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
@@ -239,7 +243,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Optional[Tensor]):
-        return _backward_with(gradient, ctx, grad)
+        return _backward_with(partial(gradient, wants_weight=ctx.needs_input_grad[1]), ctx, grad)
 
 
 def call(*args: Any) -> Tensor:
