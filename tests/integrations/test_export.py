@@ -8,7 +8,7 @@ from fadc_timm import FADConv2d
 from fadc_timm.ops import adaptive_dilated_conv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
-from tests.support.integration_cases import models, uses
+from tests.support.integration_cases import models, one_model, uses
 from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
@@ -34,7 +34,7 @@ SIZES = (64, 2), (97, 3), (160, 1)  # of the image, images
 
 @uses('torch', 'torch.export: any batch, any multiple of 32')
 @needs_dynamo
-@models
+@one_model
 @stages
 @torch.no_grad()
 def test_export(stages, name):
@@ -93,7 +93,7 @@ def seconds(f):
 
 
 @uses('onnxruntime', "ONNX by torch's exporter, opset 20: any batch and size, within 1e-4, at most 3x eager's time")
-@models
+@one_model
 @stages
 @torch.no_grad()
 def test_onnx(stages, name, tmp_path):
@@ -136,9 +136,14 @@ def test_opsets(opset, name, tmp_path):
         assert (run(path)(x) - model(x)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('any_size', [False, True], ids=['fixed', 'any'])
-@pytest.mark.parametrize('kernel, groups, norm', [
-    (3, 1, 'batchnorm2d'), (7, 8, 'batchnorm2d'), (3, 1, 'layernorm2d'), (7, 8, 'layernorm2d')])
+FEW_NODES = [  # kernel, groups, norm, any size: of each value one; all of them in the sweep
+    (3, 1, 'batchnorm2d', True), (7, 8, 'layernorm2d', False),
+    *(pytest.param(*kind, norm, any_size, marks=pytest.mark.sweep) for kind in ((3, 1), (7, 8))
+      for norm in ('batchnorm2d', 'layernorm2d') for any_size in (False, True)
+      if (*kind, norm, any_size) not in ((3, 1, 'batchnorm2d', True), (7, 8, 'layernorm2d', False)))]
+
+
+@pytest.mark.parametrize('kernel, groups, norm, any_size', FEW_NODES)
 @torch.no_grad()
 def test_layer_has_few_nodes(kernel, groups, norm, any_size, tmp_path):
     """In a viewer a layer is some dozen nodes. Its tables are constants; those of symbolic sizes are made once."""

@@ -78,7 +78,8 @@ def dilations(model, x):
     return maps
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str)
 def test_new_parameters_train(dtype):
     """30 steps from lifted weights: every FADC parameter has moved, and dilations depend on the image."""
     model = lifted().train()

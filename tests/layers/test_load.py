@@ -44,7 +44,8 @@ def test_backend_is_deterministic(backend, name, one_thread):
         assert all(torch.equal(t, again[key]) for key, t in first.items())
 
 
-@pytest.mark.parametrize('name, threads', [(SMALL[0], 1), (SMALL[1], 1), (SMALL[0], 2)])
+@pytest.mark.parametrize('name, threads', [
+    pytest.param(SMALL[0], 1, marks=pytest.mark.sweep), (SMALL[1], 1), (SMALL[0], 2)])
 def test_training_is_deterministic(name, threads, one_thread):
     """The same seed makes the same network, and two steps lead to the same weights."""
     torch.set_num_threads(threads)
@@ -68,7 +69,7 @@ def test_training_is_deterministic(name, threads, one_thread):
     assert all(torch.equal(t, second[key]) for key, t in first.items())
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', [SMALL[0], pytest.param(SMALL[1], marks=pytest.mark.sweep)])
 def test_number_of_threads(name, one_thread):
     """One and two threads agree within rounding, forward and backward."""
     model, x = create_fadc(name), photos(96)
@@ -168,7 +169,8 @@ MEMBERS = {'resnet18': dict(layers=(1, 1, 1, 1)), 'resnext50_32x4d': dict(layers
 
 
 @pytest.mark.parametrize('how', ['cast', 'autocast'])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    'dtype', [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str)
 @pytest.mark.parametrize('base', [
     'resnet18', pytest.param('resnext50_32x4d', marks=pytest.mark.sweep), 'convnext_atto'])
 @torch.no_grad()

@@ -74,8 +74,8 @@ def both(m, x, monkeypatch, run=None):
 @pytest.mark.parametrize('cfg', [
     dict(bands=(2,)),
     dict(freq_select=False, stride=2, groups=2, dilation_groups=2, kernel_decompose='low', bias=False),
-    dict(freq_select=False, kernel_decompose='high', dilation=2, padding=2, dilation_act='relu'),
-    dict(freq_select=False, kernel_decompose='none', dilation_act='zero'),
+    sweep(dict(freq_select=False, kernel_decompose='high', dilation=2, padding=2, dilation_act='relu')),
+    sweep(dict(freq_select=False, kernel_decompose='none', dilation_act='zero')),
     dict(freq_select=False, **DEPTHWISE, ada_kern_norm='layernorm2d', dilation_groups=2),
     dict(bands=(2,), kernel_decompose='none', spatial_group=2, **DEPTHWISE),
     sweep(dict()), sweep(dict(lowfreq_att=True, spatial_group=4, kernel_size=5, padding=2, stride=2)),
@@ -99,7 +99,8 @@ NORMS = {
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('name', [*NORMS, 'folded'])
+@pytest.mark.parametrize('name', [
+    'affine', 'no_statistics', 'groups', 'folded', sweep('momentum'), sweep('plain_groups')])
 def test_norms(name, device, monkeypatch):
     m = layer(device, freq_select=False)
     if name == 'folded':
@@ -140,8 +141,10 @@ def test_frozen(frozen, device, monkeypatch):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=ids)
-@pytest.mark.parametrize('cfg', [dict(bands=(2,)), dict(freq_select=False, **DEPTHWISE)], ids=ids)
+@pytest.mark.parametrize('cfg, dtype', [
+    (dict(bands=(2,)), torch.bfloat16), (dict(freq_select=False, **DEPTHWISE), torch.float16),
+    pytest.param(dict(bands=(2,)), torch.float16, marks=pytest.mark.sweep),
+    pytest.param(dict(freq_select=False, **DEPTHWISE), torch.bfloat16, marks=pytest.mark.sweep)], ids=ids)
 def test_half_precision(cfg, dtype, device, monkeypatch):
     """Under autocast and as a half model, with the predictors' kernels in the call, as on a GPU."""
     monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: True)

@@ -159,7 +159,7 @@ def test_ada_kern_in_kernels(cfg, device, monkeypatch):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('part', ['fc', 'act', 'low', 'high'])
+@pytest.mark.parametrize('part', [*('fc', 'act'), *(pytest.param(n, marks=pytest.mark.sweep) for n in ('low', 'high'))])
 def test_what_is_put_on_ada_kerns_modules(part, device, monkeypatch):
     """Hooks, a forward, a parametrization or another class: the modules run as modules, with the same results."""
     m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device)
@@ -224,7 +224,7 @@ def test_meta(device, monkeypatch):
 
 @needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('amp', [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_compile(amp, device):
     """Trunk and heads are operators of the graph, under autocast too."""
     m = off_identity(make(padding=1, bands=(2,))).to(device)

@@ -4,6 +4,8 @@ from torch import nn
 
 MODELS = ('test_resnet_fadc', 'test_convnext_fadc')
 models = pytest.mark.parametrize('name', MODELS)
+# for what takes tens of seconds
+one_model = pytest.mark.parametrize('name', [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.sweep)])
 
 
 def uses(package, what):

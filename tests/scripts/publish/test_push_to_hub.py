@@ -126,7 +126,7 @@ def test_push_that_the_hub_refuses(hub, push, step, before):
     assert {*FILES} <= {*files} and b'old' not in files.values()
 
 
-@pytest.mark.parametrize('step', ['lfs', 'commit'])
+@pytest.mark.parametrize('step', [pytest.param('lfs', marks=pytest.mark.sweep), 'commit'])
 def test_push_that_is_killed(hub, push, step, tmp_path):
     """While it uploads, or as it asks for the commit: nothing is half-published, and the next push completes it."""
     hub.add(OURS, {'config.json': b'old'})

@@ -43,7 +43,7 @@ def test_prediction():
     assert fig.axes[2].get_title() == 'prediction'
 
 
-@pytest.mark.parametrize('size', [(32, 48), (2100, 300), (600, 1000)])
+@pytest.mark.parametrize('size', [(32, 48), (2100, 300), pytest.param((600, 1000), marks=pytest.mark.sweep)])
 def test_written(size, tmp_path):
     """No picture's legend, of 150 long names, is cut off, and none of its panels is smaller than the image."""
     image = picture_of(0, *size)
