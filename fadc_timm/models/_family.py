@@ -163,7 +163,7 @@ def derive_default_cfgs(
         for variant in family.variants:
             arch = base + variant.suffix
             cfgs = dict((own or {}).get(arch, {}))
-            cfgs.update((tag, replace(cfg, architecture=None, tag=None)) for tag, cfg in of_base.items())
+            cfgs.update((tag, cfg) for tag, cfg in of_base.items())
             if cfgs:
                 has_weights = any(cfg.has_weights for cfg in cfgs.values())
                 out[arch] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)
