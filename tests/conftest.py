@@ -105,6 +105,15 @@ def skip_where_compiled(request):
 
 
 @pytest.fixture
+def skip_unless_triton_runs(request):
+    """On a machine with a GPU kernels are not interpreted, and run there alone."""
+    from fadc_timm.ops import triton_support
+    reason = triton_support.why_not_on(request.getfixturevalue('device'))
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def one_thread():
     """For tests on tiny maps: threads cost more than they bring there, tenfold beside another process."""
     n = torch.get_num_threads()

@@ -220,7 +220,6 @@ class AdaKern(nn.Module):
             return (None, only) if self.low is None else (only, None)
         return gains.heads(y, self.low.weight, self.low.bias, self.high.weight, self.high.bias)
 
-    @torch.jit.unused
     def _runs_in_kernels(self, x: Tensor) -> bool:
         """Whether trunk and heads are what they were made as, so that kernels can take the place of these modules.
 

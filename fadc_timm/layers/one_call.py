@@ -18,7 +18,7 @@ from ..ops.sampled_conv.triton import operator as sampled_conv
 from .ada_dr import AdaDR
 from .ada_kern import AdaKern, Head, mean_dtype
 from .freq_select import FreqSelect
-from .own_hooks import has_own_hooks
+from .own_hooks import does_more, has_global_hooks
 from .predictor_conv import PredictorConv2d
 
 if TYPE_CHECKING:
@@ -163,14 +163,12 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     """The output (B, O, H', W') channels_last. save: Whether there will be a backward pass."""
     selected, maps, maps_taps, coefficients, means = t.x, None, None, None, None
     if layer.maps is not None:
-        assert t.maps_weight is not None
         b, _, h, w = t.x.shape
         predicted, maps_taps = _convolve(t.x, t.maps_weight, t.maps_bias, layer.maps)
         maps = predicted.view(b, layer.map_groups, -1, h, w).transpose(1, 2)
         selected, means, coefficients = band_mix.forward(t.x, maps, layer.bands, True)
     mean, trunk, normalized, norm_mean, norm_rstd, low, high = (None,) * 7
     if t.fc_weight is not None:
-        assert t.head_weight is not None and t.head_bias is not None
         if means is None:
             means = t.x.mean(dim=(2, 3), dtype=t.fc_weight.dtype)[:, None]
         trunk, mean = gains.trunk_forward(means, t.fc_weight, t.fc_bias)
@@ -183,7 +181,6 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     o, o_taps = _convolve(selected, t.o_weight, t.o_bias, layer.o)
     mask_dw, mask, mask_taps = None, None, None
     if layer.mask_dw is not None and layer.mask_pw is not None:
-        assert t.dw_weight is not None and t.pw_weight is not None
         mask_dw, _ = _convolve(selected, t.dw_weight, None, layer.mask_dw)
         mask, mask_taps = _convolve(mask_dw, t.pw_weight, t.pw_bias, layer.mask_pw)
     stride, padding, _, groups = layer.conv
@@ -273,7 +270,7 @@ def _norm_of(norm: nn.Module, batch: int) -> Tuple[bool, Optional[_Norm]]:
 
 def _is_own(module: Any, cls: Any) -> bool:
     """Whether a call of a module does what its class says, and no more."""
-    return type(module) is cls and 'forward' not in module.__dict__ and not has_own_hooks(module)
+    return type(module) is cls and not does_more(module)
 
 
 def _weight_and_bias(module: Any, cls: type) -> Optional[Sequence[Optional[Tensor]]]:
@@ -329,7 +326,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         looks at operators, if a module is not what the layer was made with, or has hooks, if a parameter does not fit x
         in dtype or device, and for what is rare (replicated padding, a padding that crops, empty batches).
     """
-    if torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
+    if torch.compiler.is_compiling() or has_global_hooks():
         return None
     modules: Dict[str, Any] = layer._modules
     select, kern, dr = modules.get('freq_select'), modules.get('ada_kern'), modules['ada_dr']  # None is no module

@@ -7,7 +7,6 @@ import difflib
 import re
 import warnings
 from collections import deque
-from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
@@ -163,7 +162,7 @@ def derive_default_cfgs(
         for variant in family.variants:
             arch = base + variant.suffix
             cfgs = dict((own or {}).get(arch, {}))
-            cfgs.update((tag, cfg) for tag, cfg in of_base.items())
+            cfgs.update(of_base)
             if cfgs:
                 has_weights = any(cfg.has_weights for cfg in cfgs.values())
                 out[arch] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights)

@@ -21,11 +21,7 @@ DEPTHWISE = dict(groups=4, out_channels=4)
 
 
 @pytest.fixture
-def triton_backend(request):
-    """On a machine with a GPU kernels are not interpreted, and run there alone."""
-    reason = triton_support.why_not_on(request.getfixturevalue('device'))
-    if reason:
-        pytest.skip(reason)
+def triton_backend(skip_unless_triton_runs):
     with set_backend('triton'):
         yield
 

@@ -15,17 +15,9 @@ from tests.support.off_identity import off_identity
 
 pytest.importorskip('triton')
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'skip_unless_triton_runs')
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def skip_unless_runs(request):
-    """On a machine with a GPU kernels are not interpreted, and run there alone."""
-    reason = triton_support.why_not_on(request.getfixturevalue('device'))
-    if reason:
-        pytest.skip(reason)
 
 
 def sweep(cfg):

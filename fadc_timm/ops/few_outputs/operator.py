@@ -242,21 +242,11 @@ def gradient(
     return grad_x, grad_weight, grad_bias
 
 
-def _gradient(
-        grad: Tensor,
-        taps: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
-) -> Tuple[Tensor, Tensor, Tensor]:
-    return gradient(grad, taps, x, weight, bias, stride, padding, dilation)
-
-
+# without `into`, as an operator's result is not one of its arguments
 few_outputs_conv2d_backward = torch.library.custom_op(
-    'fadc_timm::few_outputs_conv2d_backward', _gradient, mutates_args=())
+    'fadc_timm::few_outputs_conv2d_backward', gradient, mutates_args=(),
+    schema='(Tensor grad, Tensor taps, Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, '
+           'SymInt[] dilation) -> (Tensor, Tensor, Tensor)')
 
 
 @few_outputs_conv2d_backward.register_fake
