@@ -5,19 +5,15 @@ have more variants, such as `<base>_dcn`: another ending of the name, and other 
 """
 import difflib
 import re
+import sys
 import warnings
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
-from timm.models import (
-    DefaultCfg,
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_arch_pretrained_cfgs,
-    model_entrypoint,
-)
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, model_entrypoint
 from torch import Tensor, nn
 
 from ..layers import FADC_LAYERS
@@ -145,6 +141,11 @@ class Family(NamedTuple):
         return timm.list_models(module=self.module)
 
 
+def _with_hub_id(cfg: PretrainedCfg, architecture: str, tag: str) -> PretrainedCfg:
+    """A configuration whose Hub id `timm/` is completed, as timm's registry completes it."""
+    return replace(cfg, hf_hub_id=f'timm/{architecture}.{tag}') if cfg.hf_hub_id == 'timm/' else cfg
+
+
 def derive_default_cfgs(
         family: Family,
         own: Optional[Dict[str, Dict[str, PretrainedCfg]]] = None,
@@ -157,8 +158,11 @@ def derive_default_cfgs(
         own: For an architecture, tags with weights of our own, which come before the base's.
     """
     out = {}
+    # those of the base's module, as timm's registry copies each configuration that it is asked for
+    default_cfgs = sys.modules[family.base_cls.__module__].default_cfgs
     for base in family.bases():
-        of_base = {name.partition('.')[2]: cfg for name, cfg in get_arch_pretrained_cfgs(base).items()}
+        of_base = {tag: _with_hub_id(default_cfgs[base].cfgs[tag], base, tag)
+                   for tag in (default_cfgs[base].tags if base in default_cfgs else ())}
         for variant in family.variants:
             arch = base + variant.suffix
             cfgs = dict((own or {}).get(arch, {}))
