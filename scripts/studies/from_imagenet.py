@@ -15,8 +15,8 @@ detectors of tree crowns, with the stem and the first stage frozen.
 Each run is a process of segmentation.train or detection.train; when it ends, its row goes to
 scripts/results/from_imagenet.csv. A run with a row of the same command is finished; one that was interrupted goes on
 from its checkpoint. A step of the segmentation takes about 6 s of a core for plain with the preset `cpu` (256 px), a
-quarter of that with `small` (128 px); `gpu` has 512 px and more steps: give it more --seeds. Rows of `tiny` go to the
-folder of the runs. Then run `python -m scripts.checks.doc_tables`.
+quarter of that with `small` (128 px), where one of Faster R-CNN takes 2 s; `gpu` has 512 px and more steps: give it
+more --seeds. Rows of `tiny` go to the folder of the runs. Then run `python -m scripts.checks.doc_tables`.
 """
 import argparse
 import datetime
@@ -108,26 +108,34 @@ BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
 class Preset(NamedTuple):
     """What the runs share.
 
-    size: Crop of the segmentation, in pixels; of the detectors the short side of a tile of 400 pixels.
+    size: Crop of the segmentation, in pixels.
     steps: Their number.
-    batch: Batch size of the segmentation; the detectors have a quarter of it.
+    batch: Batch size of the segmentation.
     options: Further ones of both scripts.
     segmentation: Further ones of the segmentation.
+    detection: Further ones of the detectors. Tree crowns of 30 to 50 pixels in tiles of 400 are near the smallest boxes
+        that these detectors look for: at half the size RetinaNet finds none.
     """
     size: int
     steps: int
     batch: int
     options: tuple[str, ...]
-    segmentation: tuple[str, ...] = ()
+    segmentation: tuple[str, ...]
+    detection: tuple[str, ...]
+
+
+def _tiles(short: int, batch: int) -> tuple[str, ...]:
+    return '--short', str(short), '--long', str(short * 4 // 3), '--batch', str(batch)
 
 
 _CPU = ('--device', 'cpu', '--log-every', '25', '--save-every', '50')
 _NARROW = ('--decoder-channels', '64', '--aux-loss', '0', '--channels-last')  # UPerNet's own width takes 5x the time
 PRESETS = {
-    'small': Preset(128, 300, 8, _CPU, _NARROW),
-    'cpu': Preset(256, 300, 8, _CPU, _NARROW),
-    'gpu': Preset(512, 2000, 16, ('--device', 'cuda', '--amp', 'bfloat16', '--workers', '8', '--save-every', '500')),
-    'tiny': Preset(64, 2, 2, ('--device', 'cpu', '--log-every', '1')),
+    'small': Preset(128, 300, 8, _CPU, _NARROW, (*_tiles(384, 1), '--fpn-channels', '64')),
+    'cpu': Preset(256, 300, 8, _CPU, _NARROW, _tiles(384, 2)),
+    'gpu': Preset(512, 2000, 16, ('--device', 'cuda', '--amp', 'bfloat16', '--workers', '8', '--save-every', '500'),
+                  (), _tiles(768, 4)),
+    'tiny': Preset(64, 2, 2, ('--device', 'cpu', '--log-every', '1'), (), _tiles(96, 1)),
 }
 
 
@@ -136,12 +144,12 @@ def options_of(task: str, preset: Preset, setting: Setting, seed: int, init: str
     total = steps or preset.steps
     shared = ('--backbone', 'resnet50', '--variant', setting.variant, '--init', init, '--mean', *map(str, MEAN),
               '--std', *map(str, STD), '--steps', str(total), '--warmup', str(total // 10), '--seed', str(seed),
-              '--lr', '1e-4', *preset.options, *setting.options)
+              '--lr', '1e-4' if task == 'segmentation' else '2e-4', *preset.options, *setting.options)
     if task == 'segmentation':
         return (*shared, *preset.segmentation, '--data', 'bluemarble', '--crop', str(preset.size), '--batch',
                 str(preset.batch))
-    return (*shared, '--data', 'trees', '--detector', task, '--preset', 'adamw', '--short', str(3 * preset.size // 2),
-            '--long', str(2 * preset.size), '--batch', str(max(preset.batch // 4, 1)), '--flip-vertical', '0.5')
+    return (*shared, *preset.detection, '--data', 'trees', '--detector', task, '--preset', 'adamw',
+            '--flip-vertical', '0.5')
 
 
 def jobs_of(args: argparse.Namespace, settings: Sequence[Setting], init: str) -> list[Job]:

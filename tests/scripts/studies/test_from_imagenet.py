@@ -56,8 +56,9 @@ def test_options(task, preset):
         parsed = script.parse_args([*job.options, *job.further, '--output', 'x'])
         setting = from_imagenet.BY_NAME[job.key[2]]
         assert (parsed.mean, parsed.std, parsed.variant) == ([0, 0, 0], [1, 1, 1], setting.variant)
-        assert parsed.lr == 1e-4 and parsed.warmup < parsed.steps
+        assert parsed.lr == (1e-4 if task == 'segmentation' else 2e-4) and parsed.warmup < parsed.steps
         if task != 'segmentation':
+            assert preset == 'tiny' or parsed.short[0] >= 384  # the tiles' 400 pixels, or nearly
             assert (parsed.frozen_stages, parsed.frozen_bn, parsed.optimizer) == (1, True, 'adamw')
 
 
