@@ -143,7 +143,9 @@ class Family(NamedTuple):
 
 def _with_hub_id(cfg: PretrainedCfg, architecture: str, tag: str) -> PretrainedCfg:
     """A configuration whose Hub id `timm/` is completed, as timm's registry completes it."""
-    return replace(cfg, hf_hub_id=f'timm/{architecture}.{tag}') if cfg.hf_hub_id == 'timm/' else cfg
+    if cfg.hf_hub_id != 'timm/':
+        return cfg
+    return replace(cfg, hf_hub_id='timm/' + (f'{architecture}.{tag}' if tag else architecture))
 
 
 def derive_default_cfgs(
@@ -161,8 +163,8 @@ def derive_default_cfgs(
     # those of the base's module, as timm's registry copies each configuration that it is asked for
     default_cfgs = sys.modules[family.base_cls.__module__].default_cfgs
     for base in family.bases():
-        of_base = {tag: _with_hub_id(default_cfgs[base].cfgs[tag], base, tag)
-                   for tag in (default_cfgs[base].tags if base in default_cfgs else ())}
+        default = default_cfgs.get(base, DefaultCfg())
+        of_base = {tag: _with_hub_id(default.cfgs[tag], base, tag) for tag in default.tags}
         for variant in family.variants:
             arch = base + variant.suffix
             cfgs = dict((own or {}).get(arch, {}))

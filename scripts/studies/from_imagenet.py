@@ -108,20 +108,20 @@ BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES}
 class Preset(NamedTuple):
     """What the runs share.
 
-    size: Crop of the segmentation, in pixels.
     steps: Their number.
-    batch: Batch size of the segmentation.
-    options: Further ones of both scripts.
+    options: Of both scripts.
     segmentation: Further ones of the segmentation.
     detection: Further ones of the detectors. Tree crowns of 30 to 50 pixels in tiles of 400 are near the smallest boxes
         that these detectors look for: at half the size RetinaNet finds none.
     """
-    size: int
     steps: int
-    batch: int
     options: tuple[str, ...]
     segmentation: tuple[str, ...]
     detection: tuple[str, ...]
+
+
+def _crops(size: int, batch: int) -> tuple[str, ...]:
+    return '--data', 'bluemarble', '--crop', str(size), '--batch', str(batch)
 
 
 def _tiles(short: int, batch: int) -> tuple[str, ...]:
@@ -131,11 +131,11 @@ def _tiles(short: int, batch: int) -> tuple[str, ...]:
 _CPU = ('--device', 'cpu', '--log-every', '25', '--save-every', '50')
 _NARROW = ('--decoder-channels', '64', '--aux-loss', '0', '--channels-last')  # UPerNet's own width takes 5x the time
 PRESETS = {
-    'small': Preset(128, 300, 8, _CPU, _NARROW, (*_tiles(384, 1), '--fpn-channels', '64')),
-    'cpu': Preset(256, 300, 8, _CPU, _NARROW, _tiles(384, 2)),
-    'gpu': Preset(512, 2000, 16, ('--device', 'cuda', '--amp', 'bfloat16', '--workers', '8', '--save-every', '500'),
-                  (), _tiles(768, 4)),
-    'tiny': Preset(64, 2, 2, ('--device', 'cpu', '--log-every', '1'), (), _tiles(96, 1)),
+    'small': Preset(300, _CPU, (*_NARROW, *_crops(128, 8)), (*_tiles(384, 1), '--fpn-channels', '64')),
+    'cpu': Preset(300, _CPU, (*_NARROW, *_crops(256, 8)), _tiles(384, 2)),
+    'gpu': Preset(2000, ('--device', 'cuda', '--amp', 'bfloat16', '--workers', '8', '--save-every', '500'),
+                  _crops(512, 16), _tiles(768, 4)),
+    'tiny': Preset(2, ('--device', 'cpu', '--log-every', '1'), _crops(64, 2), _tiles(96, 1)),
 }
 
 
@@ -146,8 +146,7 @@ def options_of(task: str, preset: Preset, setting: Setting, seed: int, init: str
               '--std', *map(str, STD), '--steps', str(total), '--warmup', str(total // 10), '--seed', str(seed),
               '--lr', '1e-4' if task == 'segmentation' else '2e-4', *preset.options, *setting.options)
     if task == 'segmentation':
-        return (*shared, *preset.segmentation, '--data', 'bluemarble', '--crop', str(preset.size), '--batch',
-                str(preset.batch))
+        return (*shared, *preset.segmentation)
     return (*shared, *preset.detection, '--data', 'trees', '--detector', task, '--preset', 'adamw',
             '--flip-vertical', '0.5')
 
