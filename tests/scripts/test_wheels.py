@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import wheels
-from scripts.wheels import Source, fetch
+from scripts.wheels import Source, fetch, keep_folder
 
 FILES = {'pkg/a.bin': b'a' * 1000, 'pkg/b.bin': b'bb'}
 SOURCES = {name: Source('pkg==1.0', f'pkg/{name}', hashlib.sha256(FILES[f'pkg/{name}']).hexdigest())
@@ -49,3 +49,14 @@ def test_no_network(pip, tmp_path):
     with pytest.raises(RuntimeError, match='could not download pkg==1.0(.|\n)*no network(.|\n)*put a.bin, b.bin from'):
         fetch(SOURCES, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_a_faster_process_is_kept(tmp_path):
+    """Two runs that start at once make the same data set."""
+    for name in ('first', 'second'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_text(name)
+        keep_folder(tmp_path / name, tmp_path / 'kept')
+    assert (tmp_path / 'kept' / 'file').read_text() == 'first'
+    with pytest.raises(OSError):
+        keep_folder(tmp_path / 'third', tmp_path / 'other')
