@@ -16,33 +16,6 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 
-# Which cases of the tests of all backends Triton's interpreter runs outside of the sweep, as it takes seconds for each:
-# those whose name has all words of one of these lines. Of tests that are not here it runs all, but for long ones.
-INTERPRETED = {
-    'test_steps_dtype': ('everything bfloat16-bfloat16', 'depthwise float64-float32', 'offset-float16'),
-    'test_on_the_grid': (
-        'everything float32-border', 'everything float32-0', 'everything float32-1e+30', 'k5-float32-3.4',
-        'offset-float32-border'),
-    'test_slope_on_a_pixel': ('offset-0', 'offset_depthwise-0'),
-    'test_one_gradient_alone': ('everything-x', 'everything-high_out', 'depthwise-dilation', 'offset-offset'),
-    'test_no_uninitialised_memory': (),  # test_deterministic is that too
-    'test_gradcheck': (),
-    'test_threads': (),
-    'test_random_case': (),
-    'test_autocast': ('everything bfloat16-float32_x', 'depthwise bfloat16-half_x', 'offset-bfloat16-float32_x'),
-    'test_non_contiguous': ('everything-sliced', 'depthwise-transposed', 'groups2-expanded', 'offset-transposed'),
-    'test_channels_last': ('everything-all', 'depthwise-x', 'offset-all'),
-    'test_contiguous_stays_contiguous': ('plain',),
-    'test_compile': ('everything', 'depthwise', 'offset_rectangular'),
-    'test_compile_any_size': ('dilation',),
-    'test_backend_is_deterministic': ('groups2',),
-    'test_in_place_behind_a_layer': ('padding=1-NHWC', 'groups=4 NCHW'),
-    'test_in_place_behind_freq_select': ('shape0-NHWC',),
-    'test_operator_passes_on_what_is_not_finite': ('1-nan', '4-nan'),
-    'test_positions_that_are_not_finite': ('9-1-inf',),
-}
-
-
 def pytest_collection_modifyitems(items):
     """Leave to the sweep what says little more of a kernel and takes its interpreter seconds per case."""
     from tests.support.op_checks import CASE
@@ -52,9 +25,9 @@ def pytest_collection_modifyitems(items):
         params = item.callspec.params if hasattr(item, 'callspec') else {}
         if params.get('backend') != 'triton' or params.get('device') == 'cuda':
             continue
-        lines = INTERPRETED.get(item.originalname)
-        if lines is not None:
-            runs = any(all(word in item.callspec.id for word in line.split()) for line in lines)
+        mark = item.get_closest_marker('interpreted')
+        if mark is not None:
+            runs = any(all(word in item.callspec.id for word in words.split()) for words in mark.args)
         else:
             case = params.get('case') or CASE.get(params.get('name'))
             interpreted = getattr(case, 'interpreted', 'float32')

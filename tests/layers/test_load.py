@@ -33,6 +33,7 @@ def gradients(model, x):
 
 @pytest.mark.parametrize('name', ['everything', 'depthwise', 'groups2', 'batch33'])
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted('groups2')
 def test_backend_is_deterministic(backend, name, one_thread):
     """On a CPU every backend, output and all gradients, to the bit."""
     inputs = cases.make_inputs(CASE[name], torch.float32)

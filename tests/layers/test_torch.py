@@ -376,6 +376,7 @@ def test_tensor_subclass(cfg, backend):
     dict(padding=2, dilation=2, padding_mode='replicate', bias=False), dict(padding=1, sampling='fixed'),
     dict(padding=1, sampling='deform'),
     dict(padding=1, kernel_decompose='none', freq_select=False)], ids=ids)
+@pytest.mark.interpreted('padding=1-NHWC', 'groups=4 NCHW')
 def test_in_place_behind_a_layer(cfg, memory_format, backend):
     m = off_identity(make(**cfg, backend=backend)).train()
     x = torch.randn(2, 4, 6, 7).contiguous(memory_format=memory_format)
@@ -390,6 +391,7 @@ def test_in_place_behind_a_layer(cfg, memory_format, backend):
 @pytest.mark.parametrize('backend', [*list_backends(), None])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize('shape', [(2, 4, 6, 7), (1, 1, 6, 7), (2, 4, 1, 1), (1, 4, 1, 7)])
+@pytest.mark.interpreted('shape0-NHWC')
 def test_in_place_behind_freq_select(shape, memory_format, backend):
     m = off_identity(FreqSelect(shape[1]))
     x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()

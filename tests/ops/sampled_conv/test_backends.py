@@ -42,6 +42,7 @@ def test_output_and_gradients(backend, case, dtype, device):
 @pytest.mark.parametrize('name', [
     'everything', 'k5', 'stride2', 'dilation_groups2', 'depthwise', 'offset', 'offset_depthwise'])
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.interpreted('everything bfloat16-bfloat16', 'depthwise float64-float32', 'offset-float16')
 def test_steps_dtype(backend, name, dtype, steps_dtype):
     """Dilations and offsets in the half dtype, where the test above has float32, and float32 beside float64."""
     case = CASE[name]
@@ -89,6 +90,9 @@ def on_grid(name, dtype, positions):
     integers, border, *map(constant, (0., 1., 0.5, -1e30, torch.finfo(torch.float32).max))])
 @pytest.mark.parametrize('name, dtype', ON_GRID_CASES, ids=ids)
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.interpreted(
+    'everything float32-border', 'everything float32-0', 'everything float32-1e+30', 'k5-float32-3.4',
+    'offset-float32-border')
 def test_on_the_grid(backend, name, dtype, positions):
     """Where the derivative of dilation or offset jumps, all others are continuous, and its own is finite."""
     inputs, expected = on_grid(name, dtype, positions)
@@ -101,6 +105,7 @@ def test_on_the_grid(backend, name, dtype, positions):
 @pytest.mark.parametrize('positions', [integers, border, constant(0.)])
 @pytest.mark.parametrize('name', ['everything', 'groups2', 'depthwise', 'offset', 'offset_k5', 'offset_depthwise'])
 @pytest.mark.parametrize('backend', [name for name in BACKEND_NAMES if name != 'grid_sample'])
+@pytest.mark.interpreted('offset-0', 'offset_depthwise-0')
 def test_slope_on_a_pixel(backend, name, positions):
     """Of the two slopes there, the one below and to the right. So it is where training of an offset starts, at 0.
 
@@ -114,6 +119,7 @@ def test_slope_on_a_pixel(backend, name, positions):
 
 
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.interpreted()
 def test_threads(backend):
     """A map that is large enough to be shared by threads."""
     case = OpCase('threads', (4, 16, 20, 20), 16, dilation_groups=2)
@@ -129,6 +135,7 @@ def test_threads(backend):
     *(pytest.param(offsets, seed, DTYPES, marks=pytest.mark.sweep) for offsets in (False, True)
       for seed in range(300))])
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.interpreted()
 def test_random_case(backend, offsets, seed, dtypes):
     case = cases.random_case(seed, offsets)
     if backend == 'triton' and triton_support.is_interpreted():
@@ -144,6 +151,7 @@ def test_random_case(backend, offsets, seed, dtypes):
     (CASE[of], name) for of in ('everything', 'depthwise', 'offset', 'offset_depthwise') for name in CASE[of].shapes],
     ids=ids)
 @pytest.mark.parametrize('backend', BACKEND_NAMES)
+@pytest.mark.interpreted('everything-x', 'everything-high_out', 'depthwise-dilation', 'offset-offset')
 def test_one_gradient_alone(backend, case, name):
     """A frozen layer: only one of the arguments requires a gradient."""
     inputs = cases.make_inputs(case, torch.float64)
@@ -169,6 +177,7 @@ def test_empty_batch(backend, name):
 
 @pytest.mark.parametrize('case', [CASE['everything'], CASE['depthwise'], CASE['stride2'], CASE['offset']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted()  # test_deterministic is that too
 def test_no_uninitialised_memory(backend, case):
     """Memory that nothing was written to holds NaN here, so that reading it shows."""
     inputs = cases.make_inputs(case, torch.float32)
@@ -196,6 +205,7 @@ GRADCHECK = [
 
 @pytest.mark.parametrize('case', GRADCHECK, ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted()
 def test_gradcheck(backend, case):
     inputs = cases.make_inputs(case, torch.float64)
     skip_unless_runs(case, inputs, backend)
@@ -212,6 +222,7 @@ def test_gradcheck(backend, case):
 @pytest.mark.parametrize('name', [
     'everything', 'dilation_large', 'depthwise', 'dilation_groups_across', 'offset', 'offset_depthwise'])
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted('everything bfloat16-float32_x', 'depthwise bfloat16-half_x', 'offset-bfloat16-float32_x')
 def test_autocast(backend, name, dtype, half_x):
     """As a convolution under autocast: parameters in float32, activations perhaps in half precision already."""
     case = CASE[name]

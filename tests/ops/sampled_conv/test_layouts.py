@@ -30,6 +30,7 @@ def expanded(t):
 @pytest.mark.parametrize('case', [
     CASE['everything'], CASE['k5'], CASE['depthwise'], CASE['groups2'], CASE['offset']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted('everything-sliced', 'depthwise-transposed', 'groups2-expanded', 'offset-transposed')
 def test_non_contiguous(backend, case, view):
     def results(dtype, backend):
         leaves, views = {}, {}
@@ -53,6 +54,7 @@ def test_non_contiguous(backend, case, view):
     CASE['depthwise_multiplier'], CASE['dilation_groups2'], CASE['offset'], CASE['offset_groups2'],
     CASE['offset_depthwise']], ids=ids)
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted('everything-all', 'depthwise-x', 'offset-all')
 def test_channels_last(backend, case, only_x):
     inputs = cases.make_inputs(case, torch.float32)
     skip_unless_runs(case, inputs, backend)
@@ -66,6 +68,7 @@ def test_channels_last(backend, case, only_x):
 
 @pytest.mark.parametrize('name', ['everything', 'depthwise', 'plain', 'offset'])
 @pytest.mark.parametrize('backend', list_backends())
+@pytest.mark.interpreted('plain')
 def test_contiguous_stays_contiguous(backend, name):
     inputs = cases.make_inputs(CASE[name], torch.float32)
     skip_unless_runs(CASE[name], inputs, backend)

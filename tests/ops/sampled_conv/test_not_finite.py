@@ -14,6 +14,7 @@ ON_CPU = [name for name in list_backends() if name != 'triton' or why_not_on('cp
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('backend', ON_CPU)
+@pytest.mark.interpreted('1-nan', '4-nan')
 def test_operator_passes_on_what_is_not_finite(backend, groups, value):
     """As a convolution: outputs that read the value are not finite, and no other sample is touched."""
     def call(**changed):
@@ -41,6 +42,7 @@ def test_operator_passes_on_what_is_not_finite(backend, groups, value):
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('width', [8, 9])
 @pytest.mark.parametrize('backend', ON_CPU)
+@pytest.mark.interpreted('9-1-inf')
 def test_positions_that_are_not_finite(backend, width, groups, value):
     """They read nowhere: their outputs are NaN, and no others. On odd widths torchvision's kernel would crash."""
     torch.manual_seed(0)

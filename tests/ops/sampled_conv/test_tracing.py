@@ -48,6 +48,7 @@ def test_fake_tensors(backend, case):
     ('reference', CASE['k1']),
     *((name, case) if case.name in ('everything', 'offset_rectangular') or name == 'gather'
       else pytest.param(name, case, marks=pytest.mark.sweep) for name in BACKEND_NAMES for case in TRACED)], ids=ids)
+@pytest.mark.interpreted('everything', 'depthwise', 'offset_rectangular')
 def test_compile(backend, case):
     inputs = cases.make_inputs(case, torch.float32)
     skip_unless_runs(case, inputs, backend)
@@ -63,6 +64,7 @@ def test_compile(backend, case):
 @pytest.mark.parametrize('spacing', [None, (1, 1)], ids=['dilation', 'offset'])
 @pytest.mark.parametrize('backend, groups', [
     (None, 4), *(pytest.param(name, 1, marks=pytest.mark.sweep) for name in BACKEND_NAMES)])
+@pytest.mark.interpreted('dilation')
 def test_compile_any_size(backend, groups, spacing):
     """One graph serves every batch and size."""
     # none of the sizes is another's, or 9, the number of taps: the graph would be made for that
