@@ -1,4 +1,6 @@
 """The recorder of dilations: what it holds of layers and models, also under checkpointing, autocast and DDP."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -27,6 +29,18 @@ def test_records_of_a_model():
     count = len(records)
     model(x)
     assert len(records) == count  # nothing is recorded behind the block
+
+
+def test_copy_is_not_recorded():
+    """An average of the weights that is made in the block has the hooks, which a copy takes along."""
+    model = timm.create_model(MODEL)
+    with record_dilations(model) as records:
+        model(torch.randn(1, 3, 64, 64))
+        copied, count = copy.deepcopy(model), len(records)
+        copied(torch.randn(1, 3, 64, 64))
+        assert len(records) == count
+    copied(torch.randn(1, 3, 64, 64))
+    assert len(records) == count > 0
 
 
 def test_power_is_that_of_what_the_layer_samples():

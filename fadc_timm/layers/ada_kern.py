@@ -57,6 +57,26 @@ def mean_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if autocast and x.dtype != torch.float64 else x.dtype
 
 
+def _normalize_one(norm: Any, x: Tensor) -> Tensor:
+    """A BatchNorm of one value per channel (1, K, 1, 1), or none, where a batch's statistics are asked for.
+
+    By the running statistics, which stay as they are, except where they accumulate (`momentum` is None, as torch's
+    `update_bn` sets it): there they take the value in. Without running statistics the value is its own mean.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None:
+        x = x - x.mean(0, keepdim=True)
+        mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    elif norm.momentum is None and norm.track_running_stats and len(x):
+        norm.num_batches_tracked.add_(1)
+        with torch.no_grad():
+            distance = x.flatten().to(mean.dtype) - mean
+            share = 1 / norm.num_batches_tracked
+            mean.add_(share * distance)
+            var.add_(share * distance.square()).mul_(1 - share)
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0., norm.eps)
+
+
 class Head(nn.Linear):
     """A linear layer that starts at zero."""
 
@@ -190,6 +210,9 @@ class AdaKern(nn.Module):
 
         Not under autocast, which would cast each of five small parameters, and save nothing on vectors.
         """
+        weight = getattr(self.fc, 'weight', mean)
+        if mean.dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16):
+            mean = mean.to(weight.dtype)  # a model in half precision under autocast
         with without_autocast(mean):
             return self._heads(mean)
 
@@ -275,7 +298,7 @@ class AdaKern(nn.Module):
 
     @torch.jit.unused
     def _normalize(self, x: Tensor) -> Tensor:
-        """The norm. In training, one value per channel has no variance: it is normalised by the running statistics.
+        """The norm, of one value per channel too, which has no variance.
 
         timm's split BatchNorm gives every part of the batch to a norm of its own.
         """
@@ -287,14 +310,12 @@ class AdaKern(nn.Module):
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps)
         x = x[:, :, None, None]
         synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-        if not isinstance(norm, _BatchNorm) or not norm.training or synced:
+        if not isinstance(norm, _BatchNorm) or synced or not (norm.training or norm.running_mean is None):
             return norm(x).flatten(1)
-        norms = [norm, *getattr(norm, 'aux_bn', ())]
+        norms = [norm, *getattr(norm, 'aux_bn', ())] if norm.training else [norm]
         if x.shape[0] not in (0, len(norms)):
             return norm(x).flatten(1)
-        return torch.cat([
-            F.batch_norm(part, n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
-            for part, n in zip(x.split(1), norms)]).flatten(1)
+        return torch.cat([_normalize_one(n, part) for part, n in zip(x.split(1), norms)]).flatten(1)
 
     def _gains(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """The gains of the input and of the output channels, from x, which holds those of the input first."""

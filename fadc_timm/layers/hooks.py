@@ -57,11 +57,18 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
     parts: Dict[str, Dict[str, Any]] = {name: {} for name in layers}
     count = 0
 
+    def is_watched(module: nn.Module, watched: nn.Module) -> bool:
+        # a copy that is made in the block, as an average of the weights is, has the hooks too, and keeps them
+        return module is watched or getattr(module, '_is_replica', False)  # of DataParallel
+
     def keep(name: str, part: str, module: nn.Module, args: Any, output: Any) -> None:
-        parts[name][part] = output
+        if is_watched(module, getattr(layers[name], part)):
+            parts[name][part] = output
 
     def call(name: str, module: Any, args: Any, output: Tensor) -> None:
         nonlocal count
+        if not is_watched(module, layers[name]):
+            return
         count += 1
         seen, parts[name] = parts[name], {}
         dilation, of_dilation = seen.get('ada_dr', (None, None))

@@ -152,7 +152,8 @@ class NeighborhoodAttention(nn.Module):
 
     def _into_heads(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to a view (B, heads, H, W, c)."""
-        return x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, -1).permute(0, 3, 1, 2, 4)
+        b, h, w, c = x.shape
+        return x.reshape(b, h, w, self.num_heads, c // self.num_heads).permute(0, 3, 1, 2, 4)
 
     def _from_heads(self, x: Tensor) -> Tensor:
         """(B, heads, H, W, c) to (B, H, W, C)."""

@@ -376,10 +376,10 @@ class DiNAT(nn.Module):
         self.stages = self.stages[:max_index + 1]
         if prune_norm or is_cut:
             self.norm = nn.Identity()  # type: ignore[assignment]
-        if is_cut:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or is_cut:
             self.reset_classifier(0, '')
+        if is_cut:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:

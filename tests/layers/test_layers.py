@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers.split_batchnorm import SplitBatchNorm2d, convert_splitbn_model
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torchvision.ops import deform_conv2d
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
@@ -372,6 +373,32 @@ def test_batch_1_trains_scripted(folded):
     assert error(scripted(batch), copy.deepcopy(m)(batch)) < 2e-6  # of more samples the statistics are the batch's
     assert folded or not torch.equal(scripted.state_dict()['ada_kern.norm.running_mean'], before[
         'ada_kern.norm.running_mean'])
+
+
+@pytest.mark.parametrize('sizes', [[1] * 5, [3, 1]], ids=str)
+def test_update_bn_of_single_images(sizes):
+    """torch's `update_bn` resets the statistics and adds up those of all batches, of one image too."""
+    m = off_identity(AdaKern(4, 6)).train()
+    maps = [torch.randn(n, 4, 8, 7) for n in sizes]
+    update_bn(maps, m)
+    trunk = [m.fc(x.mean((2, 3))).detach() for x in maps]
+    assert m.norm.num_batches_tracked == len(sizes)
+    # each batch has the same share of the mean
+    assert error(m.norm.running_mean, sum(t.mean(0) for t in trunk) / len(trunk)) < 1e-6
+    if set(sizes) == {1}:
+        assert error(m.norm.running_var, torch.cat(trunk).var(0, correction=0)) < 1e-6
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_one_image_without_running_statistics(training):
+    """As some adapt a network to each image: the value is its own mean, and the bias is what is left."""
+    m = off_identity(AdaKern(4, 6)).train(training)
+    m.norm.track_running_stats = False
+    m.norm.running_mean = m.norm.running_var = None
+    gains = m(torch.randn(1, 4, 8, 7))
+    low, high = m.norm.bias.relu().chunk(2)
+    expected = 2 * torch.sigmoid(torch.cat((m.low(low), m.high(high))))
+    assert error(torch.cat(gains, 1)[0], expected) < 1e-6
 
 
 def test_split_batch_norm():

@@ -84,6 +84,19 @@ def test_autocast(cfg, dtype):
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads(y.float(), m.parameters()))
 
 
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('norm', ['batchnorm2d', 'layernorm2d'])
+def test_half_precision_under_autocast(norm, training):
+    """A model in bfloat16 under autocast, as inference scripts run it."""
+    m = off_identity(FADConv2d(4, 6, 3, padding=1, ada_kern_norm=norm)).bfloat16().train(training)
+    x = torch.randn(2, 4, 8, 7, dtype=torch.bfloat16)
+    expected = copy.deepcopy(m).float()(x.float())
+    with torch.autocast('cpu', torch.bfloat16):
+        y = m(x)
+    assert y.dtype == torch.bfloat16 and error(y, expected) < 0.03
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in grads(y, m.parameters()))
+
+
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize('cfg', FAD_CONV, ids=ids)
 def test_layout(cfg, memory_format):

@@ -136,8 +136,10 @@ def test_intermediates():
     assert torch.equal(last, model.forward_features(photos())) and len(maps) == 4
     assert torch.equal(model.forward_intermediates(photos(), norm=True, intermediates_only=True)[3], last)
     assert model.prune_intermediate_layers([1, 2]) == [1, 2] and len(model.stages) == 3
+    assert model.num_features == model.head_hidden_size == maps[2].shape[1]
     early = model.forward_intermediates(photos(), [1, 2], stop_early=True, intermediates_only=True)
     assert all(torch.equal(a, e) for a, e in zip(early, maps[1:3], strict=True))
+    assert model(photos()[:0]).shape == (0, *maps[2].shape[1:])
 
 
 @torch.no_grad()
