@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention, NeighborhoodAttention
 from ..layers.fad_conv import OPTIONS, PARTS, refuse_old_options
 from ..layers.neighborhood_attention import ATTENTION_OPTIONS
+from ._folding import keep_unfolded
 
 __all__ = ['DEFAULT_STAGES', 'KINDS', 'Kind', 'LiftReport', 'NothingToLift', 'lift_model', 'liftable_names']
 
@@ -76,6 +77,12 @@ class NothingToLift(ValueError):
 def _names(model: nn.Module) -> List[str]:
     """Names of all modules; a module that stands in two places has both names."""
     return [name for name, _ in model.named_modules(remove_duplicate=False)]
+
+
+def _place(model: nn.Module, name: str) -> Tuple[nn.Module, str]:
+    """Where a module stands: its parent, which may have several names, and its name in it."""
+    parent, _, child = name.rpartition('.')
+    return model.get_submodule(parent), child
 
 
 def _parts(model: nn.Module) -> Set[nn.Module]:
@@ -222,7 +229,8 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
     FADNeighborhoodAttention takes over that, and the convolutions between stay.
 
     Args:
-        model: Any network of these. Its other modules and the names of its parameters stay as they are.
+        model: Any network of these. Its other modules and the names of its parameters stay as they are. Blocks that
+            `timm.utils.reparameterize_model` would fold are left unfolded where they hold what was lifted.
         stages: Booleans, one for each feature of timm's `feature_info` at stride 4 or more (four in most networks);
             or names of modules, which select everything inside of them.
         **cfg: Options of FADConv2d; `sampling='deform'` makes deformable convolutions. Or options of
@@ -253,10 +261,11 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
     left: Dict[str, str] = {}
     lifted: Dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one module
     parts = _parts(model)
+    inside = {_place(model, name) for name in selected if name}
     for name, m in model.named_modules(remove_duplicate=False):
         if not isinstance(m, _PLAIN):
             continue
-        reason = 'outside of the selected stages' if name not in selected else _why_left(m, parts)
+        reason = _why_left(m, parts) if _place(model, name) in inside else 'outside of the selected stages'
         if reason is None and not isinstance(m, kind.plain):
             reason = f'beside {kind.name}, which are lifted'
         if reason is None and m not in lifted:
@@ -281,7 +290,7 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
             f'{what or "there are no layers for it in them"}. '
             f'{f"There are layers to lift in {elsewhere}." if elsewhere else ""}'.rstrip())
     for name, new in replaced.items():
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, new)
+        setattr(*_place(model, name), new)
+    keep_unfolded(model, replaced)
     _logger.debug('Lifted %s: %s', type(model).__name__, report)
     return report

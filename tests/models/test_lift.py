@@ -1,10 +1,12 @@
 """lift_model: other networks of timm, and networks that timm has never seen."""
+import copy
 import re
 from collections import OrderedDict
 
 import pytest
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -12,6 +14,7 @@ from fadc_timm import FADConv2d, LiftReport, lift_model
 from fadc_timm.models.lift import NothingToLift
 from tests.support.backbones import LOSSLESS, ROUNDING, awaken, check_learns, photos
 from tests.support.cases import error
+from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -189,6 +192,24 @@ def test_convolution_in_two_places():
     model = small(a=block, act=nn.GELU(), b=block)
     assert lift(model, ['a', 'b'], x=X).replaced == ('a.conv', 'b.conv')
     assert model.a.conv is model.b.conv and type(model.a.conv) is FADConv2d
+    block = small(conv=conv(padding=1))
+    model = small(a=block, act=nn.GELU(), b=block)
+    assert lift(model, ['b'], x=X).replaced == ('a.conv', 'b.conv')  # one place with two names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, number', [('repvgg_a0', 19), ('repvit_m0_9', 24)])
+def test_blocks_that_fold_their_convolutions(name, number, caplog):
+    """`reparameterize_model` would make plain convolutions of those that learned to dilate."""
+    model = timm.create_model(name, num_classes=3).eval()
+    lift_model(model)
+    off_identity(model)
+    expected = model(photos())
+    for folded in (reparameterize_model(model), reparameterize_model(copy.deepcopy(model), inplace=True)):
+        assert sum(isinstance(m, FADConv2d) for m in folded.modules()) == number
+        assert error(folded(photos()), expected) < 1e-5
+        assert all(m.reparameterize.block is m for m in folded.modules() if 'reparameterize' in m.__dict__)
+    assert 'is left out: it would make a plain convolution of a layer with FADC' in caplog.text
 
 
 @pytest.mark.parametrize('module, reason', [
