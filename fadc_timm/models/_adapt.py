@@ -133,19 +133,32 @@ def adapt_checkpoint(
     return state_dict
 
 
+def _follow_weight(layer: nn.Module) -> None:
+    """Bring what FADC adds to a layer to the device and dtype of the others, off meta too; values are left open."""
+    like = next(p for name, p in layer.named_parameters() if name.partition('.')[0] not in _PARTS)
+    for name in _PARTS:
+        part = getattr(layer, name, None)
+        if part is not None:
+            if any(p.is_meta for p in part.parameters()):
+                part.to_empty(device=like.device)
+            part.to(device=like.device, dtype=like.dtype)
+
+
 class LoadsBase:
     """For the classes of FADC models: `load_state_dict`, and with it `checkpoint_path=`, takes a base's checkpoint."""
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As that of `nn.Module`, except that FADC is the identity after a strict load of the base, with a warning."""
         added = fadc_keys(self)
-        if strict and added and not any(key in state_dict for key in added):
+        is_base = strict and bool(added) and not any(key in state_dict for key in added)
+        if is_base:
             state_dict = family_of(self).checkpoint_filter_fn(dict(state_dict), self)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        if is_base:
             for m in self.modules():
                 if isinstance(m, FADC_LAYERS):
+                    if assign:
+                        _follow_weight(m)
                     m.reset_fadc_parameters()
-            # what the filter added are the values before that
-            own = self.state_dict()
-            state_dict = {**state_dict, **{k: own[k] for k in added}}
             _logger.warning('The checkpoint is of the base, without FADC: FADC is the identity now.')
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        return result

@@ -136,6 +136,30 @@ def test_checkpoint_path(base, tmp_path, caplog):
             loaded.load_state_dict(state)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('base', TINY)
+@torch.no_grad()
+def test_base_is_assigned(base, dtype):
+    """`assign=True` takes the base's tensors as they are, and FADC follows them, off the meta device too."""
+    plain = timm.create_model(base, num_classes=4).to(dtype).eval()
+    for device in ('meta', 'cpu'):
+        with torch.device(device):
+            model = timm.create_model(f'{base}_fadc', num_classes=4)
+        model.load_state_dict(plain.state_dict(), assign=True)
+        assert all(p.dtype == dtype and p.device.type == 'cpu' for p in model.parameters())
+        assert error(model.eval()(photos().to(dtype)), plain(photos().to(dtype)).double()) < (
+            LOSSLESS if dtype == torch.float32 else 0.02)
+
+
+@torch.no_grad()
+def test_base_that_fails_leaves_fadc(caplog):
+    model = create_fadc('test_resnet_fadc', num_classes=4)
+    kept = {k: v.clone() for k, v in model.state_dict().items() if 'ada_' in k}
+    with pytest.raises(RuntimeError, match='size mismatch for fc'):
+        model.load_state_dict(timm.create_model('test_resnet', num_classes=5).state_dict())
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in kept.items()) and not caplog.records
+
+
 @pytest.mark.parametrize('saved, made, messages', [
     ({}, dict(freq_select=False), ['weights have FreqSelect, and .* created without it: see .* freq_select']),
     ({}, dict(freq_select=False, sampling='fixed', kernel_decompose='none'), [
