@@ -184,13 +184,15 @@ def dilation_frequency_loss(
         have the larger dilation.
 
     Raises:
-        ValueError: There are no records, a dilation and its power differ in shape, or share is out of range.
+        ValueError: There are no records, a dilation and its power differ in shape, or share or limit is out of range.
         RuntimeError: Gradients are enabled, but no record has one.
     """
     if not records:
         raise ValueError('There is no dilation to take the loss of: no layer with AdaDR ran under record_dilations.')
     if not 0 < share <= 0.5:
         raise ValueError(f'share must be above 0 and at most 0.5, got {share!r}.')
+    if limit is not None and not limit > 0:
+        raise ValueError(f'limit must be a dilation above 0 or None, got {limit!r}.')
     if torch.is_grad_enabled() and not any(r.dilation.requires_grad for r in records):
         raise RuntimeError(
             'No dilation has a gradient: the model ran under no_grad or inference_mode, with reentrant gradient '

@@ -180,6 +180,13 @@ def test_limit():
     assert dilation.grad.min() == 0 and dilation.grad.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize('limit', [0, -5., float('nan')])
+def test_wrong_limit(limit):
+    records = [DilationRecord('layer', torch.rand(1, 1, 4, 4, requires_grad=True), torch.rand(1, 1, 4, 4))]
+    with pytest.raises(ValueError, match=f'limit must be a dilation above 0 or None, got {limit!r}'):
+        dilation_frequency_loss(records, limit=limit)
+
+
 @pytest.mark.parametrize('limit', [None, 1.3])
 def test_gradient_with_respect_to_the_dilation(limit):
     powers = [torch.rand(2, 2, 4, 5, dtype=torch.float64), torch.rand(2, 1, 3, 3, dtype=torch.float64)]

@@ -27,8 +27,10 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
         callback: See :func:`fadc_timm.layers.hooks.watch_layers`.
 
     Raises:
-        ValueError: The model has no FADConv2d layer, or none of them ran.
+        ValueError: x is empty, or the model has no FADConv2d layer, or none of them ran.
     """
+    if not x.numel():
+        raise ValueError(f'There is nothing to run the model on: the input is empty, {list(x.shape)}.')
     modes = {m: m.training for m in model.modules()}
     try:
         with watch_layers(model, callback), torch.no_grad():

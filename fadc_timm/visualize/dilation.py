@@ -207,11 +207,13 @@ def _pixels(image: Any) -> np.ndarray:
     values = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
     if values.ndim != 2 and (values.ndim != 3 or values.shape[2] != 3):
         raise ValueError(f'The image must be (H, W) or (H, W, 3), got {values.shape}.')
+    if not values.size:
+        raise ValueError(f'The image has no pixels: {values.shape}.')
     if values.dtype == np.uint8:
         return values / 255.
     if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(f'The image must be uint8 or float, got {values.dtype}.')
-    if values.size and not (values.min() >= 0 and values.max() <= 1):
+    if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f'The image must lie in [0, 1], got {values.min():g} to {values.max():g}.')
     return values.astype(float)
 
@@ -230,7 +232,8 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
         for more.
 
     Raises:
-        ValueError: The image has another shape, dtype or range, or a mode without a known range.
+        ValueError: The image has another shape, dtype or range, or a mode without a known range; or what is drawn is
+            not finite.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -238,6 +241,10 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
     from matplotlib.ticker import MaxNLocator
 
     photo = _pixels(image)
+    for s in stages:
+        maps = [*s.weights.values(), *([s.dilation] if s.taps is None else [])]
+        if not all(np.isfinite(m).all() for m in maps):
+            raise ValueError(f'{s.name} has dilations or band weights that are not finite.')
     grey = photo if photo.ndim == 2 else photo @ (0.299, 0.587, 0.114)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))

@@ -66,6 +66,18 @@ def test_collect_without_fadc_layers():
         visualize.collect(timm.create_model('test_resnet'), torch.randn(1, 3, 64, 64))
 
 
+def test_nothing_to_draw(model):
+    for collect in (visualize.collect, visualize.collect_spectra):
+        with pytest.raises(ValueError, match=r'the input is empty, \[0, 3, 64, 64\]'):
+            collect(model, torch.randn(0, 3, 64, 64))
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 64)))
+    with pytest.raises(ValueError, match='no pixels'):
+        visualize.figure(np.zeros((0, 0, 3)), stages)
+    stages[0] = replace(stages[0], dilation=stages[0].dilation * np.nan)
+    with pytest.raises(ValueError, match=f'{stages[0].name} has dilations or band weights that are not finite'):
+        visualize.figure(np.zeros((8, 8, 3)), stages)
+
+
 def test_modules_switched_off_and_lowest_band():
     layers = [
         FADConv2d(3, 4, 3, padding=2, dilation=2, sampling='fixed', bands=(2, 4), lowfreq_att=True),
