@@ -45,7 +45,7 @@ class FreqSelect(nn.Module):
         super().__init__()
         if not isinstance(bands, (tuple, list)) or not bands or any(
                 isinstance(f, bool) or not isinstance(f, int) or f < 2 for f in bands):
-            raise ValueError(f'bands must be integers of at least 2 (fractions 1/f of Nyquist), got {bands!r}.')
+            raise ValueError(f'bands must be a tuple of integers of at least 2 (f is 1/f of Nyquist), got {bands!r}.')
         if not isinstance(lowfreq_att, bool):
             raise ValueError(f'lowfreq_att must be true or false, got {lowfreq_att!r}.')
         if isinstance(spatial_group, bool) or not isinstance(spatial_group, int):
