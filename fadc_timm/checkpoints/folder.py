@@ -111,6 +111,15 @@ def _check_cfg(given: Dict[str, Any], num_classes: int, in_chans: int) -> None:
                 isinstance(v, (int, float)) and math.isfinite(v) and (name == 'mean' or v > 0) for v in value)):
             positive = '' if name == 'mean' else ' above 0'
             raise ValueError(f'{name} must be {in_chans} numbers{positive}, one per input channel, got {value!r}.')
+        large = next((v for v in value or () if v > 1), None)
+        if large is not None:
+            # numbers of images in [0, 255] are the usual mistake
+            as_wanted = f': {large} is {large / 255:.3f}' if 2 < large <= 255 else ''
+            raise ValueError(f'{name} is of images in [0, 1], so at most 1, got {list(value or ())}{as_wanted}.')
+    crop = given.get('crop_pct')
+    if crop is not None and not (isinstance(crop, (int, float)) and 0 < crop <= 1):
+        as_wanted = f': {crop} % is {crop / 100:g}' if isinstance(crop, (int, float)) and 1 < crop <= 100 else ''
+        raise ValueError(f'crop_pct is a share of the image, above 0 and up to 1, got {crop!r}{as_wanted}.')
     size = given.get('input_size')
     if size is not None and not (len(size) == 3 and size[0] == in_chans and all(
             isinstance(n, int) and n > 0 for n in size)):

@@ -96,10 +96,12 @@ def add_parser(commands: Any) -> None:
                    help='more arguments of the model, such as fadc_stages="(False, False, True, True)"')
     p.add_argument('--keys', type=Path, metavar='FILE', help='list of all keys to write (default: DIR.keys.txt)')
     own = p.add_argument_group('what your own weights were trained with')
-    own.add_argument('--mean', type=float, nargs='+', metavar='N', help='mean of the pixels, one number per channel')
+    own.add_argument('--mean', type=float, nargs='+', metavar='N',
+                     help='mean of the pixels of images in [0, 1], one number per channel')
     own.add_argument('--std', type=float, nargs='+', metavar='N', help='their standard deviation')
     own.add_argument('--img-size', type=int, nargs='+', metavar='N', help='side of the input, or height and width')
-    own.add_argument('--crop-pct', type=float, metavar='F', help='share of the image that the centre crop keeps')
+    own.add_argument('--crop-pct', type=float, metavar='F',
+                     help='share of the image that the centre crop keeps, up to 1')
     own.add_argument('--labels', type=Path, metavar='FILE', help='names of the classes in their order, one per line')
     own.add_argument('--license', metavar='NAME', help='licence of the weights, by its name on the Hub')
     p.set_defaults(run=_convert)

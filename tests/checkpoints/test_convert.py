@@ -188,13 +188,13 @@ def test_own_preprocessing_and_labels(convert, tmp_path):
     torch.save(create_fadc('test_resnet_fadc', num_classes=3).state_dict(), tmp_path / 'x.pth')
     (tmp_path / 'names.txt').write_text('caf\u00e9\nsea \nsky\n', encoding='utf-8-sig')
     args = (tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
-    own = ('--mean', .1, .2, .3, '--std', 1, 2, 3, '--img-size', 96, 128, '--crop-pct', .8, '--labels',
+    own = ('--mean', .1, .2, .3, '--std', .4, .5, 1, '--img-size', 96, 128, '--crop-pct', .8, '--labels',
            tmp_path / 'names.txt', '--license', 'mit')
     assert convert(*args, *own)[0] == 0
     model, config = folder_of(tmp_path / 'out')
     data = timm.data.resolve_model_data_config(model)
     assert (*data['mean'], *data['std'], *data['input_size'], data['crop_pct']) == (
-        .1, .2, .3, 1., 2., 3., 3, 96, 128, .8)
+        .1, .2, .3, .4, .5, 1., 3, 96, 128, .8)
     assert config['label_names'] == ['caf\u00e9', 'sea', 'sky'] and model.pretrained_cfg['license'] == 'mit'
     assert list(model.pretrained_cfg['label_names']) == config['label_names']
     before = (tmp_path / 'out' / 'config.json').read_bytes()
@@ -204,6 +204,10 @@ def test_own_preprocessing_and_labels(convert, tmp_path):
     for wrong, message in (
             (('--mean', .1), r'mean must be 3 numbers, one per input channel, got \[0.1\]'),
             (('--std', 0, 1, 1), 'std must be 3 numbers above 0'),
+            (('--mean', 123, 117, 104), r'mean is of images in \[0, 1\], .* got \[123.0, .*\]: 123.0 is 0.482'),
+            (('--std', .2, 1.5, .2), r'std is of images in \[0, 1\], so at most 1, got \[0.2, 1.5, 0.2\]\.$'),
+            (('--crop-pct', 90), 'crop_pct is a share of the image, above 0 and up to 1, got 90.0: 90.0 % is 0.9'),
+            (('--crop-pct', 0), 'crop_pct is a share'), (('--crop-pct', 'nan'), 'crop_pct is a share'),
             (('--img-size', 3, 96, 96), '--img-size wants one or two numbers, got 3'),
             (('--img-size', -1), r'input_size must be \(3, height, width\) in pixels'),
             (('--labels', tmp_path / 'two.txt'), 'label_names has 2 names, and the model 3 classes'),

@@ -94,7 +94,7 @@ def test_what_else_travels(tmp_path):
     model = timm.create_model('regnetx_002', num_classes=3, in_chans=4, output_stride=16).eval()
     lift_model(model)
     off_identity(model, 0.5)
-    cfg = dict(label_names=['a', 'b', 'c'], mean=(.1, .2, .3, .4), std=(1., 1., 1., 2.), input_size=(4, 96, 64))
+    cfg = dict(label_names=['a', 'b', 'c'], mean=(.1, .2, .3, .4), std=(1., 1., 1., .5), input_size=(4, 96, 64))
     recorded = hasattr(model, '_model_args')  # by newer timm
     if not recorded:
         with pytest.raises(RuntimeError, match='model_args'):
@@ -180,6 +180,7 @@ def test_what_cannot_be_saved(tmp_path):
     model = lifted('regnetx_002', num_classes=3)
     for cfg, message in (
             (dict(label_names=['a']), 'label_names has 1 names, and the model 3 classes'),
+            (dict(mean=(123, 117, 104)), r'mean is of images in \[0, 1\]'), (dict(crop_pct=90), 'crop_pct is a share'),
             (dict(means=(0, 0, 0)), 'timm has no entry means')):
         with pytest.raises(ValueError, match=message):
             fadc_timm.save(model, tmp_path / 'own', pretrained_cfg=cfg)
