@@ -18,6 +18,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def usual_milestones(epochs: float) -> tuple[float, ...]:
+    """Where the rate falls in a run of so many epochs: after 8 and 11 of 12."""
+    return epochs * 2 / 3, epochs * 11 / 12
+
+
 @dataclass(frozen=True)
 class Recipe(engine.Recipe):
     """SGD or AdamW, warm-up, and a learning rate that falls to a tenth twice; the defaults are the preset 1x.

@@ -28,7 +28,7 @@ from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
 from scripts.detection.evaluation import evaluate
 from scripts.detection.model import DETECTORS, Built, build
-from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe
+from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe, usual_milestones
 from scripts.detection.transforms import TrainTransform, collate
 from scripts.training.batches import Samples
 from scripts.training.checkpoint import check_classes, read_state
@@ -80,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
         help='defaults of optimizer, lr, weight-decay and clip: SGD at 0.02, or AdamW at 1e-4')
     add_recipe(
         add, Recipe, steps={'help': '(default: those of the epochs)'}, optimizer={'choices': OPTIMIZERS},
-        milestones={'type': float, 'nargs': '*', 'help': 'epochs after which the rate falls (default: 8 11)'},
+        milestones={'type': float, 'nargs': '*', 'default': None,
+                    'help': 'epochs after which the rate falls to a tenth (default: 8 11, in proportion to --epochs)'},
         lr={'help': '(default: 0.02 at a batch of 16, and in proportion at others; with adamw 1e-4)'})
     add('--short', type=at_least(1), nargs='+', default=[800],
         help='short side in pixels; of several one is drawn for each image, and the largest is for the test '
@@ -133,7 +134,7 @@ def recipe_of(args: argparse.Namespace, images: int) -> tuple[Recipe, dict[str, 
         images: Number of images in an epoch.
     """
     values = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-    values['milestones'] = tuple(args.milestones)
+    values['milestones'] = usual_milestones(args.epochs) if args.milestones is None else tuple(args.milestones)
     values['steps'] = args.steps or math.ceil(args.epochs * images / max(args.batch, 1))
     values['warmup'] = warmup_of(args.warmup, Recipe.warmup, values['steps'])
     recipe = Recipe(**values)

@@ -152,6 +152,12 @@ def test_command_line_errors(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def recipe_of_args(*args, images=1000):
+    pytest.importorskip('pycocotools')
+    from scripts.detection.train import parse_args, recipe_of
+    return recipe_of(parse_args(['--output', 'x', *args]), images)[0]
+
+
 def test_defaults():
     """Presets, and what is frozen with initial weights."""
     pytest.importorskip('pycocotools')
@@ -166,6 +172,16 @@ def test_defaults():
     assert (recipe.optimizer, recipe.rate, recipe.clip, recipe.warmup) == ('adamw', 1e-4, 1.0, 500)
     assert (config['frozen_stages'], config['frozen_bn']) == (1, True)
     assert parse_args(['--output', 'x', '--init', 'a', '--no-frozen-bn']).frozen_bn is False
+
+
+@pytest.mark.parametrize('args, epochs, milestones', [
+    ([], 12, (8, 11)), (['--epochs', '3'], 3, (2, 2.75)), (['--epochs', '3', '--milestones', '1'], 3, (1,)),
+    (['--epochs', '3', '--milestones'], 3, ()), (['--steps', '300'], 12, (8, 11))])
+def test_milestones(args, epochs, milestones):
+    """In proportion to the epochs, unless they are given."""
+    recipe = recipe_of_args(*args)
+    recipe.check()
+    assert (recipe.epochs, recipe.milestones) == (epochs, milestones)
 
 
 def test_data_errors(root, tmp_path, capsys):
