@@ -30,7 +30,7 @@ class Recipe(engine.Recipe):
     steps: Number of steps, 0 for those of the epochs.
     lr: At a batch of 16; SGD's goes with the batch size.
     fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network.
-    epochs: Number of epochs.
+    epochs: Number of epochs, which the steps are together.
     milestones: Epochs after which the rate falls to a tenth.
     optimizer: 'sgd', or 'adamw' with betas 0.9 and 0.999.
     momentum: Of SGD.
@@ -59,8 +59,8 @@ class Recipe(engine.Recipe):
         if not self.epochs > 0:
             raise ValueError(f'epochs must be above 0, got {self.epochs!r}')
         if list(self.milestones) != sorted(self.milestones) or any(not 0 < m <= self.epochs for m in self.milestones):
-            raise ValueError(f'milestones must ascend, above 0 and up to the {self.epochs:g} epochs, got '
-                             f'{", ".join(f"{m:g}" for m in self.milestones)}')
+            raise ValueError(f'milestones must ascend, above 0 and up to the {self.epochs:g} epochs of the '
+                             f'{self.steps} steps, got {", ".join(f"{m:g}" for m in self.milestones)}')
 
     @property
     def rate(self) -> float:
@@ -73,9 +73,14 @@ class Recipe(engine.Recipe):
             return torch.optim.SGD(groups, lr=self.rate, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.999))
 
+    @property
+    def falls(self) -> list[int]:
+        """Steps after which the rate falls to a tenth."""
+        return [round(self.steps * m / self.epochs) for m in self.milestones]
+
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         # timm's milestones act on the step before theirs
-        decays = [round(self.steps * m / self.epochs) + 1 for m in self.milestones]
+        decays = [step + 1 for step in self.falls]
         return MultiStepLRScheduler(
             optimizer, decays, 0.1, self.warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False)
 

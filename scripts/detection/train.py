@@ -81,7 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_recipe(
         add, Recipe, steps={'help': '(default: those of the epochs)'}, optimizer={'choices': OPTIMIZERS},
         milestones={'type': float, 'nargs': '*', 'default': None,
-                    'help': 'epochs after which the rate falls to a tenth (default: 8 11, in proportion to --epochs)'},
+                    'help': 'epochs after which the rate falls to a tenth (default: those after 2/3 '
+                            'and 11/12 of the run, which are 8 11 of 12)'},
         lr={'help': '(default: 0.02 at a batch of 16, and in proportion at others; with adamw 1e-4)'})
     add('--short', type=at_least(1), nargs='+', default=[800],
         help='short side in pixels; of several one is drawn for each image, and the largest is for the test '
@@ -136,6 +137,9 @@ def recipe_of(args: argparse.Namespace, images: int) -> tuple[Recipe, dict[str, 
     values = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     values['milestones'] = usual_milestones(args.epochs) if args.milestones is None else tuple(args.milestones)
     values['steps'] = args.steps or math.ceil(args.epochs * images / max(args.batch, 1))
+    if args.steps and args.milestones is not None:
+        # given milestones are epochs of the data; the usual ones are parts of the run, however long it is
+        values['epochs'] = args.steps * args.batch / max(images, 1)
     values['warmup'] = warmup_of(args.warmup, Recipe.warmup, values['steps'])
     recipe = Recipe(**values)
     return recipe, config_of(args, recipe, (*DETECTOR, *SIGHT))
@@ -219,8 +223,10 @@ def train_and_test(
     world.say(f'{args.detector} over {args.backbone}, {args.variant}: {params} parameters, {added} of them added to '
               f'the plain network; {len(built.replaced)} convolutions replaced')
     world.say(f'weights: {built.loaded or "random"}; frozen: {built.frozen}')
+    falls = ''.join(f', a tenth of that after step {step}' if i == 0 else f' and again after step {step}'
+                    for i, step in enumerate(recipe.falls))
     world.say(f'{len(samples.data)} images to train; {recipe.steps} steps, {recipe.warmup} of them warm-up, at a '
-              f'learning rate of {recipe.rate:g}')
+              f'learning rate of {recipe.rate:g}{falls}')
     objective = synchronized(Objective(model).to(world.device), world)
 
     def validate(network: nn.Module, step: int) -> None:

@@ -36,7 +36,8 @@ def test_script(root, tmp_path, capsys):
     assert main(*args, '--output', tmp_path / 'whole', '--eval-every', 3) == 0
     out = capsys.readouterr().out
     assert 'faster_rcnn over test_resnet, fadc' in out and '5 convolutions replaced' in out
-    assert 'at a learning rate of 0.0025' in out and '4 images to train; 4 steps, 1 of them warm-up' in out
+    assert 'at a learning rate of 0.0025, a tenth of that after step 3 and again after step 4' in out
+    assert '4 images to train; 4 steps, 1 of them warm-up' in out
     assert out.count('Average Precision') == out.count('Average Recall') == 6
     assert main(*args, '--output', tmp_path / 'ended', '--stop-at', 2) == 0
     assert [row['step'] for row in losses(tmp_path / 'ended')] == ['1', '2']
@@ -106,7 +107,7 @@ def test_learns(root, tmp_path):
     """Bright boxes on dark noise are found after some steps of AdamW."""
     args = ['--backbone', 'test_resnet_fadc', '--fpn-channels', '16', '--short', '64', '--long', '96', '--batch', '4',
             '--preset', 'adamw', '--lr', '2e-3', '--steps', '60', '--data', 'folder', '--root', root, '--threads',
-            '1', '--device', 'cpu', '--output', tmp_path / 'out', '--milestones', '9', '--flip-vertical', '0.5']
+            '1', '--device', 'cpu', '--output', tmp_path / 'out', '--milestones', '45', '--flip-vertical', '0.5']
     assert main(*args) == 0
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert result['ap50'] > 30
@@ -176,12 +177,22 @@ def test_defaults():
 
 @pytest.mark.parametrize('args, epochs, milestones', [
     ([], 12, (8, 11)), (['--epochs', '3'], 3, (2, 2.75)), (['--epochs', '3', '--milestones', '1'], 3, (1,)),
-    (['--epochs', '3', '--milestones'], 3, ()), (['--steps', '300'], 12, (8, 11))])
+    (['--epochs', '3', '--milestones'], 3, ()), (['--steps', '300'], 12, (8, 11)),
+    (['--steps', '300', '--batch', '10', '--milestones', '1', '2'], 3, (1, 2))])
 def test_milestones(args, epochs, milestones):
     """In proportion to the epochs, unless they are given."""
     recipe = recipe_of_args(*args)
     recipe.check()
     assert (recipe.epochs, recipe.milestones) == (epochs, milestones)
+
+
+def test_milestones_with_steps():
+    """Given ones are epochs of the images, and none may lie behind the end; the usual ones are parts of the run."""
+    args = ['--steps', '300', '--batch', '10']
+    assert recipe_of_args(*args, '--milestones', '1', '2').falls == [100, 200]
+    assert recipe_of_args(*args).falls == [200, 275]
+    with pytest.raises(ValueError, match='above 0 and up to the 3 epochs of the 300 steps, got 8, 11'):
+        recipe_of_args(*args, '--milestones', '8', '11').check()
 
 
 def test_data_errors(root, tmp_path, capsys):
