@@ -11,11 +11,17 @@ from scripts.training import engine
 from scripts.training.optimizer import rate_groups
 
 OPTIMIZERS = ('sgd', 'adamw')
-LR_BATCH = 16  # batch size of the learning rates of the presets
+LR_BATCH = 16  # batch size of SGD's learning rate in the presets
 PRESETS: dict[str, dict[str, Any]] = {
     '1x': {'optimizer': 'sgd', 'lr': 0.02, 'weight_decay': 1e-4, 'clip': 0.0},
     'adamw': {'optimizer': 'adamw', 'lr': 1e-4, 'weight_decay': 0.05, 'clip': 0.1},
 }
+
+
+def usual_rate(preset: str, optimizer: str, batch: int) -> float:
+    """The learning rate of a preset: SGD's goes with the batch size."""
+    rate = PRESETS[preset]['lr']
+    return rate * batch / LR_BATCH if optimizer == 'sgd' else rate
 
 
 def usual_milestones(epochs: float) -> tuple[float, ...]:
@@ -28,7 +34,7 @@ class Recipe(engine.Recipe):
     """SGD or AdamW, warm-up, and a learning rate that falls to a tenth twice; the defaults are the preset 1x.
 
     steps: Number of steps, 0 for those of the epochs.
-    lr: At a batch of 16; SGD's goes with the batch size.
+    lr: Learning rate, for this batch.
     fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network.
     epochs: Number of epochs, which the steps are together.
     milestones: Epochs after which the rate falls to a tenth.
@@ -62,16 +68,11 @@ class Recipe(engine.Recipe):
             raise ValueError(f'milestones must ascend, above 0 and up to the {self.epochs:g} epochs of the '
                              f'{self.steps} steps, got {", ".join(f"{m:g}" for m in self.milestones)}')
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of this batch size."""
-        return self.lr * self.batch / LR_BATCH if self.optimizer == 'sgd' else self.lr
-
     def make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
         groups = rate_groups(objective, self.fadc_lr, self.weight_decay)
         if self.optimizer == 'sgd':
-            return torch.optim.SGD(groups, lr=self.rate, momentum=self.momentum)
-        return torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.999))
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.999))
 
     @property
     def falls(self) -> list[int]:

@@ -28,7 +28,7 @@ from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
 from scripts.detection.evaluation import evaluate
 from scripts.detection.model import DETECTORS, Built, build
-from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe, usual_milestones
+from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe, usual_milestones, usual_rate
 from scripts.detection.transforms import TrainTransform, collate
 from scripts.training.batches import Samples
 from scripts.training.checkpoint import check_classes, read_state
@@ -83,7 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
         milestones={'type': float, 'nargs': '*', 'default': None,
                     'help': 'epochs after which the rate falls to a tenth (default: those after 2/3 '
                             'and 11/12 of the run, which are 8 11 of 12)'},
-        lr={'help': '(default: 0.02 at a batch of 16, and in proportion at others; with adamw 1e-4)'})
+        lr={'default': None, 'help': 'is taken as it is (default: 0.02 at a batch of 16 and in proportion at others; '
+                                     'with adamw 1e-4 at any)'})
     add('--short', type=at_least(1), nargs='+', default=[800],
         help='short side in pixels; of several one is drawn for each image, and the largest is for the test '
         '(default: 800)')
@@ -111,8 +112,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error('--check-data and --eval are two things: give one of them')
         refuse_unread(parser, args, argv, EVAL)
         return args
-    parser.set_defaults(**PRESETS[args.preset])
+    parser.set_defaults(**{name: value for name, value in PRESETS[args.preset].items() if name != 'lr'})
     args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = usual_rate(args.preset, args.optimizer, args.batch)
     if args.data is None:
         if args.root is not None:
             parser.error(f'--root is given without --data: give one of {", ".join(DATA_SETS)}; folder is for your own')
@@ -226,7 +229,7 @@ def train_and_test(
     falls = ''.join(f', a tenth of that after step {step}' if i == 0 else f' and again after step {step}'
                     for i, step in enumerate(recipe.falls))
     world.say(f'{len(samples.data)} images to train; {recipe.steps} steps, {recipe.warmup} of them warm-up, at a '
-              f'learning rate of {recipe.rate:g}{falls}')
+              f'learning rate of {recipe.lr:g}{falls}')
     objective = synchronized(Objective(model).to(world.device), world)
 
     def validate(network: nn.Module, step: int) -> None:

@@ -119,7 +119,7 @@ def test_build_errors(args, kwargs, message):
 
 def test_schedule():
     """The learning rate of each step: warm-up, then a tenth after 8 and after 11 of 12 epochs; FADC's is a part."""
-    recipe = Recipe(steps=24, batch=8, warmup=4)
+    recipe = Recipe(steps=24, batch=8, lr=0.01, warmup=4)
     recipe.check()
     optimizer = recipe.make_optimizer(build('test_resnet', 2, 'fadc', **SMALL).model)
     schedule = recipe.make_schedule(optimizer)
@@ -130,7 +130,6 @@ def test_schedule():
     expected = [0.01 * step / 4 for step in range(4)] + [0.01] * 12 + [0.001] * 6 + [0.0001] * 2
     assert [rate.pop() for rate in rates] == pytest.approx(expected) and not any(rates)
     assert {g['lr_scale'] for g in optimizer.param_groups} == {1, 0.1}
-    assert Recipe(steps=9, batch=8, optimizer='adamw', lr=1e-4, warmup=0).rate == 1e-4
 
 
 @pytest.mark.parametrize('values, message', [

@@ -64,7 +64,7 @@ def test_script(root, tmp_path, capsys):
     # another recipe is refused, and so are other classes and other scripts
     capsys.readouterr()
     assert main(*args, '--output', tmp_path / 'whole', '--lr', '1e-2') == 1
-    assert 'is of another run: lr is 0.01, was 0.02' in capsys.readouterr().err
+    assert 'is of another run: lr is 0.01, was 0.0025' in capsys.readouterr().err
     for split in ('train', 'val'):
         made, pictures = content(split)
         made['categories'][0]['name'] = 'long'
@@ -165,14 +165,22 @@ def test_defaults():
     from scripts.detection.train import parse_args, recipe_of
     args = parse_args(['--output', 'x'])
     recipe, config = recipe_of(args, 1000)
-    assert (recipe.optimizer, recipe.rate, recipe.weight_decay, recipe.steps, recipe.warmup) == (
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.steps, recipe.warmup) == (
         'sgd', 0.02, 1e-4, 750, 75)
     assert (config['frozen_stages'], config['frozen_bn'], config['short']) == (0, False, [800])
     args = parse_args(['--output', 'x', '--preset', 'adamw', '--init', 'default', '--batch', '8', '--clip', '1'])
     recipe, config = recipe_of(args, 118_000)
-    assert (recipe.optimizer, recipe.rate, recipe.clip, recipe.warmup) == ('adamw', 1e-4, 1.0, 500)
+    assert (recipe.optimizer, recipe.lr, recipe.clip, recipe.warmup) == ('adamw', 1e-4, 1.0, 500)
     assert (config['frozen_stages'], config['frozen_bn']) == (1, True)
     assert parse_args(['--output', 'x', '--init', 'a', '--no-frozen-bn']).frozen_bn is False
+
+
+@pytest.mark.parametrize('args, rate', [
+    (['--batch', '2'], 0.0025), (['--batch', '2', '--lr', '0.01'], 0.01), (['--preset', 'adamw', '--batch', '2'], 1e-4),
+    (['--preset', 'adamw', '--batch', '1', '--lr', '2e-4'], 2e-4), (['--batch', '8', '--optimizer', 'adamw'], 0.02)])
+def test_learning_rate(args, rate):
+    """One that is given is the rate, and SGD's usual one goes with the batch."""
+    assert recipe_of_args(*args).lr == rate
 
 
 @pytest.mark.parametrize('args, epochs, milestones', [
