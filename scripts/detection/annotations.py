@@ -2,7 +2,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts.results import cores
-from scripts.training.images import DataError, is_turned, read_image
+from scripts.training.images import DataError, is_turned, open_image, read_image
 
 MARGIN = 1.0  # pixels that a box may reach over its image, as boxes are rounded; it is clipped
 LEAST = 1e-3  # pixels of the shortest side of a box with an area
+SPLITS = ('train', 'val', 'test')
 NAMED = 5  # problems that a message names
 
 Sample = tuple[np.ndarray, dict[str, np.ndarray]]
@@ -201,14 +202,18 @@ class CocoImages(Dataset[Sample]):
         """Give masks with the boxes from now on.
 
         Raises:
-            DataError: An annotation has no `segmentation`.
+            As `check_masks`.
         """
+        self.check_masks()
+        self.with_masks = True
+
+    def check_masks(self) -> None:
+        """Raises DataError where an annotation has no `segmentation`."""
         for entry in self.entries:
             for a in entry.annotations:
                 if not a.get('segmentation'):
                     raise DataError(f'{self.file}: annotation {a["id"]} of image {entry.id} ({entry.path.name}) has no '
                                     'segmentation, which a detector of masks needs')
-        self.with_masks = True
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -257,19 +262,22 @@ class CocoImages(Dataset[Sample]):
         coco.createIndex()
         return coco
 
-    def check_files(self, threads: int = 0) -> None:
-        """Look into the header of every image.
+    def check_files(self, whole: bool = False, threads: int = 0) -> None:
+        """Look into every image.
 
         Args:
+            whole: Read the images, in place of their headers alone.
             threads: That read; 0 for one per core.
 
         Raises:
-            DataError: An image cannot be opened, or has another size than in the annotations.
+            DataError: An image cannot be opened or read, or has another size than in the annotations.
         """
         def problem(entry: Entry) -> str:
             try:
-                with Image.open(entry.path) as image:
+                with open_image(entry.path) if whole else Image.open(entry.path) as image:
                     size, turned = image.size, is_turned(image)
+            except DataError as e:
+                return f'{self.file}: image {entry.id}: {e}'
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
                 return f'{self.file}: image {entry.id}: {entry.path} cannot be opened ({e})'
             return '' if size == (entry.width, entry.height) else _size_problem(self.file, entry, size, turned)
@@ -303,14 +311,25 @@ class DetectionData:
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
-    def check(self, names: Iterable[str] = ('train', 'val', 'test')) -> str:
+    def check(
+            self,
+            names: Iterable[str] = SPLITS,
+            masks: bool = False,
+            whole: Collection[str] = ('val', 'test'),
+    ) -> str:
         """Look into the files of some splits.
+
+        Args:
+            names: The splits.
+            masks: All annotations need a `segmentation`.
+            whole: Splits whose images are read; of others it is their headers.
 
         Returns:
             What is in them, in words.
 
         Raises:
-            DataError: A split has other categories than `train`, no images or no boxes; or a file is wrong.
+            DataError: A split has other categories than `train`, no images or no boxes; an annotation has no
+                `segmentation` where it needs one; or a file is wrong.
         """
         lines: list[str] = []
         seen: list[CocoImages] = []
@@ -324,7 +343,9 @@ class DetectionData:
                                 f'{self.train.categories}')
             if not split.boxes:
                 raise DataError(f'{split.file}: there are no boxes')
-            split.check_files()
+            if masks:
+                split.check_masks()
+            split.check_files(name in whole)
             empty = sum(not len(e.labels) for e in split.entries)
             left = f', {split.left_out} annotations with a wrong box left out' if split.left_out else ''
             lines.append(f'{name}: {len(split)} images, {split.boxes} boxes, {empty} images without a box{left}')

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from scripts.detection.annotations import CocoImages, DetectionData, import_coco
+from scripts.detection.annotations import SPLITS, CocoImages, DetectionData, import_coco
 from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
 from scripts.detection.evaluation import evaluate
@@ -61,7 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('data').add_argument
     add('--data', choices=DATA_SETS, help="(default: trees; with --eval the checkpoint's); folder: see below")
     add('--root', type=Path, help='folder of the data set (trees: the cache folder, which has a default)')
-    add('--check-data', action='store_true', help='do not train: read all annotations, look into all images')
+    add('--check-data', action='store_true', help='do not train: read all annotations and all images, and say '
+        'what is wrong; with --detector mask_rcnn for masks too')
     add('--anyway', action='store_true',
         help='leave out annotations whose box is wrong: outside of its image, negative, or without area')
     add('--keep-empty', action='store_true', help='train on images without a box too')
@@ -154,9 +155,14 @@ def network_of(config: dict[str, Any], classes: int) -> Built:
     return build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
 
 
+def needs_masks(detector: str) -> bool:
+    """Whether a detector is trained and tested with masks."""
+    return detector == 'mask_rcnn'
+
+
 def samples_of(split: CocoImages, config: dict[str, Any]) -> Samples:
     """The training images of a configuration, in its order."""
-    if config['detector'] == 'mask_rcnn':
+    if needs_masks(config['detector']):
         split.need_masks()
     if not config['keep_empty']:
         split = split.with_boxes()
@@ -184,7 +190,7 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
     import_coco()
     data = open_data(args.data or config['data'], args.root, args.anyway or config['anyway'])
     check_classes(args.eval, config, data.classes, data.name)
-    world.first(lambda: world.say(data.check([args.split])))
+    world.first(lambda: world.say(data.check([args.split], needs_masks(config['detector']))))
     built = network_of({**config, 'init': ''}, len(data.classes))
     built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
     folder = args.output or args.eval.parent
@@ -194,7 +200,8 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def run_check(args: argparse.Namespace) -> None:
     """--check-data: print what is in the data set."""
-    print(open_data(args.data, args.root, args.anyway).check())
+    data = open_data(args.data, args.root, args.anyway)
+    print(data.check(masks=needs_masks(args.detector), whole=SPLITS))
 
 
 def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
@@ -207,7 +214,7 @@ def run_training(args: argparse.Namespace, world: World) -> dict[str, Any] | Non
     samples = samples_of(data.train, config)
     config['classes'] = list(data.classes)
     try_network(lambda: network_of({**config, 'init': ''}, len(data.classes)))
-    with run_folder(args, config, world, data.check):
+    with run_folder(args, config, world, lambda: data.check(masks=needs_masks(args.detector))):
         return train_and_test(args, world, recipe, config, data, samples)
 
 

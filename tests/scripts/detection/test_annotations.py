@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from scripts.detection.annotations import CocoImages
+from scripts.detection.annotations import SPLITS, CocoImages
 from scripts.detection.data import open_data
 from scripts.training.images import DataError
 from tests.support.detection_cases import content, write, write_folder
@@ -136,6 +136,18 @@ def test_wrong_files(tmp_path):
         data.train[2]
     with pytest.raises(DataError, match='t3.png: the image cannot be read'):
         data.train[3]
+
+
+@pytest.mark.parametrize('split, where', [('train', 't2.png'), ('val', 'v1.png')])
+def test_cut_image(split, where, tmp_path):
+    """A header that is whole says nothing of the pixels: images to validate are read, those to train if asked for."""
+    path = write_folder(tmp_path) / split / where
+    path.write_bytes(path.read_bytes()[:-path.stat().st_size // 2])
+    data = open_data('folder', tmp_path)
+    if split == 'train':
+        data.check()
+    with pytest.raises(DataError, match=f'{where}: the image cannot be read'):
+        data.check(whole=SPLITS if split == 'train' else ('val', 'test'))
 
 
 def test_other_categories(tmp_path):

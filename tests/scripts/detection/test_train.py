@@ -219,6 +219,14 @@ def test_data_errors(root, tmp_path, capsys):
     assert 'eps' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+def test_check_for_masks(tmp_path, capsys):
+    """Data without masks are those of a detector of boxes."""
+    args = ['--data', 'folder', '--check-data', '--root', write_folder(tmp_path, masks=False)]
+    assert main(*args) == 0
+    assert main(*args, '--detector', 'mask_rcnn') == 1
+    assert 'annotation 1 of image 10 (t0.png) has no segmentation' in capsys.readouterr().err
+
+
 def test_without_pycocotools(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pycocotools', None)
     from scripts.detection import train as train_detector
