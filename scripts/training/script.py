@@ -45,6 +45,7 @@ def run_script(
         if args.check_data:
             check(args)
             return
+        check_output(args.output)
         with processes(args.device) as world:
             result = train(args, world) if args.eval is None else evaluate(args, world)
             if world.main and result is not None:
@@ -54,6 +55,13 @@ def run_script(
 
     last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
     return exit_status(name, work, last)
+
+
+def check_output(output: Path | None) -> None:
+    """Raises NotADirectoryError where --output is a file, or would lie in one."""
+    there = next((path for path in (output, *output.parents) if path.exists()), None) if output is not None else None
+    if there is not None and not there.is_dir():
+        raise NotADirectoryError(f'--output wants a folder, and {there} is a file')
 
 
 @contextmanager

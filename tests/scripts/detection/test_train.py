@@ -214,6 +214,8 @@ def test_data_errors(root, tmp_path, capsys):
         assert err.startswith('detection.train: ') and f'{root}/val/annotations.json: annotation 1 of image 10' in err
     assert not (tmp_path / 'out').exists()
     assert main('--data', 'folder', '--check-data', '--anyway', '--root', root) == 0
+    assert main(*OPTIONS, '--output', root / 'val' / 'v0.png', '--root', root, '--anyway') == 1
+    assert f'--output wants a folder, and {root}/val/v0.png is a file' in capsys.readouterr().err
     assert main(*OPTIONS, '--output', tmp_path / 'out', '--root', root, '--anyway', '--detector', 'mask_rcnn',
                 '--fadc', 'eps=-1') == 1
     assert 'eps' in capsys.readouterr().err and not (tmp_path / 'out').exists()

@@ -372,6 +372,17 @@ def test_wrong_options_come_before_wrong_data(args, message, folder, tmp_path, c
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('output', ['file', 'file/out'])
+def test_output_is_a_file(output, folder, tmp_path, capsys, monkeypatch):
+    """It is refused before a network is built."""
+    pytest.importorskip('segmentation_models_pytorch')
+    from scripts.segmentation import train as train_segmentation
+    monkeypatch.delattr(train_segmentation, 'build')
+    (tmp_path / 'file').touch()
+    assert main(*OPTIONS, '--root', folder, '--output', tmp_path / output) == 1
+    assert f'--output wants a folder, and {tmp_path}/file is a file' in capsys.readouterr().err
+
+
 def test_warmup_of_short_runs():
     pytest.importorskip('segmentation_models_pytorch')
     from scripts.segmentation.train import parse_args, recipe_of
