@@ -22,7 +22,7 @@ from .official import convert_checkpoint
 
 __all__ = [
     'AUTHORS', 'Checkpoint', 'Converted', 'OPENMMLAB', 'RELEASES', 'TIMM', 'convert', 'pretrained_cfg',
-    'read_checkpoint', 'report', 'summary']
+    'read_checkpoint', 'report', 'summary', 'what_was_blocked']
 
 StateDict = Dict[str, Tensor]
 
@@ -77,6 +77,13 @@ class Converted(NamedTuple):
     writer: str
 
 
+def what_was_blocked(error: pickle.UnpicklingError) -> str:
+    """Why torch.load with weights_only=True refused a file; torch's own text recommends to load it nevertheless."""
+    text = str(error)
+    found = re.search(r'(Unsupported global|Trying to load unsupported GLOBAL).*?(?=\.(\s|$))', text, re.DOTALL)
+    return f'weights_only=True blocked it{f" ({found.group()})" if found else ""}'
+
+
 def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     """Read a .safetensors file, or a pickle without running code that it may contain.
 
@@ -104,10 +111,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        # torch's text recommends to load it nevertheless
-        found = re.search(r'(Unsupported global|Trying to load unsupported GLOBAL).*?(?=\.(\s|$))', str(e), re.DOTALL)
-        what = f' ({found.group()})' if found else ''
-        raise RuntimeError(f'{path} cannot be read as weights: weights_only=True blocked it{what}') from e
+        raise RuntimeError(f'{path} cannot be read as weights: {what_was_blocked(e)}') from e
     except (SafetensorError, EOFError, RuntimeError, KeyError) as e:
         raise RuntimeError(f'{path} cannot be read as weights: {e}') from e
     if not isinstance(content, Mapping):

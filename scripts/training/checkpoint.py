@@ -1,5 +1,6 @@
 """Files of a run: its checkpoint and its CSV logs. Whenever a process is killed, they are those of some step."""
 import csv
+import pickle
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 
 from fadc_timm._writing import write_atomically
+from fadc_timm.checkpoints.convert import what_was_blocked
+from fadc_timm.models._checkpoint import why_unreadable
 from scripts.results import write_csv
 
 
@@ -38,9 +41,14 @@ def read_state(
         RuntimeError: There is no such file, it is damaged, or it is no checkpoint of a run, or one of another script.
     """
     try:
+        reason = why_unreadable(str(path))
+        if reason:
+            raise RuntimeError(f'it is {reason}')
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise RuntimeError(f'{path}: no such checkpoint') from None
+    except pickle.UnpicklingError as e:
+        raise RuntimeError(f'{path} cannot be read as a checkpoint: {what_was_blocked(e)}') from e
     except Exception as e:
         raise RuntimeError(f'{path} cannot be read as a checkpoint: {e}') from e
     if not isinstance(state, dict) or 'config' not in state or 'step' not in state:

@@ -44,6 +44,14 @@ def test_checkpoint_errors(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint'):
         load_checkpoint(path, {})
+    for content, message in ((b'import torch', 'it is cut off, or not a file of torch.save'), (b'', 'it is cut off')):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=f'last.pt cannot be read as a checkpoint: {message}'):
+            load_checkpoint(path, {})
+    torch.save({'step': 1, 'config': {}, 'model': os.system}, path)
+    with pytest.raises(RuntimeError, match='weights_only=True blocked it [^\n]*system[^\n]*$') as e:
+        load_checkpoint(path, {})
+    assert 'arbitrary code' not in str(e.value)
     torch.save([1], path)
     with pytest.raises(RuntimeError, match='is no checkpoint of a training script'):
         load_checkpoint(path, {})
