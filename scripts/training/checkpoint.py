@@ -23,9 +23,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: tensors, numbers, strings, and lists and dictionaries of them.
 
     `model` (and `model_ema`) are the network's state dicts, where fadc_timm and timm look for them.
+
+    Raises:
+        RuntimeError: It cannot be written, for instance because the disk is full; the old file, if any, stays.
     """
     _remove_leftovers(path)
-    write_atomically(path, lambda part: torch.save(state, part))
+    try:
+        write_atomically(path, lambda part: torch.save(state, part))
+    except (OSError, RuntimeError) as e:
+        # torch names neither the file nor the system's error, and adds a trace of its C++ functions
+        guess = '' if isinstance(e, OSError) else ', is the disk full?'
+        reason = str(e).partition('\n')[0]
+        raise RuntimeError(f'{path} cannot be written{guess} ({reason})') from e
 
 
 def read_state(

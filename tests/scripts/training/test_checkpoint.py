@@ -57,6 +57,17 @@ def test_checkpoint_errors(tmp_path):
         load_checkpoint(path, {})
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has a disk that is always full')
+def test_full_disk(tmp_path, monkeypatch):
+    """The message names the file, and the old one stays."""
+    path, save = tmp_path / 'last.pt', torch.save
+    save_checkpoint(path, {'step': 1, 'config': {}})
+    monkeypatch.setattr(files.torch, 'save', lambda state, part: save(state, '/dev/full'))
+    with pytest.raises(RuntimeError, match='last.pt cannot be written, is the disk full[^\n]*$') as e:
+        save_checkpoint(path, {'step': 2, 'config': {}, 'model': torch.zeros(100_000)})
+    assert e.value.__cause__ is not None and load_checkpoint(path, {})['step'] == 1
+
+
 def test_log(tmp_path):
     """Rows after the checkpoint, and the half of a row that a killed process wrote, are taken back."""
     path = tmp_path / 'log.csv'
