@@ -144,7 +144,8 @@ class CocoImages(Dataset[Sample]):
             if not isinstance(name, str) or not name:
                 raise DataError(f'{file}: image {number} has no file_name')
             if any(type(side) is not int or side < 1 for side in size):
-                raise DataError(f'{file}: image {number} ({name}) has the width and height {size[0]!r} and {size[1]!r}')
+                raise DataError(f'{file}: image {number} ({name}) has the width and height {size[0]!r} and '
+                                f'{size[1]!r}; wanted are positive integers')
             if not (folder / name).is_file():
                 missing.append(f'{file}: image {number}: there is no file {folder / name}')
         if missing:

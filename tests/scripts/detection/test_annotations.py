@@ -104,6 +104,8 @@ def test_box_at_the_border(tmp_path):
     (change(id='4'), 'entry 3 of annotations has no id that is an integer'),
     (lambda made: made['images'][2].update(file_name='none.png'), 'image 12: there is no file'),
     (lambda made: made['images'][2].update(file_name=None), 'image 12 has no file_name'),
+    (lambda made: made['images'][2].pop('width'),
+     'image 12 (t2.png) has the width and height None and 64; wanted are positive integers'),
     (lambda made: made['images'][2].update(width=0), 'image 12 (t2.png) has the width and height 0 and 64'),
     (lambda made: made['images'][2].update(id=10), 'images has the id 10 twice'),
     (lambda made: made['categories'][1].update(name='wide'), "category 7 has the name of another one, 'wide'"),
