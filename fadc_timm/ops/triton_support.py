@@ -69,8 +69,9 @@ def why_not_on(device_type: str) -> Optional[str]:
         return _why_not_on_cuda()
     if device_type == 'meta' or (device_type == 'cpu' and is_interpreted()):
         return None
-    return (f'Triton does not run on {device_type}, except on a CPU if TRITON_INTERPRET=1 is in the environment before '
-            'the first use')
+    if device_type == 'cpu':
+        return 'Triton does not run on cpu without TRITON_INTERPRET=1 in the environment before the first use'
+    return f'Triton does not run on {device_type}'
 
 
 def why_not(x: Tensor) -> Optional[str]:
