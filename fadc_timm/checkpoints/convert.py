@@ -276,15 +276,16 @@ def _grouped(keys: List[str], most: int = 8) -> str:
 
 
 def summary(checkpoint: Checkpoint, converted: Converted) -> List[str]:
-    """How many keys were taken, added and left, and of what the left ones were."""
+    """How many keys were taken, added and left, and of what the left ones were; counts of batches are not told."""
     under = f', its tensors under {checkpoint.entry!r}' if checkpoint.entry else ''
     fadc = set(fadc_keys(converted.model))
-    other = [key for key in converted.added if key not in fadc]
+    # a batch norm's count of batches is of no use to a trained network, and many files lack it
+    other = [key for key in converted.added if key not in fadc and not key.endswith('.num_batches_tracked')]
     left = [*converted.left, *checkpoint.left]
     lines = [
         f'A checkpoint of {converted.writer}{under}.',
         f'taken  {len(converted.taken)} tensors of the model',
-        f'added  {len(converted.added) - len(other)} tensors of FADC, which start as the identity']
+        f'added  {len(fadc.intersection(converted.added))} tensors of FADC, which start as the identity']
     if other:
         lines.append(f'added  {len(other)} other tensors at their initial values: {_grouped(other)}')
     return [*lines, f'left   {len(left)} entries of the file{f": {_grouped(left)}" if left else ""}']

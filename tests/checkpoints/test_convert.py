@@ -184,6 +184,18 @@ def test_what_is_said(tmp_path, capsys):
     assert 'is a folder, wanted a file. The folder of a model is loaded with fadc_timm.load' in capsys.readouterr().err
 
 
+def test_counts_of_batches_are_not_told(tmp_path, capsys):
+    """Files that lack num_batches_tracked are whole for the summary; the list of keys has them."""
+    state = {k: v for k, v in trained('test_resnet').items() if not k.endswith('.num_batches_tracked')}
+    torch.save(state, tmp_path / 'x.pth')
+    args = ['convert', str(tmp_path / 'x.pth'), '--model', 'test_resnet_fadc', '--out', str(tmp_path / 'out')]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    added = len(fadc_keys(timm.create_model('test_resnet_fadc')))
+    assert f'added  {added} tensors of FADC' in out and 'other tensors' not in out
+    assert 'added  bn1.num_batches_tracked' in (tmp_path / 'out.keys.txt').read_text()
+
+
 def test_own_preprocessing_and_labels(convert, tmp_path):
     torch.save(create_fadc('test_resnet_fadc', num_classes=3).state_dict(), tmp_path / 'x.pth')
     (tmp_path / 'names.txt').write_text('caf\u00e9\nsea \nsky\n', encoding='utf-8-sig')
