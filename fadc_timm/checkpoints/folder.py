@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg, save_for_hf
 from torch import Tensor, nn
 
-__all__ = ['fixed_input', 'fixed_logits', 'is_model_folder', 'reload', 'write_folder']
+__all__ = ['check_cfg', 'fixed_input', 'fixed_logits', 'is_model_folder', 'reload', 'write_folder']
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -94,8 +94,14 @@ def _put(new: Path, out: Path, aside: Path) -> None:
             raise
 
 
-def _check_cfg(given: Dict[str, Any], num_classes: int, in_chans: int) -> None:
-    """Raise for entries of a configuration that timm does not know, or that do not fit the model."""
+def check_cfg(given: Dict[str, Any], num_classes: int, in_chans: int) -> None:
+    """Raises ValueError for entries of a configuration that timm does not know, or that do not fit the model.
+
+    Args:
+        given: The entries.
+        num_classes: Of the model.
+        in_chans: Of the model.
+    """
     unknown = sorted(set(given) - {field.name for field in fields(PretrainedCfg)})
     if unknown:
         raise ValueError(f'timm has no entry {", ".join(unknown)} in its configurations.')
@@ -173,7 +179,7 @@ def write_folder(
         own_cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # a dictionary, not a module
         cfg = {**own_cfg, **(pretrained_cfg or {})}
         in_chans = (model_args or {}).get('in_chans', getattr(model, 'in_chans', own_cfg['input_size'][0]))
-        _check_cfg(given, int(model.num_classes), in_chans)  # type: ignore[arg-type]
+        check_cfg(given, int(model.num_classes), in_chans)  # type: ignore[arg-type]
         cfg['input_size'] = (in_chans, *cfg['input_size'][1:])  # newer timm does it itself
         labels = cfg.pop('label_names', None)
         cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}

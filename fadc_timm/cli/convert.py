@@ -3,11 +3,13 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List
 
+import timm
 import torch
 from timm.utils import ParseKwargs
 
 from .._writing import write_atomically
-from ._common import CommandError
+from ..models._family import list_architectures
+from ._common import CommandError, check_model_name
 
 __all__ = ['add_parser']
 
@@ -36,46 +38,76 @@ def _read_labels(path: Path) -> List[str]:
     labels = [line.strip() for line in lines]
     empty = [str(i) for i, label in enumerate(labels, start=1) if not label]
     if empty:
-        raise ValueError(f'{path}: empty names of classes in the lines {", ".join(empty)}')
+        raise ValueError(f'empty names of classes in the lines {", ".join(empty)}')
     return labels
 
 
-def _own_cfg(args: argparse.Namespace, channels: int) -> Dict[str, Any]:
-    """The entries of config.json that the command line gives."""
+def _own_cfg(args: argparse.Namespace, num_classes: int, channels: int) -> Dict[str, Any]:
+    """The entries of config.json that the command line gives, checked: an error names its option."""
+    from ..checkpoints import check_cfg
     size = args.img_size
-    given = dict(
-        mean=args.mean, std=args.std, crop_pct=args.crop_pct, license=args.license,
-        label_names=_read_labels(args.labels) if args.labels else None,
-        input_size=(channels, size[0], size[-1]) if size else None)
+    given = {
+        '--mean': ('mean', args.mean), '--std': ('std', args.std), '--crop-pct': ('crop_pct', args.crop_pct),
+        '--license': ('license', args.license), '--labels': ('label_names', args.labels),
+        '--img-size': ('input_size', (channels, size[0], size[-1]) if size else None)}
     if size is not None and len(size) > 2:
-        raise ValueError(f'--img-size wants one or two numbers, got {len(size)}')
-    return {name: value for name, value in given.items() if value is not None}
+        raise CommandError(f'--img-size wants one or two numbers, got {len(size)}')
+    cfg: Dict[str, Any] = {}
+    for option, (name, value) in given.items():
+        if value is None:
+            continue
+        try:
+            cfg[name] = _read_labels(value) if option == '--labels' else value
+            check_cfg({name: cfg[name]}, num_classes, channels)
+        except (OSError, ValueError) as e:
+            raise CommandError(f'{option}{f" {value}" if option == "--labels" else ""}: {e}') from e
+    return cfg
+
+
+def _check_model(name: str) -> None:
+    """Raise CommandError where --model is no FADC model; one that a plug-in registers shows that when it is built."""
+    arch = name.partition('.')[0]
+    own = {a.name for a in list_architectures()}
+    if arch in own or not timm.is_model(arch) or timm.model_entrypoint(arch).__module__.startswith('timm.'):
+        try:
+            check_model_name(name)
+        except CommandError as e:
+            raise CommandError(f'--model: {e}') from e
 
 
 def _convert(args: argparse.Namespace) -> int:
     from ..checkpoints import convert, fixed_logits, is_model_folder, read_checkpoint, reload, write_folder
     from ..checkpoints.convert import AUTHORS, pretrained_cfg, report, summary
     keys = args.keys or args.out.parent / f'{args.out.resolve().name}.keys.txt'
+    if args.out.exists() and not is_model_folder(args.out):
+        raise CommandError(f'--out: {args.out} exists and is no folder of a model.')
+    _check_model(args.model)
     try:
-        if args.out.exists() and not is_model_folder(args.out):
-            raise FileExistsError(f'{args.out} exists and is no folder of a model.')
         checkpoint = read_checkpoint(args.source, use_ema=not args.no_ema)
         converted = convert(checkpoint, args.model, args.model_kwargs, args.release or 'december2024')
-        if args.release and converted.writer != AUTHORS:
-            raise ValueError("--release is for checkpoints of the authors' code, and this is none")
-        size = tuple(converted.model.pretrained_cfg['input_size'])  # type: ignore[index]  # a dictionary, not a module
-        size = (converted.model_args.get('in_chans', size[0]), *size[1:])
+    except TypeError as e:  # of an argument that the model does not know
+        raise CommandError(f'{"--model-kwargs" if args.model_kwargs else args.source}: {e}') from e
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as e:
+        raise CommandError(f'{args.source}: {e}') from e
+    if args.release and converted.writer != AUTHORS:
+        raise CommandError(f"--release is for checkpoints of the authors' code, and {args.source} is none")
+    size = tuple(converted.model.pretrained_cfg['input_size'])  # type: ignore[index]  # a dictionary, not a module
+    size = (converted.model_args.get('in_chans', size[0]), *size[1:])
 
-        def check(folder: Path) -> None:
-            a, b = (fixed_logits(model, size) for model in (converted.model, reload(folder)))
-            if not torch.equal(a, b):
-                raise RuntimeError('loaded again, the model computes something else')
+    def check(folder: Path) -> None:
+        a, b = (fixed_logits(model, size) for model in (converted.model, reload(folder)))
+        if not torch.equal(a, b):
+            raise RuntimeError('loaded again, the model computes something else')
 
-        cfg = {**pretrained_cfg(args.model, converted), **_own_cfg(args, size[0])}
+    own = _own_cfg(args, int(converted.model.num_classes), size[0])  # type: ignore[arg-type]
+    cfg = {**pretrained_cfg(args.model, converted), **own}
+    text = '\n'.join(report(checkpoint, converted)) + '\n'
+    try:
         write_folder(converted.model, args.out, pretrained_cfg=cfg, model_args=converted.model_args, check=check)
-        text = '\n'.join(report(checkpoint, converted)) + '\n'
         write_atomically(keys, lambda part: part.write_text(text, encoding='utf-8'))
-    except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError) as e:
+    except OSError as e:
+        raise CommandError(f'--out {args.out} or its list of keys {keys} cannot be written: {e}') from e
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as e:
         raise CommandError(f'{args.source}: {e}') from e
     print('\n'.join(summary(checkpoint, converted)))
     print(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)\nWrote {keys}: every key")

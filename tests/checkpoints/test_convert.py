@@ -224,10 +224,11 @@ def test_own_preprocessing_and_labels(convert, tmp_path):
             (('--img-size', -1), r'input_size must be \(3, height, width\) in pixels'),
             (('--labels', tmp_path / 'two.txt'), 'label_names has 2 names, and the model 3 classes'),
             (('--labels', tmp_path / 'twice.txt'), 'same name for several classes: a'),
-            (('--labels', tmp_path / 'gap.txt'), 'gap.txt: empty names of classes in the lines 2'),
+            (('--labels', tmp_path / 'gap.txt'), '--labels .*gap.txt: empty names of classes in the lines 2'),
             (('--labels', tmp_path / 'none.txt'), 'none.txt')):
         status, out = convert(*args, *wrong)
         assert status == 2 and re.search(message, out) and len(out.splitlines()) == 1, out
+        assert out.startswith(f'fadc-timm: error: {wrong[0]}') and 'x.pth' not in out
     assert (tmp_path / 'out' / 'config.json').read_bytes() == before
 
 
@@ -298,11 +299,16 @@ def test_refusals_leave_the_folder_alone(convert, tmp_path, capsys):
     torch.save({k: v for k, v in trained('test_resnet').items() if k != 'layer2.0.conv1.weight'}, bad)
     refused(r'missing keys: layer2\.0\.conv1\.weight; unexpected keys: none', bad, *options)
     refused('fits neither test_convnext_fadc', source, '--model', 'test_convnext_fadc', '--out', out)
-    refused('is no FADC model', source, '--model', 'test_resnet', '--out', out)
-    refused('Unknown model', source, '--model', 'nothing_fadc', '--out', out)
+    for name, message in (('test_resnet', "'test_resnet' is a plain timm model; with FADC it is 'test_resnet_fadc'"),
+                          ('test_vit', "no FADC model is called 'test_vit'"),
+                          ('nothing_fadc', "no FADC model is called 'nothing_fadc'"),
+                          ('test_resnet_fadc.none', "has no tag 'none'; it has: bluemarble_climate")):
+        refused(f'error: --model: .*{message}', source, '--model', name, '--out', out)
     refused('--release is for', source, *options, '--release', 'april2024')
     status, err = convert(source, '--model', 'test_resnet_fadc', '--out', VECTORS)
-    assert status == 2 and 'is no folder of a model' in err and (VECTORS / 'README.md').exists()
+    assert status == 2 and f'error: --out: {VECTORS} exists and is no folder of a model' in err
+    assert (VECTORS / 'README.md').exists()
+    refused('error: --model-kwargs: .*depht', source, *options, '--model-kwargs', 'depht=3')
 
 
 def dies(moment, args):
