@@ -33,9 +33,9 @@ Exit status: 0, or 2 where the checkpoint cannot be converted; the folder that w
 
 
 def _read_labels(path: Path) -> List[str]:
-    """The names of the classes in a text file, one per line."""
+    """The names of the classes in a text file, one per line; what follows a tab, as a colour does, is none of it."""
     lines = path.read_text(encoding='utf-8-sig').splitlines()  # without a byte order mark
-    labels = [line.strip() for line in lines]
+    labels = [line.partition('\t')[0].strip() for line in lines]
     empty = [str(i) for i, label in enumerate(labels, start=1) if not label]
     if empty:
         raise ValueError(f'empty names of classes in the lines {", ".join(empty)}')
@@ -134,6 +134,7 @@ def add_parser(commands: Any) -> None:
     own.add_argument('--img-size', type=int, nargs='+', metavar='N', help='side of the input, or height and width')
     own.add_argument('--crop-pct', type=float, metavar='F',
                      help='share of the image that the centre crop keeps, up to 1')
-    own.add_argument('--labels', type=Path, metavar='FILE', help='names of the classes in their order, one per line')
+    own.add_argument('--labels', type=Path, metavar='FILE',
+                     help='names of the classes in their order, one per line; classes.txt of a segmentation is one')
     own.add_argument('--license', metavar='NAME', help='licence of the weights, by its name on the Hub')
     p.set_defaults(run=_convert)

@@ -198,7 +198,7 @@ def test_counts_of_batches_are_not_told(tmp_path, capsys):
 
 def test_own_preprocessing_and_labels(convert, tmp_path):
     torch.save(create_fadc('test_resnet_fadc', num_classes=3).state_dict(), tmp_path / 'x.pth')
-    (tmp_path / 'names.txt').write_text('caf\u00e9\nsea \nsky\n', encoding='utf-8-sig')
+    (tmp_path / 'names.txt').write_text('caf\u00e9\nsea \t#00ff00\nsky\t\n', encoding='utf-8-sig')
     args = (tmp_path / 'x.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
     own = ('--mean', .1, .2, .3, '--std', .4, .5, 1, '--img-size', 96, 128, '--crop-pct', .8, '--labels',
            tmp_path / 'names.txt', '--license', 'mit')
