@@ -13,6 +13,7 @@ from scripts.segmentation.pairs import IGNORE
 
 DPI = 100
 GREY = 128
+OPACITY = 0.9  # of labels beside their image: the legend has their colours, and edges still show through
 FONT = 9  # points, 1/72 inch
 # Inches: least and greatest long side of an image in a picture, least width of the picture, and room: between images,
 # for their titles, between columns of the legend.
@@ -20,7 +21,7 @@ PANEL, LEAST_WIDTH = (3.6, 9.0), 7.2
 GAP, TITLE, SPACE = 0.15, 0.3, 0.15
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = OPACITY) -> np.ndarray:
     """Lays the colours of labels over an image.
 
     Args:

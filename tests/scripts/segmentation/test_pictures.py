@@ -33,6 +33,8 @@ def test_prediction():
     expected = overlay(image, truth, PALETTE)
     expected[truth == 255] = 128
     assert all(map(np.array_equal, shown, (image, expected, overlay(image, prediction, PALETTE))))
+    colour = shown[1][truth == 0].mean(0)
+    assert np.abs(colour - PALETTE[0]).max() < 26  # that of the legend, nearly
     legend, = fig.legends
     assert [text.get_text() for text in legend.get_texts()] == ['road', 'sky', 'tree', '(ignored)']
     assert np.allclose([patch.get_facecolor()[:3] for patch in legend.get_patches()[:3]], PALETTE / 255)
