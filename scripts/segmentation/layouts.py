@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.segmentation.pairs import IGNORE, Pair, Pairs, SegmentationData, Stored, files_in, match, stored_as
-from scripts.training.images import IMAGE_SUFFIXES, DataError, colours
+from scripts.training.images import IMAGE_SUFFIXES, DataError, colours, colours_beside
 
 # The 19 evaluated classes of Cityscapes in the order of their train ids: number in *_labelIds.png, name, colour.
 CITYSCAPES = (
@@ -106,8 +106,8 @@ def cityscapes(root: Path) -> SegmentationData:
 
 def _classes_txt(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     lines = _lines(path)
-    palette = colours(len(lines))
-    names = []
+    names: list[str] = []
+    given = {}
     for i, line in enumerate(lines):
         found = re.fullmatch(r'\s*([^\t]*[^\t ])\s*(?:\t\s*#([0-9a-fA-F]{6})\s*)?', line)
         if not found:
@@ -116,11 +116,11 @@ def _classes_txt(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
             raise DataError(f'{path}, line {i + 1}: {found[1]!r} is there twice')
         names.append(found[1])
         if found[2]:
-            palette[i] = _rgb(int(found[2], 16))
+            given[i] = _rgb(int(found[2], 16))
     if not 2 <= len(names) <= IGNORE:
         hint = '; the background is a class too' if len(names) == 1 else ''
         raise DataError(f'{path}: {len(names)} classes; wanted are 2 to {IGNORE}, one per line{hint}')
-    return tuple(names), palette
+    return tuple(names), colours_beside(len(names), given)
 
 
 def _folder_values(classes: int, mask_values: Sequence[int] | None, ignore_values: Sequence[int] | None) -> Stored:

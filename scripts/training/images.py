@@ -1,6 +1,6 @@
 """Images in files, everything that can be wrong with one of them, and colours to draw classes in."""
 import colorsys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,8 @@ from PIL.ExifTags import Base
 from fadc_timm.visualize.images import check_frames
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+NEAR = 80  # distance of two colours in RGB that are easily taken for each other
 
 
 class DataError(ValueError):
@@ -64,3 +66,17 @@ def colours(count: int) -> np.ndarray:
     """A palette (count, 3) uint8: hues a golden section apart, so that neighbours differ, at varying brightness."""
     rgb = [colorsys.hsv_to_rgb(0.618034 * i % 1, (0.85, 0.55)[i // 2 % 2], (0.95, 0.7)[i % 2]) for i in range(count)]
     return np.round(255 * np.array(rgb)).astype(np.uint8).reshape(count, 3)
+
+
+def colours_beside(count: int, given: Mapping[int, tuple[int, int, int]]) -> np.ndarray:
+    """A palette (count, 3) uint8 in which some colours are given, and the others are not near these if that can be."""
+    made = colours(4 * count)
+    distances = [np.linalg.norm(made - np.array(colour, dtype=float), axis=1) for colour in given.values()]
+    near = np.min([np.full(len(made), np.inf), *distances], axis=0) < NEAR
+    spare = iter(made[count:][~near[count:]])
+    for i in range(count):
+        if i in given:
+            made[i] = given[i]
+        elif near[i]:
+            made[i] = next(spare, made[i])
+    return made[:count]

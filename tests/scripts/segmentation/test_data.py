@@ -8,6 +8,7 @@ from PIL import Image
 
 from scripts.segmentation.data import DataError, open_data
 from scripts.segmentation.layouts import CITYSCAPES
+from scripts.training.images import colours
 from tests.support.segmentation_cases import mask_of, picture_of, put
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -58,6 +59,20 @@ class TestLayouts:
         image, mask = data.val[1]
         assert image.dtype == mask.dtype == np.uint8
         assert np.array_equal(image, picture_of(11)) and np.array_equal(mask, mask_of([0, 1, 2, 255]))
+
+    @pytest.mark.parametrize('given', [{1: (255, 0, 0)}, {0: (240, 40, 40), 2: (25, 50, 180)}, {}])
+    def test_colours_beside_given_ones(self, given, tmp_path):
+        """A class without a colour gets none that is easily taken for a given one."""
+        root = make_folder(tmp_path)
+        names = ('road', 'sky', 'tree', 'house')
+        (root / 'classes.txt').write_text('\n'.join(
+            name + (f'\t#{bytes(given[i]).hex()}' if i in given else '') for i, name in enumerate(names)))
+        palette = open_data('folder', root).palette.astype(float)
+        for i, colour in enumerate(palette):
+            assert i not in given or tuple(colour) == given[i]
+            assert all(np.linalg.norm(colour - other) > 75 for other in np.delete(palette, i, 0))
+        if not given:
+            assert np.array_equal(palette, colours(4))
 
     def test_byte_order_mark(self, tmp_path):
         """Windows' editors write it; it is no part of a name."""
