@@ -39,7 +39,7 @@ class DilationRecord(NamedTuple):
 
 def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
     """Orthonormal rows: for the frequencies up to the cutoff (m, window), for the higher ones (window - m, window)."""
-    i = torch.arange(window, dtype=torch.float64)
+    i = torch.arange(window, dtype=torch.float64, device='cpu')
     rows = [torch.full_like(i, window ** -0.5)]
     for k in range(1, window // 2 + 1):
         angle = 2 * math.pi * k / window * i

@@ -208,7 +208,8 @@ class FADConv2d(nn.Conv2d):
             **cfg: Arguments of FADConv2d beyond those of `nn.Conv2d`; padding_mode replaces the convolution's.
 
         Raises:
-            TypeError: conv is of another class, whose forward may compute something else.
+            TypeError: conv is of another class, whose forward may compute something else; or an argument is one of
+                `nn.Conv2d`.
             ValueError: conv has a kernel, stride or padding that FADConv2d has not, or hooks, which would be lost.
         """
         if type(conv) is not nn.Conv2d:
@@ -225,6 +226,9 @@ class FADConv2d(nn.Conv2d):
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
             bias=conv.bias is not None, padding_mode=conv.padding_mode,
             device=conv.weight.device, dtype=conv.weight.dtype)
+        wrong = sorted((set(args) - {'padding_mode', 'device', 'dtype'}) & set(cfg))
+        if wrong:
+            raise TypeError(f'FADConv2d.from_conv takes {", ".join(wrong)} from the convolution.')
         new = cls(**{**args, **cfg})
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)

@@ -70,6 +70,8 @@ class NeighborhoodAttention(nn.Module):
             raise ValueError(f'dilation must be an integer of at least 1, or two of them, got {dilation!r}.')
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f'backend must be None or one of {", ".join(BACKENDS)}, got {backend!r}.')
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f'attn_drop must be at least 0 and less than 1, got {attn_drop!r}.')
         self.dim = dim
         self.num_heads = num_heads
         self.kernel_size = kernel_size

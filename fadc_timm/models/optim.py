@@ -54,6 +54,8 @@ def param_groups(
     for name, value in (('lr', lr), ('fadc_scale', fadc_scale), ('weight_decay', weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}.')
+    if isinstance(also, str):
+        raise ValueError(f'also must be a collection of names of parameters, got the string {also!r}.')
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = sorted(set(also) - set(parameters))
     if unknown:

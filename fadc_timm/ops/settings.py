@@ -10,7 +10,7 @@ The operators read each variable at every call.
 Not ours, and read by Triton when its kernels are first imported: with `TRITON_INTERPRET=1` they run on a CPU.
 """
 import os
-from typing import Any, Collection, Optional
+from typing import Any, Collection, List, Optional
 
 __all__ = ['add_backends', 'check_name', 'named_backend', 'set_backend', 'workspace_bytes']
 
@@ -46,8 +46,9 @@ class set_backend:
     """Choose the backend for all calls that name none, from now on, or in a `with` block until its end.
 
     It comes before the choice by device, and before that of the environment variable FADC_TIMM_BACKEND, which is read
-    at every call. As with every named backend, a case that it cannot run raises, and does not fall back. The setting is
-    the process's, for all of its threads. 'triton' goes for FreqSelect's band mix too.
+    at every call, except in a compiled graph if it was unset when the graph was made. As with every named backend, a
+    case that it cannot run raises, and does not fall back. The setting is the process's, for all of its threads: blocks
+    of two threads have to follow each other, or to be nested. 'triton' goes for FreqSelect's band mix too.
     """
 
     def __init__(self, name: Optional[str]) -> None:
@@ -58,16 +59,25 @@ class set_backend:
         Raises:
             ValueError: There is no such backend.
         """
+        self.name = None if name is None else check_name(name)
+        self.previous: List[Optional[str]] = []
+        self._set()
+        self.is_set = True
+
+    def _set(self) -> None:
         global _override
-        self.previous = _override
-        _override = None if name is None else check_name(name)
+        self.previous.append(_override)
+        _override = self.name
 
     def __enter__(self) -> 'set_backend':
+        if not self.is_set:  # a second block
+            self._set()
+        self.is_set = False
         return self
 
     def __exit__(self, *args: Any) -> None:
         global _override
-        _override = self.previous
+        _override = self.previous.pop()
 
 
 def named_backend() -> Optional[str]:

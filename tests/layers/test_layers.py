@@ -160,6 +160,8 @@ def test_options_of_older_versions():
         read_options(dict(ada_dr='no'))
     with pytest.raises(TypeError, match='sampling'):
         FADConv2d.from_conv(nn.Conv2d(4, 4, 3), ada_dr=True)
+    with pytest.raises(TypeError, match='takes kernel_size, stride from the convolution'):
+        FADConv2d.from_conv(nn.Conv2d(4, 4, 3), kernel_size=5, stride=2)
 
 
 # from_conv

@@ -87,6 +87,7 @@ def test_with_the_call_of_train_py():
 @pytest.mark.parametrize('change, message', [
     (dict(lr=-1.), 'lr must be a finite number, at least 0, got -1.0'), (dict(fadc_scale=float('nan')), 'fadc_scale'),
     (dict(weight_decay=-0.1), 'weight_decay'), (dict(also=['weight', 'offset.bias']), 'no parameters offset.bias'),
+    (dict(also='weight'), "collection of names of parameters, got the string 'weight'"),
 ])
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):

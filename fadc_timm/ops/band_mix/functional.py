@@ -71,6 +71,25 @@ def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str
         return fused.forward(exact, steps, factors) if backend == 'fused' else _written_out(exact, steps, factors)
 
 
+@torch.jit.unused
+def _check(x: Tensor, weights: Tensor, factors: List[int]) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
+    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in factors):
+        raise ValueError(f'factors must be integers of at least 1, got {factors!r}.')
+    bands = len(factors)
+    if x.dim() != 4 or weights.dim() != 5 or weights.shape[1] not in (bands, bands + 1) or (
+            weights.shape[2] < 1 or x.shape[1] % weights.shape[2]):
+        raise ValueError(
+            f'x must be (B, C, H, W) and weights (B, M, S, H, W), M {bands} or {bands + 1} for {bands} factors and S a '
+            f'divisor of C; got {tuple(x.shape)} and {tuple(weights.shape)}.')
+    # while a graph is made, sizes may be symbolic, about which it must not ask
+    if not is_exporting() and not torch.compiler.is_compiling() and (
+            x.shape[0] != weights.shape[0] or x.shape[2:] != weights.shape[3:]):
+        raise ValueError(f'x (B, C, H, W) and weights (B, M, S, H, W) must have the same B, H and W, got '
+                         f'{tuple(x.shape)} and {tuple(weights.shape)}.')
+
+
 def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str] = None) -> Tensor:
     """Split a map at 1/f of the Nyquist frequency for each factor, weigh each band at every position, and add up.
 
@@ -88,12 +107,14 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
         (B, C, H, W) in the dtype and memory format of x.
 
     Raises:
-        ValueError: There is no such backend.
+        TypeError: x has no floating point dtype.
+        ValueError: There is no such backend, the shapes of x and weights do not fit, or a factor is no integer above 0.
         NotImplementedError: 'triton' cannot run: Triton is missing or too old, or the device or dtype is not for it.
     """
     if torch.jit.is_scripting():
         exact, steps = _exact(x, weights, factors)
         return match_layout(_written_out(exact, steps, factors).to(x.dtype), x)
+    _check(x, weights, factors)
     return match_layout(_eager(x, weights, factors, backend).to(x.dtype), x)
 
 

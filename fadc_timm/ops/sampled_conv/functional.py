@@ -53,6 +53,8 @@ def _check_map_and_kernel(x: Tensor, weight: Tensor, groups: int) -> None:
         raise ValueError(f'x must have shape (B, C, H, W), got {tuple(x.shape)}.')
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f'x (B, C, H, W) must have at least one pixel, got {tuple(x.shape)}.')
+    if x.shape[1] < 1:
+        raise ValueError(f'x (B, C, H, W) must have a channel, got {tuple(x.shape)}.')
     if not x.is_floating_point():
         raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
@@ -64,6 +66,8 @@ def _check_map_and_kernel(x: Tensor, weight: Tensor, groups: int) -> None:
     o, _, k, kw = weight.shape
     if k != kw:
         raise ValueError(f'weight must be (O, C/groups, k, k) with one kernel size, got {tuple(weight.shape)}.')
+    if o < 1:
+        raise ValueError(f'weight (O, C/groups, k, k) must have an output channel, got {tuple(weight.shape)}.')
     if o % groups:
         raise ValueError(f'groups={groups} does not divide the {o} output channels of weight {tuple(weight.shape)}.')
 

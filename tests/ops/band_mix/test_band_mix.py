@@ -168,3 +168,20 @@ def test_flops():
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'fft'.*fused, written_out"):
         mix_bands(*make_inputs(4, 4, 2), [2, 4], 'fft')
+
+
+@pytest.mark.parametrize('backend', ['fused', 'written_out', 'triton'])
+@pytest.mark.parametrize('weights, factors, message', [
+    ((2, 5, 1, 9, 10), [2, 4, 8], 'M 3 or 4 for 3 factors'), ((2, 2, 1, 9, 10), [2, 4, 8], 'M 3 or 4 for 3 factors'),
+    ((2, 3, 3, 9, 10), [2, 4, 8], 'S a divisor of C'),
+    ((2, 3, 9, 10), [2, 4, 8], r'got \(2, 4, 9, 10\) and \(2, 3, 9, 10\)'),
+    ((3, 3, 1, 9, 10), [2, 4, 8], 'the same B, H and W'), ((2, 3, 1, 1, 1), [2, 4, 8], 'the same B, H and W'),
+    *(((2, 1, 1, 9, 10), [f], 'factors must be integers of at least 1') for f in (0, -2, 2.5, True)),
+], ids=str)
+def test_bad_input(weights, factors, message, backend):
+    """Each backend would drop, stretch or truncate something else."""
+    x, weights = torch.ones(2, 4, 9, 10), torch.ones(weights)
+    with pytest.raises(ValueError, match=message):
+        mix_bands(x, weights, factors, backend)
+    with pytest.raises(TypeError, match='floating point dtype, got torch.int64'):
+        mix_bands(x.long(), weights, factors, backend)

@@ -283,6 +283,14 @@ def test_mean(size, k, d):
         neighborhood_mean2d(torch.zeros(1, 2, 20, 3), k, d)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_mean_in_half_precision(dtype):
+    """Sums of halves would overflow, and lose digits."""
+    x = torch.full((1, 14, 15, 2), 1e4) + torch.randn(1, 14, 15, 2)
+    y = neighborhood_mean2d(x.to(dtype), 13)
+    assert y.dtype == dtype and error(y, neighborhood_mean2d(x.to(dtype).double(), 13)) < torch.finfo(dtype).eps
+
+
 def test_dropout():
     """It keeps the mean, and only the backends that have it take it."""
     q, k, v = make_inputs((8, 8), 5, False, c=1)

@@ -5,6 +5,7 @@ from torch.utils._pytree import tree_map
 
 from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, deform_conv2d, list_backends, set_backend
 from fadc_timm.ops.sampled_conv import backends
+from fadc_timm.ops.settings import named_backend
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
 from tests.support.marks import needs_dynamo
@@ -71,6 +72,15 @@ def test_set_backend(monkeypatch):
     assert used() == 'gather'
 
 
+def test_set_backend_twice():
+    """An object's blocks follow each other or are nested, and each ends with what was set before it."""
+    block = set_backend('gather')
+    for _ in range(2):
+        with block, set_backend('grid_sample'), block:
+            assert named_backend() == 'gather'
+        assert named_backend() is None
+
+
 def test_set_backend_that_is_none(monkeypatch):
     with pytest.raises(ValueError, match="'cudnn'.*reference, gather"):
         set_backend('cudnn')
@@ -133,6 +143,8 @@ BAD = {
     'x_complex': ({'x': ones(2, 4, 5, 7, dtype=torch.complex64)}, TypeError, ('complex64', 'floating point')),
     'x_channels': ({'x': ones(2, 5, 5, 7)}, ValueError, ('(6, 4, 3, 3)', '(any, 5, any, any)', '(O, C/groups, k, k)')),
     'x_no_rows': ({'x': ones(2, 4, 0, 7)}, ValueError, ('(2, 4, 0, 7)', 'at least one pixel')),
+    'x_no_channels': ({'x': ones(2, 0, 5, 7)}, ValueError, ('(2, 0, 5, 7)', 'must have a channel')),
+    'weight_no_outputs': ({'weight': ones(0, 4, 3, 3)}, ValueError, ('(0, 4, 3, 3)', 'must have an output channel')),
     'x_batch': ({'x': ones(3, 4, 5, 7)}, ValueError, ('(2, 2, 5, 7)', '(3, any, any, any)', "(B, G, H', W')")),
     'weight_no_tensor': ({'weight': 1.}, TypeError, ('weight must be a tensor', '(O, C/groups, k, k)', 'float')),
     'weight_none': ({'weight': None}, TypeError, ('weight must be a tensor', '(O, C/groups, k, k)', 'NoneType')),
