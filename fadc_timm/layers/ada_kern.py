@@ -210,8 +210,9 @@ class AdaKern(nn.Module):
 
         Not under autocast, which would cast each of five small parameters, and save nothing on vectors.
         """
-        weight = getattr(self.fc, 'weight', mean)
-        if mean.dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16):
+        weight = getattr(self.fc, 'weight', None)  # a method where the layer is quantised
+        if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16) and (
+                mean.dtype == torch.float32):
             mean = mean.to(weight.dtype)  # a model in half precision under autocast
         with without_autocast(mean):
             return self._heads(mean)
