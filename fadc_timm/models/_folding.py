@@ -13,8 +13,7 @@ _METHODS = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
 class _Unfolded:
-    """In place of a block's method that would make a plain convolution of a layer with FADC. Copies and pickles work.
-    """
+    """In place of a block's method that would make a plain convolution of a layer with FADC; it can be pickled."""
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self.block = block
@@ -33,10 +32,12 @@ def keep_unfolded(model: nn.Module, lifted: Iterable[str]) -> None:
         model: A network, changed in place.
         lifted: Names of its layers with FADC.
     """
-    blocks = {name.rpartition('.')[0] for name in lifted}
-    while outer := {name.rpartition('.')[0] for name in blocks} - blocks:
-        blocks |= outer
-    for block in map(model.get_submodule, sorted(blocks)):
+    blocks = set()
+    for layer in lifted:
+        while layer:
+            layer = layer.rpartition('.')[0]
+            blocks.add(model.get_submodule(layer))
+    for block in blocks:
         for name in _METHODS:
             if callable(getattr(type(block), name, None)):
                 block.__dict__[name] = _Unfolded(block, name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import without_autocast
+from ..runtime import accumulation_dtype, as_dtype, without_autocast
 from .arguments import AttentionArgs
 from .backends import BACKENDS, choose_backend
 from .neighbours import neighbours
@@ -160,12 +160,11 @@ def neighborhood_mean2d(x: Tensor, kernel_size: IntOrPair, dilation: IntOrPair =
 def window_means(x: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
     """See :func:`neighborhood_mean2d`, without its checks; TorchScript can compile it."""
     dtype = x.dtype
-    if dtype == torch.float16 or dtype == torch.bfloat16:
-        x = x.float()  # sums of halves overflow where their mean does not
+    x = as_dtype(x, accumulation_dtype(dtype))  # sums of halves overflow where their mean does not
     for axis in range(1, 3):
         k, d, length = kernel_size[axis - 1], dilation[axis - 1], x.shape[axis]
         sums = x.narrow(axis, 0, length - (k - 1) * d)
         for i in range(1, k):
             sums = sums + x.narrow(axis, i * d, length - (k - 1) * d)
         x = (sums / k).index_select(axis, neighbours(length, k, d, x.device)[0][:, 0])
-    return x.to(dtype)
+    return as_dtype(x, dtype)
