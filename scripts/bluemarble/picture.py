@@ -16,9 +16,10 @@ from matplotlib.patches import Patch, Rectangle
 from fadc_timm._writing import markdown_table
 from fadc_timm.visualize import save
 from scripts.bluemarble.globe import BLOCK, CACHE_DIR, CELL, HEIGHT, WIDTH, load_rasters
-from scripts.bluemarble.segmentation import CLASSES, PALETTE, ROWS, SPLITS, TILE, World, class_shares, load_world
+from scripts.bluemarble.segmentation import CLASSES, PALETTE, ROWS, TILE, World, class_shares, load_world
 from scripts.results import RESULTS
 from scripts.segmentation.pictures import overlay
+from scripts.training.images import SPLITS
 
 COLOURS = ('#5cd6ff', '#ffb000', '#ff3b6b')  # of the splits
 SHOWN = 4  # tiles of each split

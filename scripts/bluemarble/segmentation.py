@@ -31,13 +31,12 @@ from scripts.bluemarble.globe import (
     split_tiles,
 )
 from scripts.segmentation.pairs import IGNORE, Inspected, Sample, SegmentationData, count
-from scripts.training.images import DataError
+from scripts.training.images import SPLITS, DataError
 
 CLASSES = (*CLASS_NAMES, 'lake')
 PALETTE = np.array(
     [[32, 64, 160], [0, 128, 60], [228, 160, 40], [160, 212, 70], [132, 84, 172], [236, 236, 244], [0, 220, 232]],
     dtype=np.uint8)
-SPLITS = ('train', 'val', 'test')
 TILE = 256  # px
 BLOCK_TILES = BLOCK * CELL // TILE  # tiles along a side of a block
 TILES = 96

@@ -14,11 +14,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts.results import cores
-from scripts.training.images import DataError, is_turned, open_image, read_image
+from scripts.training.images import SPLITS, DataError, is_turned, open_image, read_image
 
 MARGIN = 1.0  # pixels that a box may reach over its image, as boxes are rounded; it is clipped
 LEAST = 1e-3  # pixels of the shortest side of a box with an area
-SPLITS = ('train', 'val', 'test')
 NAMED = 5  # problems that a message names
 
 Sample = tuple[np.ndarray, dict[str, np.ndarray]]

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from scripts.segmentation.slide import windows
+from scripts.training.images import SPLITS
 from scripts.wheels import CACHE_DIR, Source, fetch, keep_folder
 
 _WHEEL = 'deepforest==2.1.0'
@@ -31,7 +32,6 @@ _DIGESTS = {
 SOURCES = {
     f'trees_{name}': Source(_WHEEL, f'deepforest/data/{stem}{Path(name).suffix}', digest)
     for name, (stem, digest) in _DIGESTS.items()}
-SPLITS = ('train', 'val', 'test')
 TILE, STRIDE = 400, 300  # pixels, of training tiles
 LEAST_SHARE = 0.5  # of a box's area in a tile; with less the box is a crowd there, which is no error to find or to miss
 VERSION = 1  # of what the code below makes of the sources

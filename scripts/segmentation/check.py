@@ -16,9 +16,8 @@ from tqdm import tqdm
 from fadc_timm._writing import write_atomically
 from scripts.results import cores
 from scripts.segmentation.pairs import IGNORE, SegmentationData, Split
-from scripts.training.images import DataError
+from scripts.training.images import SPLITS, DataError
 
-SPLITS = ('train', 'val', 'test')
 NAMED = 5  # files, or numbers, that a message names
 
 

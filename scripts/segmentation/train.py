@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scripts.segmentation.check import SPLITS, check_data
+from scripts.segmentation.check import check_data
 from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
 from scripts.segmentation.evaluation import evaluate
 from scripts.segmentation.layouts import folder as folder_layout
@@ -44,6 +44,7 @@ from scripts.training.command_line import (
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
+from scripts.training.images import SPLITS
 from scripts.training.script import count_parameters, final_result, log_validation, run_folder, run_script
 from scripts.training.world import World
 

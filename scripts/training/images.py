@@ -9,6 +9,8 @@ from PIL.ExifTags import Base
 
 from fadc_timm.visualize.images import check_frames
 
+SPLITS = ('train', 'val', 'test')  # of a data set
+
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 NEAR = 80  # distance of two colours in RGB that are easily taken for each other

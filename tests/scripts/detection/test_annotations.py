@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from scripts.detection.annotations import SPLITS, CocoImages
+from scripts.detection.annotations import CocoImages
 from scripts.detection.data import open_data
-from scripts.training.images import DataError
+from scripts.training.images import SPLITS, DataError
 from tests.support.detection_cases import content, write, write_folder
 from tests.support.segmentation_cases import put
 

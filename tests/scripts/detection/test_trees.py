@@ -5,6 +5,7 @@ from PIL import Image
 
 from scripts.detection import trees
 from scripts.detection.data import open_data
+from scripts.training.images import SPLITS
 
 VOC = '<annotation>{}</annotation>'
 BOX = ('<object><name>Tree</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>'
@@ -43,7 +44,7 @@ def test_build(tmp_path, monkeypatch):
     def fetch(sources, folder):
         calls.append(folder)
         assert sources is trees.SOURCES and len(sources) == 6
-        for i, split in enumerate(trees.SPLITS):
+        for i, split in enumerate(SPLITS):
             Image.fromarray(np.full((450, 420, 3), 50 * i, np.uint8)).save(folder / f'trees_{split}.png')
             (folder / f'trees_{split}.xml').write_text(VOC.format(BOX.format(5, 6, 30, 40 + i)))
 
