@@ -13,7 +13,8 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg, save_for_hf
+from timm.models import PretrainedCfg
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 __all__ = ['check_cfg', 'fixed_input', 'fixed_logits', 'is_model_folder', 'reload', 'write_folder']
@@ -185,8 +186,9 @@ def write_folder(
         cfg = {k: v for k, v in cfg.items() if k not in _SOURCES and v is not None}
         named = labels and len(labels) == model.num_classes
         config = dict(pretrained_cfg=cfg, **(dict(label_names=list(labels)) if named else {}))
-        save_for_hf(model, str(new), model_config=config, model_args=model_args or {}, safe_serialization=True)
-        # replaces timm's file, which lacks the entry `format` that other loaders look for
+        new.mkdir()
+        save_config_for_hf(model, str(new / CONFIG), model_config=config, model_args=model_args or {})
+        # timm's save_for_hf refuses channels_last, and leaves out the entry `format` that other loaders look for
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, new / WEIGHTS, metadata=dict(format='pt'))
         content = json.loads((new / CONFIG).read_text(encoding='utf-8'))

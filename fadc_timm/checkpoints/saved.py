@@ -5,8 +5,11 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.models import is_model
+from timm.utils import unwrap_model
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..layers import FADC_LAYERS
 from ..layers.fad_conv import OPTIONS
@@ -21,6 +24,10 @@ __all__ = ['load', 'load_checkpoint', 'save']
 
 # They act in training only, and timm records none of their rates.
 _TRAINING_ONLY = ('Identity', 'Dropout', 'DropPath', 'DropBlock2d')
+
+# In inference the classes of a line are one: timm and torch exchange them for training in several processes, or frozen.
+_BATCH_NORMS = (
+    (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d), (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d))
 
 
 def _stages_of(model: nn.Module, family: Family) -> Optional[Tuple[bool, ...]]:
@@ -54,8 +61,8 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
         raise ValueError(f'{what} is a feature network, which lacks the head: save the network that it was made of.')
     if not architecture or not is_model(architecture):
         raise ValueError(
-            f'{what} is no network of timm, so no configuration can describe it: of a wrapped network save the network '
-            'inside; of another one save the state dict, and lift the network before it is loaded.')
+            f'{what} is no network of timm, so no configuration can describe it: save the state dict, and lift the '
+            'network before it is loaded.')
     lifted = lifted_layers(model)
     if not lifted:
         raise ValueError(f'{what} has no FADC layer: lift_model adds them. timm.models.save_for_hf saves plain models.')
@@ -72,16 +79,23 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
     return architecture, dict(args, fadc_stages=list(stages), **lifted[0]['options'])
 
 
+def _kind(m: Any) -> Tuple[str, ...]:
+    """Class and arguments of a module, as far as inference depends on them."""
+    for kinds in _BATCH_NORMS:
+        if type(m) in kinds:
+            return kinds[0].__name__, f'{len(m.running_mean)}, eps={m.eps}' if m.running_mean is not None else ''
+    return type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADC_LAYERS) else ())
+
+
 def _modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
-    """Class and arguments of the modules that compute something in inference."""
-    return {
-        name: (type(m).__name__, m.extra_repr(), *((str(layer_options(m)),) if isinstance(m, FADC_LAYERS) else ()))
-        for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
+    """The modules that compute something in inference."""
+    return {name: _kind(m) for name, m in model.named_modules() if name and type(m).__name__ not in _TRAINING_ONLY}
 
 
 def _check_same(model: nn.Module, folder: Path) -> None:
     """Raise unless a folder holds a model."""
-    hint = 'Arguments of timm.create_model that this version of timm does not record are given as model_args.'
+    hint = ('Arguments of timm.create_model that this version of timm does not record are given as model_args. A '
+            'configuration has no place for modules that were exchanged afterwards.')
     try:
         loaded = load(folder)
     except (RuntimeError, TypeError, ValueError) as e:
@@ -110,7 +124,9 @@ def save(
     loaded again before it takes its place, and compared with the model.
 
     Args:
-        model: A network of timm with FADC: `<base>_fadc`, or any network after `lift_model`.
+        model: A network of timm with FADC: `<base>_fadc`, or any network after `lift_model`. Of a compiled model, of
+            one in DataParallel and of an average of timm's or torch's, the network inside is saved. SyncBatchNorm and
+            frozen norms are saved as the BatchNorm that they are in inference.
         folder: Where to save it. A folder of a model that is already there is replaced.
         pretrained_cfg: Entries of timm's configuration that are the model's own: `label_names`, `mean`, `std`,
             `input_size`, `license` and others. The licence is else that of the base's weights.
@@ -125,6 +141,7 @@ def save(
         RuntimeError: What was saved is another model, for instance because of a module that was put in by hand.
         ValueError: The model is no network of timm or has no FADC layer, or the configuration does not fit it.
     """
+    model = unwrap_model(model)
     architecture, args = _description(model)
     cfg = {'tag': None, 'description': None, 'notes': None, **(pretrained_cfg or {})}
     return write_folder(

@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.utils import ModelEmaV3, freeze, unwrap_model
 from torch import nn
 
 import fadc_timm
@@ -122,6 +124,33 @@ def test_half_precision_and_training_state(tmp_path):
     assert all(torch.equal(v.to(state[k].dtype), state[k]) for k, v in loaded.state_dict().items())
 
 
+def frozen(model):
+    freeze(model)
+    return model
+
+
+AFTER_TRAINING = {
+    'channels_last': lambda model: model.to(memory_format=torch.channels_last), 'SyncBN': convert_sync_batchnorm,
+    'frozen': frozen, 'compiled': torch.compile, 'average': ModelEmaV3, 'DataParallel': nn.DataParallel}
+
+
+@pytest.mark.parametrize('name', AFTER_TRAINING)
+@pytest.mark.parametrize('network', [partial(create_fadc, 'test_resnet_fadc', num_classes=3), NETWORKS['regnetx_002']])
+@torch.no_grad()
+def test_as_training_leaves_it(network, name, tmp_path):
+    """What a recipe does to a network before it is saved: layouts, other classes of its norms, wrappers."""
+    model = AFTER_TRAINING[name](network())
+    loaded = fadc_timm.load(fadc_timm.save(model, tmp_path / 'own')).eval()
+    expected = unwrap_model(model).eval()(photos(64))
+    assert error(loaded(photos(64)), expected.double()) < 1e-5
+
+
+def test_norms_that_no_configuration_has(tmp_path):
+    model = convert_splitbn_model(create_fadc('test_resnet_fadc', num_classes=3))
+    with pytest.raises(RuntimeError, match='unexpected keys: .*aux_bn.* no place for modules that were exchanged'):
+        fadc_timm.save(model, tmp_path / 'own')
+
+
 def test_a_family_that_was_lifted_further(tmp_path):
     """Where one option does not describe the whole model, the layers are listed."""
     model = timm.create_model('test_resnet_fadc', num_classes=4)
@@ -172,7 +201,6 @@ def test_what_cannot_be_saved(tmp_path):
     lift_model(network, ['0'])
     for other, message in (
             (network, 'Sequential is no network of timm'),
-            (nn.DataParallel(model), 'DataParallel is no network of timm'),
             (timm.create_model('test_resnet'), 'ResNet has no FADC layer: lift_model'),
             (timm.create_model('test_resnet_fadc', features_only=True), 'FeatureListNet is a feature network')):
         with pytest.raises(ValueError, match=message):
