@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable', 'why_not',
-    'why_not_on']
+    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable',
+    'why_not', 'why_not_on']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+MOST_ELEMENTS = 2 ** 20  # that Triton lets a block have
 
 MINIMUM = (3, 5)  # the version with torch 2.9; Triton 3.2 and 3.3 have no float64 products, and fail in other places
 

@@ -180,8 +180,10 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = as_dtype(scale_channels(samples.sum(2), low_in), args.x.dtype)
-        y = combine_parts(high, F.conv2d(total, mean, groups=args.groups), args)
+        total = scale_channels(samples.sum(2), low_in)
+        if args.x.dtype == torch.float16:  # its range is that of a sample, not of all taps
+            total, mean = total / taps, mean * taps
+        y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
     return match_layout(y, args.x)
 
 

@@ -1,10 +1,14 @@
 """Values that are not finite, which no call looks at: they show where they are read, and nowhere else."""
+from functools import partial
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
 from fadc_timm.ops.triton_support import why_not_on
+from tests.support.cases import error
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -36,6 +40,19 @@ def test_operator_passes_on_what_is_not_finite(backend, groups, value):
         y = call(dilation=(1, 0, 4, 4))
         assert torch.equal(y[[0, 2]], clean[[0, 2]]) and y[1, :, 4, 4].isnan().all()
         assert y.isnan().sum() == 4
+
+
+@pytest.mark.parametrize('outputs', [8, 80])  # with many outputs gather centres the samples, else the kernel
+@pytest.mark.parametrize('backend', ON_CPU)
+@pytest.mark.interpreted('8', '80')
+def test_range_of_float16(backend, outputs):
+    """It is that of a sample under gains too, as of a plain convolution, though all taps of a channel are added up."""
+    torch.manual_seed(0)
+    x, weight = torch.full((1, 16, 5, 6), 2e4).half(), (0.005 * torch.randn(outputs, 16, 3, 3)).half()
+    gains = [torch.ones(1, n).half() for n in (16, outputs)] * 2
+    call = partial(adaptive_dilated_conv2d, dilation=torch.ones(1, 1, 5, 6), padding=1, backend=backend)
+    y, plain = call(x, weight, gains=gains), F.conv2d(x.double(), weight.double(), padding=1)
+    assert error(y, plain) < 1e-3
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])

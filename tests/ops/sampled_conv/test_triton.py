@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from fadc_timm.ops import set_backend, settings, triton_support
+from fadc_timm.ops import adaptive_dilated_conv2d, set_backend, settings, triton_support
 from fadc_timm.ops.sampled_conv.triton import ACTS, dense, depthwise, operator, sums, two_step_conv2d
 from fadc_timm.ops.sampled_conv.triton.call import Call, Spec
 from fadc_timm.ops.sampled_conv.triton.operator import two_step_conv2d_backward
@@ -126,6 +126,37 @@ def test_small_workspace_in_half_precision(dtype, device, blocks, monkeypatch):
     check_triton(TILED, device, dtype)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+def test_sums_over_tiles_are_not_rounded(device, blocks, monkeypatch):
+    """Each tile's share of the kernel's gradient is a half, and their sum is rounded once."""
+    blocks(16)
+    monkeypatch.setattr(settings, 'workspace_bytes', lambda: 1)
+    torch.manual_seed(0)
+    shapes = (1, 8, 24, 24), (4, 8, 3, 3), (1, 4, 24, 24)
+    x, weight, grad = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
+    weight.requires_grad_()
+    d = 1 + torch.rand(1, 1, 24, 24, device=device)
+    grad += 0.5
+    y = adaptive_dilated_conv2d(x, weight, d, padding=1, backend='triton')
+    exact = weight.detach().double().requires_grad_()
+    expected = adaptive_dilated_conv2d(x.double(), exact, d.double(), padding=1, backend='reference')
+    ours, = torch.autograd.grad(y, weight, grad)
+    theirs, = torch.autograd.grad(expected, exact, grad.double())
+    assert (ours - theirs).norm() < 4e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_kernels_of_many_taps(device):
+    """Offsets of 38 x 38 taps are more rows than a block has by default."""
+    taps = 38 ** 2
+    offset = torch.zeros(1, 2 * taps, 1, 1, device=device)
+    sampling = torch.arange(3. * taps, device=device)[None, :, None]
+    spec = Spec((1, 1, 2, 2), torch.float32, tuple(offset.shape), offset.stride(), None, (1, 1, 38, 38), False, 0, 1.,
+                False, (1, 1), (19, 19), (1, 1), 1, 2 ** 28)
+    grad, _ = sums.sampling_gradient(Call(spec), sampling, offset, None)
+    assert torch.equal(grad.flatten(), sampling[0, taps:, 0])
+
+
 def test_workspace_setting(monkeypatch):
     monkeypatch.setenv('FADC_TIMM_WORKSPACE_MB', '3')
     inputs = cases.make_inputs(TILED, torch.float32, device='meta')
@@ -230,6 +261,17 @@ def test_deterministic_gradients_of_zero_and_of_infinity(name, device, determini
     for value in (0., float('inf'), float('nan')):
         grad, = torch.autograd.grad(y, inputs['x'], torch.full_like(y, value), retain_graph=True)
         assert not grad.any() if value == 0 else not grad.isfinite().any()
+
+
+@pytest.mark.filterwarnings('ignore:overflow encountered', 'ignore:invalid value encountered')
+@pytest.mark.parametrize('device', DEVICES)
+def test_deterministic_gradients_that_overflow(device, deterministic):
+    """The gradients of the columns leave float16, where those of the output do not."""
+    x = torch.randn(1, 16, 4, 4, dtype=torch.float16, device=device, requires_grad=True)
+    weight, d = x.new_ones(16, 16, 3, 3), torch.full((1, 1, 4, 4), 1.5, device=device)
+    y = adaptive_dilated_conv2d(x, weight, d, padding=1, backend='triton')
+    grad, = torch.autograd.grad(y, x, torch.full_like(y, 3e4))
+    assert not grad.isfinite().any()
 
 
 # addresses

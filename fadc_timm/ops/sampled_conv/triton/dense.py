@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...runtime import contiguous_weight
-from ...triton_support import Launch, block, cdiv
+from ...triton_support import MOST_ELEMENTS, Launch, block, cdiv
 from .call import Call, Tile, mask_in
 from .sums import gains_gradient, sampling_gradient
 
@@ -54,7 +54,7 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
     scatter_p, scatter_c, scatter_warps = blocks(call, _SCATTER)
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
-    taps_up = block(call.taps, 1, 4096)
+    taps_up = block(call.taps, 1, MOST_ELEMENTS)
     # in both memory formats the taps of a kernel are one axis
     groups = (call.per_group, call.out_per_group, call.width, call.out_width, *weight_strides[:2], weight_strides[3])
     kernel = call.taps, taps_up, call.split, call.acc, call.upcast
@@ -91,19 +91,19 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
 
 
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """The kernel split for the products: its rest (bundles, out_width, K*K*width) and mean (bundles, out_width, width).
+    """The kernel split for the products: rest (bundles, out_width, K*K*width), and sums over the taps (.., width).
 
-    Of one bundle they are matrices. Without gains there is no mean, and the rest is the whole kernel.
+    Of one bundle they are matrices. Without gains there are no sums, and the rest is the whole kernel.
     """
     rows = (call.o,) if call.bundles == 1 else (call.bundles, call.out_width)
     rest = weight.new_empty((*rows, call.taps * call.width), dtype=call.spec.dtype)
-    mean = weight.new_empty((*rows, call.width), dtype=call.spec.dtype) if call.split else None
-    triton_support.launch(launches.pack, weight, rest, mean)
-    return rest, mean
+    tap_sums = weight.new_empty((*rows, call.width), dtype=call.spec.dtype) if call.split else None
+    triton_support.launch(launches.pack, weight, rest, tap_sums)
+    return rest, tap_sums
 
 
 def _workspace(call: Call, launches: _Launches, like: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """Columns (positions, K*K*C) and totals (positions, C) of the largest tile."""
+    """Columns (positions, K*K*C) and means (positions, C) of the largest tile."""
     most = max(tile.positions for tile in launches.tiles)
     return like.new_empty((most, call.taps * call.c)), like.new_empty((most, call.c)) if call.split else None
 
@@ -135,13 +135,22 @@ def _columns_gradient(call: Call, grad: Tensor, kernel: Tensor, out: Tensor) -> 
 
 
 def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, like: Tensor, into: Optional[Tensor]) -> Tensor:
-    """The gradient of the kernel `like` of :func:`_product`, plus `into`, the sum over earlier tiles."""
+    """The gradient of the kernel `like` of :func:`_product`, plus `into`, the sum over earlier tiles.
+
+    Of several tiles it is in the dtype that sums have.
+    """
     product = torch.empty_like(like)
     if call.bundles == 1:
         torch.mm(grad.t(), columns, out=product)
     else:
         torch.bmm(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns), out=product)
-    return product if into is None else into + product
+    return product if into is None else into.to(call.wide) + product
+
+
+def _spoil(scale: Optional[Tensor], product: Tensor) -> None:
+    """Make a scale NaN, in place, if a product is not finite: the whole numbers that are added up have no NaN."""
+    if scale is not None:
+        scale += 0 * product.abs().amax()
 
 
 def forward(
@@ -165,8 +174,8 @@ def forward(
     save = save and call.split
     weight = contiguous_weight(weight)
     launches = _launches(call, weight.stride(), False)
-    rest, mean = _pack(call, launches, weight)
-    cols, totals = _workspace(call, launches, x)
+    rest, tap_sums = _pack(call, launches, weight)
+    cols, means = _workspace(call, launches, x)
     y = y.view(call.positions, call.o)
     high_part = torch.empty_like(y) if save else y
     low_part = torch.empty_like(y) if call.split else y
@@ -174,10 +183,10 @@ def forward(
     start = 0
     for tile, columns in zip(launches.tiles, launches.columns):
         n = tile.positions
-        triton_support.launch(columns, x, steps, mask, low, high, cols, totals)
+        triton_support.launch(columns, x, steps, mask, low, high, cols, means)
         _product(call, _rows(cols, 0, n), rest, _rows(high_part, start, n))
-        if mean is not None and totals is not None:
-            _product(call, _rows(totals, 0, n), mean, _rows(low_part, start, n))
+        if tap_sums is not None and means is not None:
+            _product(call, _rows(means, 0, n), tap_sums, _rows(low_part, start, n))
         start += n
     if call.split:
         triton_support.launch(launches.combine, high_part, low_part, low, high, bias, y)
@@ -207,8 +216,8 @@ def backward(
     """
     weight = contiguous_weight(weight)
     launches = _launches(call, weight.stride(), scale is not None)
-    rest, mean = _pack(call, launches, weight)
-    cols, totals = _workspace(call, launches, x)
+    rest, tap_sums = _pack(call, launches, weight)
+    cols, means = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
     channel_blocks, chunks = launches.scatter_blocks
 
@@ -224,28 +233,30 @@ def backward(
         of_output = empty(call.b, cdiv(call.area, _SPREAD), 3, call.o)
         triton_support.launch(launches.spread, grad, *parts, low, high, grad_high, grad_low, of_output)
     masks = mask_in(steps, mask, call.step_groups, call.joint)
-    grad_rest = grad_mean = None
+    grad_rest = grad_tap_sums = None
     start = 0
     for tile, columns, scatter in zip(launches.tiles, launches.columns, launches.scatter):
         n = tile.positions
-        triton_support.launch(columns, x, steps, masks, low, high, cols, totals)
+        triton_support.launch(columns, x, steps, masks, low, high, cols, means)
         # the gradients of the columns take the place of the columns
         g, of_tile = _rows(grad_high, start, n), _rows(cols, 0, n)
         if wants_weight:
             grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
         _columns_gradient(call, g, rest, of_tile)
-        if mean is not None and totals is not None:
-            g, of_tile = _rows(grad_low, start, n), _rows(totals, 0, n)
+        _spoil(scale, of_tile)
+        if tap_sums is not None and means is not None:
+            g, of_tile = _rows(grad_low, start, n), _rows(means, 0, n)
             if wants_weight:
-                grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
-            _columns_gradient(call, g, mean, of_tile)
+                grad_tap_sums = _kernel_gradient(call, g, of_tile, tap_sums, grad_tap_sums)
+            _columns_gradient(call, g, tap_sums, of_tile)
+            _spoil(scale, of_tile)
         triton_support.launch(
-            scatter, x, steps, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
+            scatter, x, steps, masks, low, high, cols, means, grad_x, sampling, of_input, scale)
         start += n
     grad_weight = grad_bias = None
     if grad_rest is not None:
         grad_weight = torch.empty_like(weight)
-        triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
+        triton_support.launch(launches.unpack, grad_rest, grad_tap_sums, grad_weight)
     if bias is not None:
         grad_bias = grad.sum(0) if of_output is None else of_output[:, :, 2].sum((0, 1))
     return [

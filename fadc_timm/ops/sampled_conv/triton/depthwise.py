@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...runtime import contiguous_weight
-from ...triton_support import Launch, block, cdiv
+from ...triton_support import MOST_ELEMENTS, Launch, block, cdiv
 from .call import Call, mask_in
 from .dense import blocks
 from .sums import sampling_gradient
@@ -40,7 +40,7 @@ def _launches(call: Call, has_bias: bool, fixed: bool) -> _Launches:
     bp, bc, back_warps = blocks(call, _BACKWARD)
     pp, pc, products_warps = blocks(call, _PRODUCTS)
     k, has_offsets, _, has_mask, act, mask_act, _, acc, index = call.constants
-    rows, taps_up = call.taps + has_bias, block(call.taps, 1, 4096)
+    rows, taps_up = call.taps + has_bias, block(call.taps, 1, MOST_ELEMENTS)
     return _Launches(
         Launch(kernels.pack, (cdiv(call.c, 32),), (call.c,), (call.taps, taps_up, call.split, acc, 32)),
         Launch(kernels.forward, (call.b * cdiv(call.area, p), call.channel_blocks(c)), (*size, spec.base),

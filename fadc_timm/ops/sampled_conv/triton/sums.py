@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...runtime import empty_map
-from ...triton_support import Launch, block, cdiv
+from ...triton_support import MOST_ELEMENTS, Launch, block, cdiv
 from .call import Call, mask_in
 
 __all__ = ['gains_gradient', 'sampling_gradient']
@@ -21,7 +21,7 @@ def _sampling_launch(
         call: Call, parts: int, step_strides: Tuple[int, ...], mask_strides: Tuple[int, ...]) -> Launch:
     from . import dense_kernels
     spec = call.spec
-    rows = block(call.taps + call.step_channels, 1, 4096)
+    rows = block(call.taps + call.step_channels, 1, MOST_ELEMENTS)
     positions = block(call.positions, 1, max(1024 // rows, 1))
     return Launch(
         dense_kernels.sampling_gradient, (cdiv(call.positions, positions), call.step_groups),
