@@ -78,6 +78,13 @@ def once_per_graph(function: _Function) -> _Function:
     return cast(_Function, wrapped)
 
 
+def allows_tf32() -> bool:
+    """Whether CUDA's float32 products may use TF32."""
+    # from torch 2.9 on; once it was set, torch does not let anyone read the older setting
+    precision = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
+    return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == 'tf32'
+
+
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in a dtype; no node of a graph where it has it."""
     return t if t.dtype == dtype else t.to(dtype)

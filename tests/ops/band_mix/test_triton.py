@@ -7,6 +7,8 @@ from typing import NamedTuple, Tuple
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadc_timm.ops import mix_bands, set_backend, triton_support
@@ -18,6 +20,7 @@ from fadc_timm.ops.band_mix.triton.operator import mix_bands_triton_backward
 from tests.support.band_cases import check, definition, make_inputs
 from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
+from tests.support.processes import python
 
 pytest.importorskip('triton')
 
@@ -333,6 +336,38 @@ def test_tables_that_a_graph_reads_are_kept(monkeypatch):
         get(6)
         assert get(4) is second and get(3) is not first and get(4) is not second
     assert [id(t) for t in tables._captured.values()] == [id(second)]
+
+
+@pytest.mark.parametrize('batch', ['static', 'dynamic'])
+def test_tables_are_made_with_the_graph(batch, monkeypatch):
+    """The first run of a graph may be one in which nothing may be kept: see `prepare_tables`."""
+    monkeypatch.setattr(tables, '_kept', {})
+    env = ShapeEnv()
+    x, maps = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 1, 6, 5)
+    dynamic = [DimDynamic.DYNAMIC if batch == 'dynamic' else DimDynamic.STATIC, *[DimDynamic.STATIC] * 4]
+    with FakeTensorMode(shape_env=env) as mode:
+        fakes = [mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic[:t.dim()])) for t in (x, maps)]
+        mix_bands_triton(*fakes, [2, 4], True)
+    made, = tables._kept.values()
+    assert not any(isinstance(t, FakeTensor) for t in made)
+    monkeypatch.setattr(tables, '_make_tables', None)
+    mix_bands_triton(x, maps, [2, 4], True)
+
+
+@pytest.mark.parametrize('setting', ['allow_tf32', 'fp32_precision'])
+def test_tf32_is_read(setting):
+    """Whichever of torch's two settings was made, the older of which cannot be read after the newer one."""
+    said = python(f"""
+import torch
+from torch._subclasses import FakeTensorMode
+from fadc_timm.ops.band_mix.triton import mix
+with FakeTensorMode():
+    x, maps = torch.empty(2, 8, 8, 8, device='cuda'), torch.empty(2, 3, 1, 8, 8, device='cuda')
+for value in {'(False, True)' if setting == 'allow_tf32' else "('ieee', 'tf32')"}:
+    torch.backends.cuda.matmul.{setting} = value
+    print(mix.spec_of(x, maps, [2, 4, 8], True).tf32)
+""")
+    assert said.split() == ['False', 'True']
 
 
 def test_meta():

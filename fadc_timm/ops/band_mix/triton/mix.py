@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import triton_support
+from ...runtime import allows_tf32
 from ...triton_support import Launch, block, cdiv, types_of
 from .tables import Tables, tables_of
 
@@ -33,7 +34,7 @@ class Spec(NamedTuple):
 
 
 def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
-    tf32 = x.dtype == torch.float32 and x.device.type == 'cuda' and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and x.device.type == 'cuda' and allows_tf32()
     bands, groups = maps.shape[1:3]
     return Spec(tuple(x.shape), x.dtype, x.device, bands, groups, maps.stride(), tuple(factors), act, tf32)
 

@@ -8,7 +8,7 @@ from ...derivatives import refuse_more
 from ...runtime import accumulation_dtype, empty_map, form_of_call, nhwc
 from ..low_pass import edges
 from . import mix
-from .tables import padded
+from .tables import padded, prepare_tables
 
 __all__ = ['call', 'forward', 'gradient', 'mix_bands_triton']
 
@@ -53,6 +53,7 @@ def _empty_coefficients(x: Tensor, factors: List[int]) -> Tensor:
 
 @mix_bands_triton.register_fake
 def _(x, maps, factors, act):
+    prepare_tables(x, factors)
     return empty_map(x), _empty_means(x), _empty_coefficients(x, factors)
 
 

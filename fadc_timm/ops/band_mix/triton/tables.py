@@ -4,10 +4,11 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..frequencies import frequencies
 
-__all__ = ['Tables', 'padded', 'tables_of']
+__all__ = ['Tables', 'padded', 'prepare_tables', 'tables_of']
 
 
 class Tables(NamedTuple):
@@ -37,14 +38,6 @@ def padded(count: int) -> int:
     return -(-count // 8) * 8
 
 
-def _integers(values: List[int], device: torch.device) -> Tensor:
-    """An int32 tensor, filled on the device: a CUDA graph cannot capture a copy from the host."""
-    out = torch.empty(len(values), dtype=torch.int32, device=device)
-    for i, value in enumerate(values):
-        out[i].fill_(value)
-    return out
-
-
 def _swapped(pair: Tensor) -> Tensor:
     """From a cosine and a sine (n, 2): the negated sine and the cosine."""
     return torch.stack((-pair[:, 1], pair[:, 0]), dim=1)
@@ -58,16 +51,13 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
     count_h, count_w = basis_h.shape[1], basis_w.shape[1]
     matrices: List[Tensor] = []
     parts: List[Tensor] = []
-    frequency: List[int] = []
-    matrix: List[int] = []
-    filter_of: List[int] = []
+    columns: List[Tuple[range, int, int]] = []  # of each part: their frequencies, matrix and filter
     for f in range(len(factors)):
         keep_h, keep_w = len(rows.kept[f]), len(cols.kept[f])
         full = torch.zeros(h, count_h, dtype=torch.float64, device=device)
         full[:, :keep_h] = rows.basis[:, :keep_h] * rows.kept[f]
         parts.append(cols.basis[:, :keep_w] * cols.kept[f])
-        frequency += range(keep_w)
-        matrix += [len(matrices)] * keep_w
+        columns.append((range(keep_w), len(matrices), f))
         matrices.append(full)
         (k, side), (k2, side2) = rows.one_sided[f], cols.one_sided[f]
         if side * side2:
@@ -76,21 +66,24 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
             coupled = torch.zeros_like(full)
             coupled[:, 2 * k - 1:2 * k + 1] = _swapped(rows.basis[:, 2 * k - 1:2 * k + 1])
             parts.append(-side * side2 * _swapped(cols.basis[:, 2 * k2 - 1:2 * k2 + 1]))
-            frequency += [2 * k2 - 1, 2 * k2]
-            matrix += [len(matrices)] * 2
+            columns.append((range(2 * k2 - 1, 2 * k2 + 1), len(matrices), f))
             matrices.append(coupled)
-        filter_of += [f] * (len(frequency) - len(filter_of))
-    found = [[n for n, j in enumerate(frequency) if j == own] for own in range(count_w)]
-    most = max(map(len, found))
-    columns_of = [n for own in found for n in own + [-1] * (most - len(own))]
+    # made on the device, as a CUDA graph cannot capture a copy from the host
+    like: Dict[str, Any] = dict(dtype=torch.int32, device=device)
+    frequency = torch.cat([torch.arange(own.start, own.stop, **like) for own, _, _ in columns])
+    matrix = torch.cat([torch.full((len(own),), i, **like) for own, i, _ in columns])
+    filter_of = torch.cat([torch.full((len(own),), f, **like) for own, _, f in columns])
+    count, most = len(frequency), max(sum(j in own for own, _, _ in columns) for j in range(count_w))
+    is_own = frequency == torch.arange(count_w, **like)[:, None]
+    columns_of = torch.where(is_own, torch.arange(count, **like), count).sort(1).values[:, :most]
+    columns_of = torch.where(columns_of < count, columns_of, -1)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype).contiguous()
 
     return Tables(
         cast(basis_h), cast(basis_w), cast(basis_h / h).t(), cast(basis_w / w).t(), cast(torch.stack(matrices)),
-        cast(torch.cat(parts, dim=1)), _integers(frequency, device), _integers(matrix, device),
-        _integers(filter_of, device), _integers(columns_of, device).view(count_w, most))
+        cast(torch.cat(parts, dim=1)), frequency, matrix, filter_of, columns_of.contiguous())
 
 
 # Tables by the arguments that they were made for, the oldest first.
@@ -112,9 +105,27 @@ def tables_of(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, devi
     if tables is None:
         tables = _make_tables(*key)
         if not capturing:  # a table made in a capture has no values until the graph runs
+            if device.type == 'cuda' and torch.cuda.is_available():
+                torch.cuda.current_stream(device).synchronize()  # other streams read the table too
             if len(_kept) == _MOST_KEPT:
                 del _kept[next(iter(_kept))]
             _kept[key] = tables
     elif capturing:
         _captured[key] = tables
     return tables
+
+
+def prepare_tables(x: Tensor, factors: List[int]) -> None:
+    """Make the tables for a map while torch makes a graph of a call, of sizes that it knows.
+
+    The first run of a compiled graph may be the one in which torch collects what a CUDA graph allocates, where nothing
+    may be kept.
+
+    Args:
+        x: A fake map (B, C, H, W).
+        factors: Of the filters.
+    """
+    runs = torch.cuda.is_available() if x.device.type == 'cuda' else x.device.type != 'meta'
+    if runs and all(type(n) is int for n in x.shape[2:]):
+        with _disable_current_modes():
+            tables_of(x.shape[2], x.shape[3], tuple(factors), x.dtype, x.device)
