@@ -1,8 +1,19 @@
 """What Triton kernels of several operators compute, and a kernel of no operator. Importing this needs Triton."""
+import functools
+
 import triton
 import triton.language as tl
 
-__all__ = ['dot', 'probe', 'round_to', 'twice_sigmoid']
+__all__ = ['dot', 'jit_of_any_size', 'probe', 'round_to', 'twice_sigmoid']
+
+# Numbers that follow from the size of the map. Triton compiles a kernel anew for a number that is 1, and for one that
+# is a multiple of 16: images of many sizes would have many kernels.
+_SIZES = (
+    'first_sample', 'first', 'first_block', 'count', 'area', 'chunks', 'out_chunks', 'parts', 'pixels', 'programs',
+    'height', 'width', 'out_h', 'out_w', 's_b', 's_h', 'm_b', 'm_h', 'gs_b', 'gs_h', 'gm_b', 'gm_h', 'g_b', 'g_m',
+    'g_s', 'g_h', 'n_b')
+
+jit_of_any_size = functools.partial(triton.jit, do_not_specialize=_SIZES)
 
 
 @triton.jit

@@ -1,19 +1,21 @@
 """Compile the Triton kernels for a GPU that need not be there, and read what the compiler made of them.
 
-    python -m scripts.checks.inspect_kernels [--arch 90] [--only FILTER | --variants]
+    python -m scripts.checks.inspect_kernels [--arch 90] [--only FILTER | --variants | --sizes 120]
 
 For each kernel that some layers and maps launch: its blocks, warps, registers a thread, bytes of stack (spilled
 registers), shared memory, how many programs a multiprocessor can hold, and its atomic and matrix instructions. Written
 to scripts/results/kernels.csv. Fails if one spills registers or does not fit on a multiprocessor. With --variants other
 calls of the same kernels are compiled, which shows that they can be: the interpreter, in which the tests run, accepts
-programs that the compiler does not.
+programs that the compiler does not. With --sizes nothing is compiled: it counts the kernels that training the layers of
+ResNet-50 needs on square images of so many random sizes.
 """
 import argparse
+import random
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,8 +239,9 @@ def source(this: Launch, tensors: tuple[Tensor | None, ...]) -> ASTSource:
     names, constants_from = this.kernel.arg_names, len(tensors) + len(this.numbers)
     assert len(names) == len(args), f'{this.kernel} has {len(names)} parameters, and is given {len(args)} values'
     signature, values, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args)):
-        if i >= constants_from or value is None or (isinstance(value, int) and value == 1):
+    for i, (name, value, parameter) in enumerate(zip(names, args, this.kernel.params)):
+        specialised = not parameter.do_not_specialize
+        if i >= constants_from or value is None or (isinstance(value, int) and value == 1 and specialised):
             signature[name], values[(i,)] = 'constexpr', value
         elif isinstance(value, Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [['tt.divisibility', 16]]
@@ -246,9 +249,23 @@ def source(this: Launch, tensors: tuple[Tensor | None, ...]) -> ASTSource:
             signature[name] = 'fp32'
         else:
             signature[name] = 'i32' if abs(value) < 2 ** 31 else 'i64'
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(i,)] = [['tt.divisibility', 16]]
     return ASTSource(fn=this.kernel, signature=signature, constexprs=values, attrs=attributes)
+
+
+def count_kernels(sides: Iterable[int]) -> int:
+    """How many kernels Triton compiles for the layers of ResNet-50 in training, float16, on images of these sides."""
+    found = set()
+    for side in sides:
+        for channels, stride in ((128, 8), (256, 16), (512, 32)):
+            for at, step in ((-(-2 * side // stride), 2), (-(-side // stride), 1)):
+                for case in (Layer('', 2, channels, channels, at, step), Bands('', 2, channels, at, at),
+                             Predictor('', 2, channels, at, 3), Predictor('', 2, channels, at, 10, stride=step)):
+                    for this, tensors in launches(case, torch.float16):
+                        kernel = source(this, tensors)
+                        found.add((this.kernel, *map(str, (kernel.signature, kernel.attrs, kernel.constants))))
+    return len(found)
 
 
 def inspect(this: Launch, tensors: tuple[Tensor | None, ...], arch: int) -> dict[str, Any]:
@@ -291,7 +308,12 @@ def main() -> int:
     parser.add_argument('--arch', type=int, default=90, help='compute capability, 90 for H100 and H200')
     parser.add_argument('--only', default='', help='layers whose name contains this')
     parser.add_argument('--variants', action='store_true', help='compile other calls instead, and write nothing')
+    parser.add_argument('--sizes', type=int, default=0, help='count the kernels for so many sizes of images')
     args = parser.parse_args()
+    if args.sizes:
+        draw = random.Random(0)
+        print(count_kernels(draw.randrange(480, 1334) for _ in range(args.sizes)), 'kernels')
+        return 0
     rows = []
     for layer in VARIANTS if args.variants else LAYERS:
         for row in rows_of(layer, args.arch) if args.only in layer.name else ():

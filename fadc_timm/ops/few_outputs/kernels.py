@@ -12,7 +12,7 @@ rows of zeros behind; products and their gradient (B*H*W, columns).
 import triton
 import triton.language as tl
 
-from ..triton_math import round_to
+from ..triton_math import jit_of_any_size, round_to
 
 __all__ = ['add_taps', 'pack', 'spread', 'unpack']
 
@@ -41,7 +41,7 @@ def _shifted(products, b, i, j, k, o, live, height, width, start_h, start_w, str
     return tl.load(products + at[:, None] + o[None, :], mask=inside[:, None] & live, other=0.).to(ACC)
 
 
-@triton.jit
+@jit_of_any_size
 def add_taps(
         products, bias, y,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, step_h, step_w, positions, outputs, columns,
@@ -79,7 +79,7 @@ def _share(grad, share, p, out_h, out_w, positions, outputs, g_b, g_o, g_h, g_w,
     tl.store(share + o, tl.sum(g, axis=0), mask=o < outputs)
 
 
-@triton.jit
+@jit_of_any_size
 def spread(
         grad, grad_products, shares,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, step_h, step_w, positions, outputs, columns,
@@ -121,7 +121,7 @@ def _sum_of_shares(shares, grad_bias, programs, outputs, ACC: tl.constexpr, UPCA
     tl.store(grad_bias + o, round_to(tl.sum(acc, axis=0), grad_bias, UPCAST), mask=o < outputs)
 
 
-@triton.jit
+@jit_of_any_size
 def unpack(
         grad_taps, shares, grad_weight, grad_bias,
         outputs, channels, numel, programs, w_o, w_c, w_k,

@@ -6,12 +6,12 @@ one row of a result, the product of a vector with a block of a matrix. Every sum
 import triton
 import triton.language as tl
 
-from ..triton_math import dot, round_to
+from ..triton_math import dot, jit_of_any_size, round_to
 
 __all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_gradient']
 
 
-@triton.jit
+@jit_of_any_size
 def trunk(
         means, weight, bias, y, mean,
         parts, channels, outputs,

@@ -24,3 +24,11 @@ def test_kernels_compile_for_a_gpu(only, kernels):
                  'from scripts.checks import inspect_kernels; inspect_kernels.main()')
     for kernel in kernels:
         assert f', {kernel}, ' in out, kernel
+
+
+def test_images_of_many_sizes_share_kernels():
+    """Triton compiles a kernel anew where a number is 1 or a multiple of 16, unless it is told not to."""
+    out = python('from scripts.checks.inspect_kernels import count_kernels\n'
+                 'print(count_kernels([500]), count_kernels(range(500, 530)))')
+    one, many = map(int, out.split())
+    assert many < 2 * one

@@ -11,7 +11,7 @@ with one-sided frequencies on both axes has two more columns, which couple cosin
 import triton
 import triton.language as tl
 
-from ...triton_math import dot, round_to, twice_sigmoid
+from ...triton_math import dot, jit_of_any_size, round_to, twice_sigmoid
 
 __all__ = ['mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows', 'synthesise_rows_gradient']
 
@@ -25,7 +25,7 @@ def _band(maps, m, live, stride_m, COUNT: tl.constexpr, ACT: tl.constexpr, ACC: 
     return band
 
 
-@triton.jit
+@jit_of_any_size
 def synthesise_rows(
         coefficients, rows_basis, frequency, matrix, rows,
         height, count_h, count_w, columns, channels,
@@ -53,7 +53,7 @@ def synthesise_rows(
     tl.store(rows + at, round_to(acc, rows, UPCAST), mask=h_live[:, None] & c_live[None, :])
 
 
-@triton.jit
+@jit_of_any_size
 def synthesise_rows_gradient(
         grad_rows, rows_basis, columns_of, matrix, grad_coefficients,
         height, count_h, count_w, columns, channels,
@@ -98,7 +98,7 @@ def _steps(maps, filters, w_live, stride_m, FILTERS: tl.constexpr, COUNT: tl.con
     return steps
 
 
-@triton.jit
+@jit_of_any_size
 def mix(
         x, maps, rows, basis, filter_of, y, means,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w,
@@ -149,7 +149,7 @@ def _with_mean(grad, grad_means, at, at_means, live, c_live, height, width, ACC:
     return g
 
 
-@triton.jit
+@jit_of_any_size
 def mix_gradient(
         grad, grad_means, x, maps, rows, basis, filter_of, grad_x, grad_maps,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c, g_b, g_m, g_s, g_h, g_w,
@@ -208,7 +208,7 @@ def mix_gradient(
         tl.store(grad_maps + m * tl.cast(g_m, tl.int64), round_to(of_band, grad_maps, UPCAST), mask=w_live)
 
 
-@triton.jit
+@jit_of_any_size
 def rows_gradient(
         grad, grad_means, maps, basis, filter_of, grad_rows,
         height, width, columns, channels, groups, m_b, m_m, m_s, m_h, m_w, n_b, n_r, n_c,

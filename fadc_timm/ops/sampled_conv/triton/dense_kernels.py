@@ -22,7 +22,7 @@ width), means (positions of the tile, C).
 import triton
 import triton.language as tl
 
-from ...triton_math import round_to, twice_sigmoid
+from ...triton_math import jit_of_any_size, round_to, twice_sigmoid
 from .sampling import corners, dilation_slope, dilations, pixels, sample, scatter, slopes
 
 __all__ = [
@@ -163,7 +163,7 @@ def _write_tap(
     return total
 
 
-@triton.jit
+@jit_of_any_size
 def columns(
         x, steps, mask, low, high, cols, means,
         first_sample, first, count, height, width, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
@@ -207,7 +207,7 @@ def columns(
         tl.store(means + row_of_tile[:, None] * channels + c[None, :], round_to(mean, means, UPCAST), mask=live)
 
 
-@triton.jit
+@jit_of_any_size
 def combine(
         high_part, low_part, low, high, bias, y,
         area, channels, out_channels, gains_b, numel,
@@ -226,7 +226,7 @@ def combine(
     tl.store(y + at, round_to(v, y, UPCAST), mask=live)
 
 
-@triton.jit
+@jit_of_any_size
 def spread(
         grad, high_part, low_part, low, high, grad_high_part, grad_low_part, sums,
         area, chunk, channels, out_channels, gains_b,
@@ -293,7 +293,7 @@ def _scatter_tap(
     return grad_d, of_high, total
 
 
-@triton.jit
+@jit_of_any_size
 def scatter_columns(
         x, steps, mask, low, high, cols, means, grad_x, sampling, gains, scale,
         first_sample, first, count, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h,
@@ -358,7 +358,7 @@ def scatter_columns(
         tl.store(at_gain + channels, tl.sum(of_high, axis=0), mask=c_live)
 
 
-@triton.jit
+@jit_of_any_size
 def sampling_gradient(
         sampling, steps, mask, grad_steps, grad_mask,
         positions, out_h, out_w, parts, s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w,
@@ -408,7 +408,7 @@ def gain_gradient(gains, grad_gains, at, total, live, ACT: tl.constexpr, ACC: tl
         tl.store(grad_gains + at, round_to(total, grad_gains, UPCAST), mask=live)
 
 
-@triton.jit
+@jit_of_any_size
 def gains_gradient(
         of_input, of_output, low, high, grad_low, grad_high,
         chunks, out_chunks, channels, out_channels, gains_b,

@@ -10,7 +10,7 @@ taps (C,); low and high, the gains (B, C).
 import triton
 import triton.language as tl
 
-from ...triton_math import round_to
+from ...triton_math import jit_of_any_size, round_to
 from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of
 from .sampling import dilations, sample, scatter
 
@@ -70,7 +70,7 @@ def _kernel_of_sample(kernel, mean, low_in, high_in, c, c_live, SPLIT: tl.conste
     return w
 
 
-@triton.jit
+@jit_of_any_size
 def forward(
         x, steps, mask, low, high, kernel, mean, bias, y,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
@@ -106,7 +106,7 @@ def forward(
     tl.store(y + p[:, None] * channels + c[None, :], round_to(acc, y, UPCAST), mask=live)
 
 
-@triton.jit
+@jit_of_any_size
 def backward(
         grad, x, steps, mask, low, high, kernel, mean, grad_x, sampling, scale,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
@@ -159,7 +159,7 @@ def backward(
         tl.store(into + K * K * positions, grad_d, mask=alive)
 
 
-@triton.jit
+@jit_of_any_size
 def products(
         grad, x, steps, mask, into,
         height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
