@@ -5,7 +5,7 @@ Importing this package registers `<base>_fadc`, `<base>_dcn` and `<base>_dcn_fad
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from . import layers, losses, ops
+from . import layers, losses, models, ops
 from .layers import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect
 from .models import LiftReport, lift_model, param_groups
 
@@ -17,7 +17,7 @@ __version__ = '0.1.0.dev0'
 
 __all__ = [
     'AdaDR', 'AdaKern', 'FADConv2d', 'FreeOffsets', 'FreqSelect', 'LiftReport', 'checkpoints', 'hub', 'layers',
-    'lift_model', 'load', 'losses', 'official', 'ops', 'param_groups', 'save', 'visualize']
+    'lift_model', 'load', 'losses', 'models', 'official', 'ops', 'param_groups', 'save', 'visualize']
 
 # Modules, and functions of them, that Python imports at their first use: building a model needs none of them.
 _LAZY = {
@@ -36,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> List[str]:
-    return sorted({*globals(), *_LAZY, *_LAZY_FUNCTIONS})
+    return sorted([*__all__, *(name for name in globals() if name.startswith('__'))])

@@ -34,6 +34,13 @@ def test_modules_are_reachable():
     assert names <= set(dir(fadc_timm)) and names <= set(fadc_timm.__all__)
 
 
+def test_names():
+    """Everything in `__all__` is there, and nothing else is shown."""
+    assert {name for name in dir(fadc_timm) if not name.startswith('__')} == set(fadc_timm.__all__)
+    assert all(hasattr(fadc_timm, name) for name in fadc_timm.__all__)
+    assert fadc_timm.models.lift_model is fadc_timm.lift_model and '__version__' in dir(fadc_timm)
+
+
 def test_what_is_not_there():
     with pytest.raises(AttributeError, match="module 'fadc_timm' has no attribute 'nothing'"):
         _ = fadc_timm.nothing

@@ -27,9 +27,9 @@ def _info(args: argparse.Namespace) -> int:
     import torchvision
 
     from .. import __version__
-    from ..ops import band_mix, choose_backend
+    from ..ops import band_mix
     from ..ops.sampled_conv.arguments import NO_GAINS, ConvArgs
-    from ..ops.sampled_conv.backends import BACKENDS
+    from ..ops.sampled_conv.backends import BACKENDS, choose_backend
     from ..ops.settings import named_backend, workspace_bytes
     from ..ops.triton_support import unavailable
     why_no_triton = unavailable()

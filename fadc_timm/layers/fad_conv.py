@@ -153,7 +153,7 @@ class FADConv2d(nn.Conv2d):
             offset_groups: Groups of channels with free offsets of their own.
             modulated: With free offsets, a mask too (deformable convolution v2), else none (v1).
             backend: Backend of the operator, None to choose by device, dtype and shape. 'triton' goes for FreqSelect
-                too.
+                too; with 'grid_sample' and 'reference' FreqSelect is in torch's operators.
 
         Raises:
             TypeError: An argument is none of these.

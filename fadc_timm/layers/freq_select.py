@@ -96,7 +96,8 @@ class FreqSelect(nn.Module):
 
         Args:
             x: Map (B, C, H, W).
-            backend: The convolution's backend, of which 'triton' goes for the band mix too; None to choose.
+            backend: The convolution's backend: 'triton' goes for the band mix too, and with 'grid_sample' and
+                'reference' it is in torch's operators; None to choose.
 
         Returns:
             What :meth:`forward` returns, and numbers (B, n, C) whose sum over n is its mean, if the backend makes

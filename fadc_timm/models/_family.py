@@ -312,6 +312,29 @@ def create(arch: Architecture, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     return build_checked(build, name, pretrained, kwargs)
 
 
+_HELP = """{owner} {base} with {variant} in its stages 2 to 4.
+
+Args:
+    pretrained: Load weights: the base's, with FADC as the identity, or those of an FADC model.
+    **kwargs: Arguments of {base} and of timm's builder; `fadc_stages`, four booleans that say which of the stages
+        have such layers; and the options of :class:`fadc_timm.layers.{layer}`, such as `freq_select` and `backend`.
+"""
+
+
+def _entrypoint(arch: Architecture) -> Callable[..., nn.Module]:
+    """The entry point of an architecture: it has the name, the module and the docstring of one that is written out."""
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(arch, pretrained, **kwargs)
+
+    family = arch.family
+    entrypoint.__name__ = entrypoint.__qualname__ = arch.name
+    entrypoint.__module__ = family.fadc_cls.__module__
+    entrypoint.__doc__ = _HELP.format(
+        owner=family.owner, base=arch.base, variant=arch.variant.name,
+        layer='FADConv2d' if family.options is OPTIONS else 'FADNeighborhoodAttention')
+    return entrypoint
+
+
 def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
     """An entry point `<base>_fadc(pretrained=False, **kwargs)` for each base, to be registered with timm; likewise for
     the other variants.
@@ -320,14 +343,7 @@ def derive_entrypoints(family: Family) -> Iterator[Callable[..., nn.Module]]:
         for base in family.bases():
             arch = Architecture(base + variant.suffix, base, family, variant)
             _architectures[arch.name] = arch
-
-            def entrypoint(pretrained: bool = False, *, _arch: Architecture = arch, **kwargs: Any) -> nn.Module:
-                return create(_arch, pretrained, **kwargs)
-
-            entrypoint.__name__ = entrypoint.__qualname__ = arch.name
-            entrypoint.__module__ = family.fadc_cls.__module__
-            entrypoint.__doc__ = f"{family.owner} {base} with {variant.name} in its stages 2 to 4."
-            yield entrypoint
+            yield _entrypoint(arch)
 
 
 def fadc_keys(model: nn.Module) -> List[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import FADC_LAYERS, FADConv2d, FADNeighborhoodAttention
 from ..layers.fad_conv import OPTIONS, read_options
+from ..layers.neighborhood_attention import ATTENTION_OPTIONS
 from ._checkpoint import check_keys, check_source, check_values, settle_head
 from ._download import checked_download
 from .lift import lift_model
@@ -60,7 +61,12 @@ def lifted_layers(model: nn.Module) -> List[Dict[str, Any]]:
     return groups
 
 
-def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Dict[str, str]] = None) -> None:
+def _lift(
+        model: nn.Module,
+        lifted: Sequence[Dict[str, Any]],
+        backend: Optional[str],
+        names: Optional[Dict[str, str]] = None,
+) -> None:
     """Lift the layers again; `names` maps their names to those in this model, without the layers that it lacks."""
     for group in lifted:
         layers = group['layers'] if names is None else [names[n] for n in group['layers'] if n in names]
@@ -68,6 +74,8 @@ def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Di
             continue
         # where it is not stored, it was no option yet, and every AdaKern had a BatchNorm
         options = {'ada_kern_norm': 'batchnorm2d', **read_options(group['options'])}
+        if backend is not None:
+            options['backend'] = backend
         report = lift_model(model, layers, **options)
         lost = sorted(set(layers) - set(report.replaced))
         if lost:
@@ -82,11 +90,16 @@ def _key_in(features: Dict[str, Any], key: str) -> Optional[str]:
     return next((k for k in (key, f'model.{key}', key.replace('.', '_', 1)) if k in features), None)
 
 
-def _fill_features(net: nn.Module, model: nn.Module, lifted: Sequence[Dict[str, Any]]) -> nn.Module:
+def _fill_features(
+        net: nn.Module,
+        model: nn.Module,
+        lifted: Sequence[Dict[str, Any]],
+        backend: Optional[str],
+) -> nn.Module:
     """Lift the feature network of the base, and give it the parameters of the whole network."""
     modules = dict(net.named_modules(remove_duplicate=False))
     found = {n: _key_in(modules, n) for group in lifted for n in group['layers']}
-    _lift(net, lifted, {n: inside for n, inside in found.items() if inside is not None})
+    _lift(net, lifted, backend, {n: inside for n, inside in found.items() if inside is not None})
     own = net.state_dict()
     state = {inside: t for k, t in model.state_dict().items() if (inside := _key_in(own, k)) is not None}
     net.load_state_dict(state, strict=True)
@@ -96,13 +109,17 @@ def _fill_features(net: nn.Module, model: nn.Module, lifted: Sequence[Dict[str, 
 _FEATURE_ARGS = ('out_indices', 'feature_cls', 'output_fmt')
 
 
-def _check_lifted(base: Any, lifted: Any) -> None:
+def _check_lifted(base: Any, lifted: Any, kwargs: Dict[str, Any]) -> None:
     if not base or not lifted:
         raise TypeError(
             f'{ARCHITECTURE} is the architecture of the folders that fadc_timm.save writes: fadc_timm.load(FOLDER) '
             "builds it. For another network: timm.create_model('NAME'), then fadc_timm.lift_model.")
     if not is_model(base):
         raise RuntimeError(f'This version of timm has no model {base}, of which the lifted network was made.')
+    stored = [name for name in kwargs if name in OPTIONS or name in ATTENTION_OPTIONS]
+    if stored:
+        raise TypeError(f'A lifted network takes no {", ".join(stored)}: the options of its layers stand in its '
+                        'config.json, under "lifted". Of these options only backend can be given.')
 
 
 @register_model
@@ -111,6 +128,7 @@ def fadc_lifted(
         *,
         base: str = '',
         lifted: Sequence[Dict[str, Any]] = (),
+        backend: Optional[str] = None,
         **kwargs: Any,
 ) -> nn.Module:
     """A network of timm with lifted convolutions, as config.json describes it.
@@ -119,21 +137,23 @@ def fadc_lifted(
         pretrained: Load the weights of `pretrained_cfg`.
         base: Name of timm's architecture.
         lifted: The layers and their options, see :func:`lifted_layers`.
+        backend: Backend of the layers' operator, None to choose.
         **kwargs: Arguments of the base and of timm's builder, `features_only` too.
 
     Raises:
         DownloadError: The weights are on the Hub, and could not be downloaded or are damaged.
         RuntimeError: This timm lacks the base or one of its layers, or the weights do not fit.
-        TypeError: `base` or `lifted` is missing.
+        TypeError: `base` or `lifted` is missing, or an argument is an option of the layers other than backend.
+        ValueError: The layers have no such backend.
     """
-    _check_lifted(base, lifted)
+    _check_lifted(base, lifted, kwargs)
     given = {name: kwargs.pop(name, None) for name in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
     features_only = kwargs.pop('features_only', False)
     feature_args = {name: kwargs.pop(name) for name in _FEATURE_ARGS if features_only and name in kwargs}
 
     def build(**args: Any) -> nn.Module:
         model = model_entrypoint(base)(pretrained=False, **args)
-        _lift(model, lifted)
+        _lift(model, lifted, backend)
         return model
 
     def check(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
@@ -156,4 +176,4 @@ def fadc_lifted(
             model = build_model_with_cfg(build, base, True, pretrained_filter_fn=check, **given, **kwargs)
     else:
         model = build_model_with_cfg(build, base, False, **given, **kwargs)
-    return model if net is None else _fill_features(net, model, lifted)
+    return model if net is None else _fill_features(net, model, lifted, backend)

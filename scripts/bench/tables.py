@@ -96,7 +96,7 @@ _WANTED = {'cpu': ('float32', bench_model.CASES), 'cuda': ('float16', bench_mode
 
 def speed(kinds: Sequence[str] = KINDS) -> str:
     """The networks on these kinds of device: every case of the benchmark's table, and whatever else was measured."""
-    header = ['case', 'what', 'plain', "today's way", 'FADC', 'target', 'met']
+    header = ['case', 'what', 'plain', 'without this package', 'FADC', 'target', 'met']
     groups = _groups(read_rows(bench_model.OUTPUT), kinds)
     parts = []
     for (device, dtype), rows in groups.items():
@@ -138,7 +138,7 @@ def headlines() -> str:
                     f'{case}, {what}{_COMPILED[compiled]}', f'{machine}, {dtype}', _value(found['plain']),
                     *('' if r is None else f'{float(r["ratio"]):.2f}' for r in ratios)])
     return markdown_table(
-        ['model, batch and size', 'machine', 'plain', "today's way", 'FADC', 'FADC, `triton`'], lines, left=2)
+        ['model, batch and size', 'machine', 'plain', 'without this package', 'FADC', 'FADC, `triton`'], lines, left=2)
 
 
 def _shapes(rows: list[Row], base: str) -> str:

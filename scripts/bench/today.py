@@ -1,4 +1,6 @@
-"""The baseline of the benchmarks: an FADC layer as everyone runs it today, for the same function as `FADConv2d`.
+"""The baseline of the benchmarks: an FADC layer without this package, for the same function as `FADConv2d`.
+
+It is in torch's and torchvision's operators.
 
 What makes it what it is: a convolution of its own for each band map, for the offsets and for the mask; a complex FFT of
 the whole map, shifted, masked and transformed back for each band; a trunk and heads for each part of the kernel; a

@@ -13,6 +13,7 @@ from torch import nn
 import fadc_timm
 from fadc_timm import FADConv2d, FreqSelect, lift_model
 from fadc_timm.checkpoints import load_checkpoint, write_folder
+from fadc_timm.layers import FADC_LAYERS
 from fadc_timm.layers.fad_conv import OPTIONS, SAMPLINGS
 from fadc_timm.models.lifted import STORED, layer_options, lifted_layers
 from tests.support.backbones import awaken, create_fadc, fad_convs, photos, trained
@@ -88,6 +89,23 @@ def test_feature_maps(name, tmp_path):
         assert error(features[-1], last) < 1e-5 or last.shape != features[-1].shape
     cut = fadc_timm.load(folder, features_only=True, out_indices=(1, 2)).eval()(x)
     assert all(map(torch.equal, cut, features[1:3])) and len(cut) == 2
+
+
+@pytest.mark.parametrize('features_only', [False, True])
+@pytest.mark.parametrize('lift', [('regnetx_002', 'gather'), ('dinat_mini', 'windows')], ids=str)
+def test_options_of_a_lifted_network(lift, features_only, tmp_path):
+    """Its backend is an argument; the other options stand in config.json."""
+    name, backend = lift
+    folder = fadc_timm.save(lifted(name, num_classes=3), tmp_path / 'own')
+    load = partial(fadc_timm.load, folder, features_only=features_only)
+    layers = [m for m in load(backend=backend).modules() if isinstance(m, FADC_LAYERS)]
+    assert layers and all(m.backend == backend for m in layers)
+    with pytest.raises(TypeError, match='takes no bands, lowfreq_att: the options .* in its config.json, under "lif'):
+        load(bands=(2, 4), lowfreq_att=True)
+    with pytest.raises(TypeError, match='takes no freq_select_for'):
+        load(freq_select_for='v')
+    with pytest.raises(ValueError, match="backend must be None or one of.*'other'"):
+        load(backend='other')
 
 
 @torch.no_grad()

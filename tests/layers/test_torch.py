@@ -336,15 +336,15 @@ def test_backward_under_autocast(cfg, backend):
 
 
 def test_backend_reaches_freq_select(monkeypatch):
-    """'triton' is the band mix's backend too; the other names leave FreqSelect its own."""
+    """'triton' is the band mix's backend too, and 'grid_sample' wants torch's operators; 'gather' leaves it its own."""
     chosen = []
     choose = functional.choose_backend
     monkeypatch.setattr(functional, 'choose_backend', lambda x, backend=None: chosen.append(
         choose(x, backend)) or 'fused')
     x = torch.randn(1, 4, 8, 8)
-    for backend in (None, 'gather', 'triton'):
+    for backend in (None, 'gather', 'triton', 'grid_sample'):
         FADConv2d(4, 4, 3, padding=1, sampling='fixed', backend=backend)(x)
-    assert chosen == ['fused', 'fused', 'triton']
+    assert chosen == ['fused', 'fused', 'triton', 'written_out']
 
 
 # subclasses of tensors

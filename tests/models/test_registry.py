@@ -1,13 +1,15 @@
 """The zoo's registry: names, tags and weights derived from timm, and the default weights in the package."""
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint
 
+import fadc_timm
 from fadc_timm import AdaDR
 from fadc_timm.models._family import architecture_of, list_architectures
 from tests.support.backbones import BASES, MODULES, PACKAGE, TINY, VARIANTS, module_of
@@ -57,6 +59,16 @@ def check_tags(base, variant):
         plain = get_pretrained_cfg(f'{base}.{tag}' if tag else base)
         if plain.hf_hub_id:
             assert cfg.hf_hub_id == plain.hf_hub_id == f'timm/{base}.{tag}' or not plain.hf_hub_id.startswith('timm/')
+
+
+@pytest.mark.parametrize('name, layer', [
+    ('resnet50_fadc', 'FADConv2d'), ('test_resnet_dcn', 'FADConv2d'), ('dinat_mini_fadc', 'FADNeighborhoodAttention')])
+def test_help(name, layer):
+    """The signature has no argument of our own, and the docstring names where the options are."""
+    entrypoint = model_entrypoint(name)
+    assert list(signature(entrypoint).parameters) == ['pretrained', 'kwargs']
+    assert '`fadc_stages`' in entrypoint.__doc__ and f'fadc_timm.layers.{layer}`' in entrypoint.__doc__
+    assert hasattr(fadc_timm.layers, layer)
 
 
 def test_known_weights():

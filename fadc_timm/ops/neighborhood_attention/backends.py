@@ -3,6 +3,7 @@ from typing import Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor
 
+from .. import settings
 from ..runtime import is_exporting, is_transformed
 from . import flex, reference, windows, written_out
 from .arguments import AttentionArgs
@@ -22,9 +23,13 @@ BACKENDS: Dict[str, Backend] = {
     'written_out': Backend(written_out.forward, written_out.why_not),
     'flex': Backend(flex.forward, flex.why_not),
 }
+settings.add_attention_backends(BACKENDS)
 
 
 def choose_backend(args: AttentionArgs) -> str:
-    """The backend that `backend=None` takes: windows, except where a graph for other runtimes is made, in transforms of
-    torch.func, and with dropout, whose mask the backward pass of windows would need again."""
+    """The backend that `backend=None` takes where 'reference' is not set.
+
+    It is windows, except where a graph for other runtimes is made, in transforms of torch.func, and with dropout, whose
+    mask the backward pass of windows would need again.
+    """
     return 'written_out' if is_exporting() or is_transformed() or args.dropout_p else 'windows'

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime import accumulation_dtype, as_dtype, without_autocast
+from ..settings import named_backend
 from .arguments import AttentionArgs
 from .backends import BACKENDS, choose_backend
 from .neighbours import neighbours
@@ -96,8 +97,8 @@ def neighborhood_attention2d(
         bias: (heads, 2*kh - 1, 2*kw - 1), in the dtype of q or float32: added to the scores by the distance of key and
             query in points, of which (kh - 1, kw - 1) is none.
         backend: 'windows' (dense products of tiles, on any device), 'written_out' (in operators that every runtime
-            has), 'flex' (torch's flex_attention), 'reference' (the definition in float64), or None to choose: see
-            :func:`choose_backend`.
+            has), 'flex' (torch's flex_attention), 'reference' (the definition in float64), or None: 'reference' where
+            :class:`set_backend` or the environment variable FADC_TIMM_BACKEND names it, and else a choice.
         dropout_p: Share of the attention weights that is dropped.
 
     Returns:
@@ -106,7 +107,7 @@ def neighborhood_attention2d(
     Raises:
         TypeError: An argument is not a tensor or of another dtype than q, or a size is no integer.
         ValueError: A shape, device or number is none of those above, or there is no such backend.
-        NotImplementedError: The named backend cannot run this call.
+        NotImplementedError: The named backend, or the one that is set, cannot run this call.
     """
     kernel, spacing = _window(kernel_size, dilation)
     if isinstance(q, Tensor) and q.device.type != 'meta' and torch.is_autocast_enabled(q.device.type):
@@ -119,6 +120,8 @@ def neighborhood_attention2d(
     if down or across:
         q, k, v = (F.pad(t, (0, 0, 0, across, 0, down)) for t in (q, k, v))
     args = AttentionArgs(q, k, v, kernel, spacing, bias, dropout_p)
+    if backend is None and named_backend() == 'reference':  # the only name that the convolution has too
+        backend = 'reference'
     if backend is None:
         backend = choose_backend(args)
     elif backend not in BACKENDS:

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d
-from fadc_timm.ops.neighborhood_attention import neighbours, reference, tiles, windows
+from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d, set_backend
+from fadc_timm.ops.neighborhood_attention import backends, neighbours, reference, tiles, windows
 from tests.support.cases import error
 from tests.support.marks import needs_dynamo
 
@@ -220,6 +220,55 @@ def test_opcheck(has_bias):
     torch.library.opcheck(windows.neighborhood_windows, args)
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     torch.library.opcheck(windows.neighborhood_windows_backward, (torch.randn_like(q), *args))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the backends that run, in order."""
+    names = []
+    for name, backend in backends.BACKENDS.items():
+        monkeypatch.setitem(backends.BACKENDS, name, backend._replace(
+            forward=lambda args, name=name, forward=backend.forward: names.append(name) or forward(args)))
+    return names
+
+
+def test_set_backend(ran, monkeypatch):
+    """Of the names of the convolution, attention has 'reference'; the others leave it its own choice."""
+    tensors = make_inputs((3, 4), 3, requires_grad=False)
+    q, k, v, bias = tensors
+    with set_backend('reference'):
+        neighborhood_attention2d(q, k, v, 3, 1, bias)
+        neighborhood_attention2d(q, k, v, 3, 1, bias, 'windows')
+        with pytest.raises(NotImplementedError, match="'reference' cannot run this call: it has no dropout"):
+            neighborhood_attention2d(q, k, v, 3, 1, bias, dropout_p=0.5)
+        torch.export.export(Attention(), (*make_inputs((6, 4), 3, requires_grad=False),))
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'reference')
+    neighborhood_attention2d(q, k, v, 3, 1, bias)
+    monkeypatch.setenv('FADC_TIMM_BACKEND', 'gather')
+    neighborhood_attention2d(q, k, v, 3, 1, bias)
+    assert ran == ['reference', 'windows', 'reference', 'reference', 'windows']
+
+
+@pytest.mark.parametrize('name', ['flex', 'windows'])
+def test_set_backend_of_attention_alone(name, monkeypatch):
+    with pytest.raises(ValueError, match=f"no backend {name!r} of the convolution.*{name!r} is a backend of neighb"):
+        set_backend(name)
+    monkeypatch.setenv('FADC_TIMM_BACKEND', name)
+    with pytest.raises(ValueError, match=f"FADC_TIMM_BACKEND is {name!r}.*create_model take it as backend="):
+        neighborhood_attention2d(*make_inputs((3, 4), 3)[:3], 3)
+
+
+@needs_dynamo
+def test_set_backend_is_compiled():
+    """Another setting is another graph."""
+    torch.compiler.reset()
+    tensors = make_inputs((6, 4), 3, dtype=torch.float32, requires_grad=False)
+    compiled = torch.compile(Attention(), fullgraph=True, backend='aot_eager')
+    chosen, exact = (
+        neighborhood_attention2d(*tensors[:3], 3, (2, 1), tensors[3], name) for name in ('windows', 'reference'))
+    assert torch.equal(compiled(*tensors), chosen) and not torch.equal(chosen, exact)
+    with set_backend('reference'):
+        assert torch.equal(compiled(*tensors), exact)
 
 
 @needs_dynamo

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from fadc_timm.ops import adaptive_dilated_conv2d, choose_backend, deform_conv2d, list_backends, set_backend
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends, set_backend
 from fadc_timm.ops.sampled_conv import backends
 from fadc_timm.ops.settings import named_backend
 from tests.support import cases
@@ -40,7 +40,7 @@ def on_meta():
 def test_backend_none_is_the_chosen_one(name):
     case = CASE[name]
     inputs = cases.make_inputs(case, torch.float32)
-    chosen = choose_backend(cases.checked(case, inputs))
+    chosen = backends.choose_backend(cases.checked(case, inputs))
     assert chosen != 'reference' and not cases.why_not(case, inputs, chosen)
     assert cases.call(case, inputs, None).equal(cases.call(case, inputs, chosen))
 
