@@ -75,8 +75,8 @@ def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str
 def _check(x: Tensor, weights: Tensor, factors: List[int]) -> None:
     if not x.is_floating_point():
         raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
-    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in factors):
-        raise ValueError(f'factors must be integers of at least 1, got {factors!r}.')
+    if not factors or any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in factors):
+        raise ValueError(f'factors must be one or more integers of at least 1, got {factors!r}.')
     bands = len(factors)
     if x.dim() != 4 or weights.dim() != 5 or weights.shape[1] not in (bands, bands + 1) or (
             weights.shape[2] < 1 or x.shape[1] % weights.shape[2]):
@@ -108,7 +108,8 @@ def mix_bands(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[
 
     Raises:
         TypeError: x has no floating point dtype.
-        ValueError: There is no such backend, the shapes of x and weights do not fit, or a factor is no integer above 0.
+        ValueError: There is no such backend, the shapes of x and weights do not fit, or a factor is no integer above 0,
+            or there is none.
         NotImplementedError: 'triton' cannot run: Triton is missing or too old, or the device or dtype is not for it.
     """
     if torch.jit.is_scripting():

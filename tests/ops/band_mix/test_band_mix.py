@@ -176,7 +176,8 @@ def test_unknown_backend():
     ((2, 3, 3, 9, 10), [2, 4, 8], 'S a divisor of C'),
     ((2, 3, 9, 10), [2, 4, 8], r'got \(2, 4, 9, 10\) and \(2, 3, 9, 10\)'),
     ((3, 3, 1, 9, 10), [2, 4, 8], 'the same B, H and W'), ((2, 3, 1, 1, 1), [2, 4, 8], 'the same B, H and W'),
-    *(((2, 1, 1, 9, 10), [f], 'factors must be integers of at least 1') for f in (0, -2, 2.5, True)),
+    *(((2, 1, 1, 9, 10), factors, 'factors must be one or more integers of at least 1')
+      for factors in ([0], [-2], [2.5], [True], [])),
 ], ids=str)
 def test_bad_input(weights, factors, message, backend):
     """Each backend would drop, stretch or truncate something else."""
