@@ -187,7 +187,9 @@ def write_folder(
         named = labels and len(labels) == model.num_classes
         config = dict(pretrained_cfg=cfg, **(dict(label_names=list(labels)) if named else {}))
         new.mkdir()
-        save_config_for_hf(model, str(new / CONFIG), model_config=config, model_args=model_args or {})
+        save_config_for_hf(
+            model, new / CONFIG,  # type: ignore[arg-type]  # timm calls it a string, and opens it as a path
+            model_config=config, model_args=model_args or {})
         # timm's save_for_hf refuses channels_last, and leaves out the entry `format` that other loaders look for
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, new / WEIGHTS, metadata=dict(format='pt'))
