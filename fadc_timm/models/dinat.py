@@ -255,7 +255,7 @@ class DiNAT(nn.Module):
         self.num_features = dim
         self.norm = LayerNorm2d(dim, eps=_EPS, **dd)
         self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -311,7 +311,7 @@ class DiNAT(nn.Module):
         own = next(self.parameters())
         self.head.reset(num_classes, global_pool)
         self.head.to(device=own.device, dtype=own.dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
