@@ -45,6 +45,8 @@ REMEDIES = (
 ATTENTION = (
     Setting('dinat_mini', 'plain', 'DiNAT-Mini', ('--backbone', 'dinat_mini'), against='dinat_mini'),
     Setting('dinat_mini_fadc', 'fadc', 'DiNAT-Mini + FreqSelect', ('--backbone', 'dinat_mini'), against='dinat_mini'),
+    Setting('dinat_mini_fadc_lr0.1', 'fadc', "DiNAT-Mini + FreqSelect, FreqSelect's learning rate times 0.1",
+            ('--backbone', 'dinat_mini', '--fadc-lr', '0.1'), against='dinat_mini'),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS + REMEDIES + ATTENTION}
 

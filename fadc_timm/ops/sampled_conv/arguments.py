@@ -29,6 +29,14 @@ def split_kernel(weight: Tensor) -> Tuple[Tensor, Tensor]:
     return as_dtype(mean, weight.dtype), as_dtype(exact - mean, weight.dtype)
 
 
+def headroom(taps: int) -> int:
+    """What totals of samples over the taps are divided by, and the kernel's mean is multiplied by.
+
+    The range of float16 is then that of a sample, as in a plain convolution. A power of two rounds nothing.
+    """
+    return 1 << (taps - 1).bit_length()
+
+
 def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
     """The kernel of each sample: the gains applied to a kernel.
 

@@ -19,7 +19,7 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, scale_channels, split_kernel
+from .arguments import ConvArgs, combine_parts, headroom, scale_channels, split_kernel
 from .reference import bilinear
 
 
@@ -181,8 +181,8 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
         total = scale_channels(samples.sum(2), low_in)
-        if args.x.dtype == torch.float16:  # its range is that of a sample, not of all taps
-            total, mean = total / taps, mean * taps
+        if args.x.dtype == torch.float16:
+            total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
     return match_layout(y, args.x)
 

@@ -3,10 +3,9 @@
 The forward pass makes the samples of one tile, multiplies them by the kernel and forgets them; the backward pass makes
 them again. So neither pass holds k*k values per pixel, and the tile stays in cache.
 
-AdaKern splits the kernel into its mean over the taps and the rest. The mean sees only the total of the samples: it is
-computed as the sum of the kernel times the mean of the samples, as the range of float16 is that of a sample, not of
-all. For the rest, centring the samples of a position over the taps does the same as centring the kernel. We centre
-whichever tensor is smaller: the samples or the kernel.
+AdaKern splits the kernel into its mean over the taps and the rest. The mean sees only the total of the samples, see
+`headroom`. For the rest, centring the samples of a position over the taps does the same as centring the kernel. We
+centre whichever tensor is smaller: the samples or the kernel.
 """
 from typing import List, Optional, Tuple
 
@@ -17,7 +16,7 @@ from ...derivatives import formula_gradients, wants_formula
 from ...runtime import empty_map, exact_products, nhwc
 from .. import grid_sample
 from ..arguments import NO_GAINS, ConvArgs, split_kernel
-from .tiles import Scatter, Tiling, bags_of_mean, corner_dots
+from .tiles import Scatter, Tiling, bags_of_total, corner_dots
 
 __all__ = ['sampled_conv2d']
 
@@ -41,11 +40,14 @@ def _center(taps: Tensor, mean: Tensor) -> None:
 
 
 def _split(tiling: Tiling, weight: Tensor) -> Tuple[Tensor, Tensor, bool]:
-    """The kernel (O, C, k, k) for the samples, its sum (O, C, 1, 1), and whether the samples are to be centred."""
-    tap_sum = weight.sum((2, 3), keepdim=True)
+    """The kernel (O, C, k, k) for the samples, its mean (O, C, 1, 1), and whether the samples are to be centred.
+
+    The mean is multiplied by what the totals are divided by.
+    """
     if _centres_samples(tiling, weight):  # the rest is as large as the kernel, and not wanted
-        return weight, tap_sum, True
-    return split_kernel(weight)[1], tap_sum, False
+        return weight, weight.mean((2, 3), keepdim=True) * tiling.headroom, True
+    mean, rest = split_kernel(weight)
+    return rest, mean * tiling.headroom, False
 
 
 class _Gains:
@@ -98,16 +100,16 @@ def sampled_conv2d(
     result = empty_map(x, (tiling.b, weight.shape[-4], tiling.out_h, tiling.out_w))
     x, y = nhwc(x), result.permute(0, 2, 3, 1)
     high = torch.empty_like(y) if save else x.new_empty((0,))
-    kernel, tap_sum, centres_samples = _split(tiling, weight) if split else (weight, None, False)
+    kernel, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
     for samples in tiling.batches():
         own = _Gains(samples, low_in, low_out, high_in, high_out)
         table = tiling.table(x[samples])
         table_high = tiling.table(_scaled(x[samples], own.high_in)) if split else table
         for tile in tiling.tiles(samples):
             taps, out = tile.sample(table_high), tile.of(y)
-            mean = None if tap_sum is None else tile.mean(table)
-            if mean is not None and centres_samples:
-                _center(taps, _scaled(mean, own.high_in))
+            total = None if mean is None else tile.total(table)
+            if total is not None and centres_samples:
+                _center(taps, _scaled(total, own.high_in) / (tiling.k ** 2 / tiling.headroom))
             part = tile.convolve(taps, kernel[samples.start] if kernel.dim() == 5 else kernel)
             if save:
                 tile.of(high).copy_(part)
@@ -115,15 +117,15 @@ def sampled_conv2d(
                 out.copy_(part)
             else:
                 torch.mul(part, own.high_out[:, None, None], out=out)
-            if tap_sum is not None and mean is not None:
-                part = tile.convolve(_scaled(mean, own.low_in), tap_sum)
+            if mean is not None and total is not None:
+                part = tile.convolve(_scaled(total, own.low_in), mean)
                 if own.low_out is None:
                     out += part
                 else:
                     out.addcmul_(part, own.low_out[:, None, None])
             if bias is not None:
                 out += bias
-            del taps, part, mean  # so that the next tile finds their memory, still in cache
+            del taps, part, total  # so that the next tile finds their memory, still in cache
     return result, high
 
 
@@ -161,8 +163,8 @@ def sampled_conv2d_backward(
     tiling = Tiling(x, steps, mask, weight.shape[-1], stride, padding, spacing, groups, weight.dim() == 5)
     x, grad = nhwc(x), nhwc(grad)
     width = tiling.c // tiling.step_groups
-    rest, tap_sum, centres_samples = _split(tiling, weight) if split else (weight, None, False)
-    grad_weight, grad_tap_sum = torch.zeros_like(rest), None if tap_sum is None else torch.zeros_like(tap_sum)
+    rest, mean, centres_samples = _split(tiling, weight) if split else (weight, None, False)
+    grad_weight, grad_mean = torch.zeros_like(rest), None if mean is None else torch.zeros_like(mean)
     grad_sampling, grad_x = torch.empty_like(tiling.sampling), torch.zeros_like(x)
     grad_low_in, grad_low_out, grad_high_in = (
         x.new_zeros((0,) if t is None else t.shape) for t in (low_in, low_out, high_in))
@@ -174,9 +176,9 @@ def sampled_conv2d_backward(
         grad_low, grad_high = tiling.table(grad_x[samples]), torch.zeros_like(table)
         for tile in tiling.tiles(samples):
             g, taps, scatter = tile.of(grad), tile.sample(table_high), Scatter(tile, table)
-            mean = None if tap_sum is None else tile.mean(table)
-            if mean is not None and centres_samples:
-                _center(taps, _scaled(mean, own.high_in))
+            total = None if mean is None else tile.total(table)
+            if total is not None and centres_samples:
+                _center(taps, _scaled(total, own.high_in) / (tiling.k ** 2 / tiling.headroom))
             bags, more = tile.convolve_backward(_scaled(g, own.high_out) if split else g, taps, kernel)
             into_kernel += more
             if centres_samples:
@@ -184,29 +186,31 @@ def sampled_conv2d_backward(
             bags = bags.view(-1, width)
             scatter.add(grad_high, bags)
             dots = corner_dots(tile, table_high, bags)
-            if tap_sum is not None and grad_tap_sum is not None and mean is not None:
-                scaled_mean = _scaled(mean, own.low_in)
+            if mean is not None and grad_mean is not None and total is not None:
+                scaled_total = _scaled(total, own.low_in)
                 if low_out is not None:
-                    grad_low_out[samples] += (tile.convolve(scaled_mean, tap_sum) * g).sum((1, 2))
-                into_mean, more = tile.convolve_backward(_scaled(g, own.low_out), scaled_mean, tap_sum)
-                grad_tap_sum += more
+                    grad_low_out[samples] += (tile.convolve(scaled_total, mean) * g).sum((1, 2))
+                into_total, more = tile.convolve_backward(_scaled(g, own.low_out), scaled_total, mean)
+                grad_mean += more
                 if low_in is not None:
-                    grad_low_in[samples] += (into_mean * mean).sum((1, 2))
-                bags, bag_of = (_scaled(into_mean, own.low_in) / tiling.k ** 2).reshape(-1, width), bags_of_mean(tile)
+                    grad_low_in[samples] += (into_total * total).sum((1, 2))
+                bags = (_scaled(into_total, own.low_in) / tiling.headroom).reshape(-1, width)
+                bag_of = bags_of_total(tile)
                 scatter.add(grad_low, bags, bag_of)
                 dots += corner_dots(tile, table, bags, bag_of)
             tile.of(grad_sampling).copy_(dots)
-            del taps, bags, more, mean, scatter, dots  # as above
+            del taps, bags, more, total, scatter, dots  # as above
         grad_high = grad_high.view(x[samples].shape)
         if split and high_in is not None:
             grad_high_in[samples] = (grad_high * x[samples]).sum((1, 2))
         grad_x[samples] += _scaled(grad_high, own.high_in) if split else grad_high
     grad_steps, grad_mask = tiling.backward(grad_sampling)
     empty = x.new_empty((0,))
-    if grad_tap_sum is not None:
+    if grad_mean is not None:
+        grad_mean /= tiling.k ** 2 / tiling.headroom
         if not centres_samples:
-            grad_tap_sum -= grad_weight.mean((2, 3), keepdim=True)
-        grad_weight += grad_tap_sum
+            grad_mean -= grad_weight.mean((2, 3), keepdim=True)
+        grad_weight += grad_mean
     return [
         _nchw(grad_x), grad_steps.to(steps.dtype).contiguous(),
         empty.clone() if mask is None or grad_mask is None else grad_mask.to(mask.dtype).contiguous(),

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import accumulation_dtype
-from ..arguments import step_groups
+from ..arguments import headroom, step_groups
 from .table import SamplingTable
 
-__all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_mean', 'corner_dots']
+__all__ = ['Scatter', 'Tile', 'Tiling', 'bags_of_total', 'corner_dots']
 
 # Bytes of samples in a tile: few enough to stay in cache, and not fewer, as each tile has a fixed cost. Beyond 32 MB
 # glibc gives every buffer back to the system when it is freed, and faulting new pages in costs more than filling them.
@@ -38,11 +38,11 @@ class Tile:
             self.index.reshape(-1, 4), table, mode='sum', per_sample_weights=self.sampling.reshape(-1, 4))
         return bags.view(*self.index.shape[:5], self.tiling.c)
 
-    def mean(self, table: Tensor) -> Tensor:
-        """The mean of the samples over the taps: (b, n, W', C)."""
+    def total(self, table: Tensor) -> Tensor:
+        """Samples added up over the taps, divided by `tiling.headroom`: (b, n, W', C)."""
         order = (0, 1, 3, 5, 2, 4, 6) if self.tiling.as_image else (0, 1, 2, 5, 3, 4, 6)
-        taps = self.tiling.k ** 2
-        index, sampling = (t.permute(order).reshape(-1, 4 * taps) for t in (self.index, self.sampling / taps))
+        index, sampling = (t.permute(order).reshape(-1, 4 * self.tiling.k ** 2)
+                           for t in (self.index, self.sampling / self.tiling.headroom))
         return F.embedding_bag(index, table, mode='sum', per_sample_weights=sampling).view(
             self.b, self.n, self.tiling.out_w, self.tiling.c)
 
@@ -77,7 +77,7 @@ class Tile:
         return _matmul(grad, _as_rows(kernel).t()).view(taps.shape), into_kernel.permute(0, 3, 1, 2)
 
     def _image(self, taps: Tensor) -> Tensor:
-        """Taps as an image, or a mean as it is, channels_last: (b, C, n*k, W'*k)."""
+        """Taps as an image, or a total as it is, channels_last: (b, C, n*k, W'*k)."""
         return (taps.flatten(3, 4).flatten(1, 2) if taps.dim() == 6 else taps).permute(0, 3, 1, 2)
 
 
@@ -110,7 +110,7 @@ class Tiling:
     ) -> None:
         """Arguments as those of the operator; single: no samples share a table."""
         self.b, self.c, self.h, self.w = x.shape
-        self.k, self.groups = kernel_size, groups
+        self.k, self.groups, self.headroom = kernel_size, groups, headroom(kernel_size ** 2)
         self.step_groups = step_groups(steps, kernel_size, spacing)
         self.out_h, self.out_w = steps.shape[2:]
         # a grouped convolution takes the taps as an image, a dense one as the rows of a matrix product
@@ -171,8 +171,8 @@ def corner_dots(tile: Tile, table: Tensor, bags: Tensor, bag_of: Optional[Tensor
         bags, table, index.reshape(-1), unread, bag_of.repeat_interleave(4), 0, -1).view(index.shape)
 
 
-def bags_of_mean(tile: Tile) -> Tensor:
-    """For each bag of :meth:`Tile.sample` its position and step group: the bag of :meth:`Tile.mean`."""
+def bags_of_total(tile: Tile) -> Tensor:
+    """For each bag of :meth:`Tile.sample` its position and step group: the bag of :meth:`Tile.total`."""
     *shape, _ = tile.index.shape
     kept = (0, 1, 3, 5) if tile.tiling.as_image else (0, 1, 2, 5)
     numbered = [n if i in kept else 1 for i, n in enumerate(shape)]

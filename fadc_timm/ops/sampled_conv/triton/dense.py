@@ -67,12 +67,12 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
         columns.append(Launch(
             kernels.columns, (tile.samples * cdiv(tile.length, columns_p), call.channel_blocks(columns_c)),
             (*place, call.out_w, *call.pixels, *channels, spec.base),
-            (*call.constants, call.upcast, columns_p, columns_c), columns_warps))
+            (*call.constants, taps_up, call.upcast, columns_p, columns_c), columns_warps))
         scatter.append(Launch(
             kernels.scatter_columns, (tile.samples * cdiv(tile.length, scatter_p), call.channel_blocks(scatter_c)),
             (*place, call.out_h, call.out_w, *call.pixels, *channels, call.positions,
              tile.first_sample * chunks + tile.first // scatter_p, spec.base),
-            (*call.constants, fixed, scatter_p, scatter_c), scatter_warps))
+            (*call.constants, taps_up, fixed, scatter_p, scatter_c), scatter_warps))
     block_o = block(call.o, 16, 64)
     return _Launches(
         tiles=tiles,
@@ -91,19 +91,19 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
 
 
 def _pack(call: Call, launches: _Launches, weight: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """The kernel split for the products: rest (bundles, out_width, K*K*width), and sums over the taps (.., width).
+    """The kernel split for the products: its rest (bundles, out_width, K*K*width) and mean (bundles, out_width, width).
 
-    Of one bundle they are matrices. Without gains there are no sums, and the rest is the whole kernel.
+    Of one bundle they are matrices. Without gains there is no mean, and the rest is the whole kernel.
     """
     rows = (call.o,) if call.bundles == 1 else (call.bundles, call.out_width)
     rest = weight.new_empty((*rows, call.taps * call.width), dtype=call.spec.dtype)
-    tap_sums = weight.new_empty((*rows, call.width), dtype=call.spec.dtype) if call.split else None
-    triton_support.launch(launches.pack, weight, rest, tap_sums)
-    return rest, tap_sums
+    mean = weight.new_empty((*rows, call.width), dtype=call.spec.dtype) if call.split else None
+    triton_support.launch(launches.pack, weight, rest, mean)
+    return rest, mean
 
 
 def _workspace(call: Call, launches: _Launches, like: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """Columns (positions, K*K*C) and means (positions, C) of the largest tile."""
+    """Columns (positions, K*K*C) and totals (positions, C) of the largest tile."""
     most = max(tile.positions for tile in launches.tiles)
     return like.new_empty((most, call.taps * call.c)), like.new_empty((most, call.c)) if call.split else None
 
@@ -174,8 +174,8 @@ def forward(
     save = save and call.split
     weight = contiguous_weight(weight)
     launches = _launches(call, weight.stride(), False)
-    rest, tap_sums = _pack(call, launches, weight)
-    cols, means = _workspace(call, launches, x)
+    rest, mean = _pack(call, launches, weight)
+    cols, totals = _workspace(call, launches, x)
     y = y.view(call.positions, call.o)
     high_part = torch.empty_like(y) if save else y
     low_part = torch.empty_like(y) if call.split else y
@@ -183,10 +183,10 @@ def forward(
     start = 0
     for tile, columns in zip(launches.tiles, launches.columns):
         n = tile.positions
-        triton_support.launch(columns, x, steps, mask, low, high, cols, means)
+        triton_support.launch(columns, x, steps, mask, low, high, cols, totals)
         _product(call, _rows(cols, 0, n), rest, _rows(high_part, start, n))
-        if tap_sums is not None and means is not None:
-            _product(call, _rows(means, 0, n), tap_sums, _rows(low_part, start, n))
+        if mean is not None and totals is not None:
+            _product(call, _rows(totals, 0, n), mean, _rows(low_part, start, n))
         start += n
     if call.split:
         triton_support.launch(launches.combine, high_part, low_part, low, high, bias, y)
@@ -216,8 +216,8 @@ def backward(
     """
     weight = contiguous_weight(weight)
     launches = _launches(call, weight.stride(), scale is not None)
-    rest, tap_sums = _pack(call, launches, weight)
-    cols, means = _workspace(call, launches, x)
+    rest, mean = _pack(call, launches, weight)
+    cols, totals = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
     channel_blocks, chunks = launches.scatter_blocks
 
@@ -233,30 +233,30 @@ def backward(
         of_output = empty(call.b, cdiv(call.area, _SPREAD), 3, call.o)
         triton_support.launch(launches.spread, grad, *parts, low, high, grad_high, grad_low, of_output)
     masks = mask_in(steps, mask, call.step_groups, call.joint)
-    grad_rest = grad_tap_sums = None
+    grad_rest = grad_mean = None
     start = 0
     for tile, columns, scatter in zip(launches.tiles, launches.columns, launches.scatter):
         n = tile.positions
-        triton_support.launch(columns, x, steps, masks, low, high, cols, means)
+        triton_support.launch(columns, x, steps, masks, low, high, cols, totals)
         # the gradients of the columns take the place of the columns
         g, of_tile = _rows(grad_high, start, n), _rows(cols, 0, n)
         if wants_weight:
             grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
         _columns_gradient(call, g, rest, of_tile)
         _spoil(scale, of_tile)
-        if tap_sums is not None and means is not None:
-            g, of_tile = _rows(grad_low, start, n), _rows(means, 0, n)
+        if mean is not None and totals is not None:
+            g, of_tile = _rows(grad_low, start, n), _rows(totals, 0, n)
             if wants_weight:
-                grad_tap_sums = _kernel_gradient(call, g, of_tile, tap_sums, grad_tap_sums)
-            _columns_gradient(call, g, tap_sums, of_tile)
+                grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
+            _columns_gradient(call, g, mean, of_tile)
             _spoil(scale, of_tile)
         triton_support.launch(
-            scatter, x, steps, masks, low, high, cols, means, grad_x, sampling, of_input, scale)
+            scatter, x, steps, masks, low, high, cols, totals, grad_x, sampling, of_input, scale)
         start += n
     grad_weight = grad_bias = None
     if grad_rest is not None:
         grad_weight = torch.empty_like(weight)
-        triton_support.launch(launches.unpack, grad_rest, grad_tap_sums, grad_weight)
+        triton_support.launch(launches.unpack, grad_rest, grad_mean, grad_weight)
     if bias is not None:
         grad_bias = grad.sum(0) if of_output is None else of_output[:, :, 2].sum((0, 1))
     return [

@@ -1,10 +1,9 @@
 """Triton kernels around the matrix products of the dense and grouped operator.
 
-Forward: `pack` splits the kernel into its sum over the taps, and the rest without its mean. `columns` writes masked and
-scaled samples, and their means over the taps. Two products multiply the samples by the rest and the means by the sums.
-`combine` applies the output gains.
+Forward: `pack` splits the kernel into mean and rest. `columns` writes masked and scaled samples, and their totals. Two
+products multiply the samples by the rest and the totals by the mean. `combine` applies the output gains.
 
-The means are in the place of the totals of the samples, as the range of float16 is that of a sample, not of all.
+Totals are divided by TAPS_UP, a power of two, and means multiplied by it: see `headroom`.
 
 Backward: `spread` applies the output gains to the gradient. Two products and `scatter_columns` give the gradients of
 map, steps and mask; two products and `unpack` give the gradient of the kernel. `sampling_gradient` and
@@ -16,8 +15,8 @@ group. A tile is what the workspace holds: some samples, or some positions of on
 Shapes: x (B, H, W, C) contiguous; steps, which are dilations (B, G, H', W') or with OFFSETS offsets (B, G*K*K*2, H',
 W'), and mask (B, G*K*K, H', W') of any strides; low and high, AdaKern's gains (B, C + O), the input channels first. A
 bundle is some groups together, with `width` input and `out_width` output channels and a block-diagonal kernel: rest
-(bundles, out_width, K*K*width), tap_sums (bundles, out_width, width). columns (positions of the tile, bundles, K*K,
-width), means (positions of the tile, C).
+(bundles, out_width, K*K*width), mean (bundles, out_width, width). columns (positions of the tile, bundles, K*K, width),
+totals (positions of the tile, C).
 """
 import triton
 import triton.language as tl
@@ -42,12 +41,12 @@ def gain(gains, at, live, ACT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def pack(
-        weight, rest, tap_sums,
+        weight, rest, mean,
         channels_a_group, out_a_group, width, out_width, w_o, w_c, w_k,
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """Split the weight (O, C/groups, K*K) into its sum over the taps, and the rest without its mean.
+    """Split the weight (O, C/groups, K*K) into its mean over the taps, and the rest without it.
 
     Without SPLIT the rest is the whole weight. Grid: output channels, blocks of a bundle's input channels.
     """
@@ -58,16 +57,16 @@ def pack(
     at = o.to(tl.int64) * w_o + (c % channels_a_group)[:, None] * w_c + k[None, :] * w_k
     w = tl.load(weight + at, mask=own[:, None] & (c < width)[:, None] & (k < TAPS)[None, :], other=0.).to(ACC)
     if SPLIT:
-        total = tl.sum(w, axis=1)
-        tl.store(tap_sums + o.to(tl.int64) * width + c, round_to(total, tap_sums, UPCAST), mask=c < width)
-        w = w - (total / TAPS)[:, None]
+        m = tl.sum(w, axis=1) / TAPS
+        tl.store(mean + o.to(tl.int64) * width + c, round_to(m * TAPS_UP, mean, UPCAST), mask=c < width)
+        w = w - m[:, None]
     at = o.to(tl.int64) * TAPS * width + k[None, :] * width + c[:, None]
     tl.store(rest + at, round_to(w, rest, UPCAST), mask=(c < width)[:, None] & (k < TAPS)[None, :])
 
 
 @triton.jit
 def unpack(
-        grad_rest, grad_tap_sums, grad_weight,
+        grad_rest, grad_mean, grad_weight,
         channels_a_group, out_a_group, width, out_width, w_o, w_c, w_k,
         TAPS: tl.constexpr, TAPS_UP: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -82,8 +81,8 @@ def unpack(
     at = o.to(tl.int64) * TAPS * width + k[None, :] * width + place[:, None]
     g = tl.load(grad_rest + at, mask=all_live, other=0.).to(ACC)
     if SPLIT:
-        of_sum = tl.load(grad_tap_sums + o.to(tl.int64) * width + place, mask=live, other=0.).to(ACC)
-        g = g + (of_sum - tl.sum(g, axis=1) / TAPS)[:, None]
+        m = tl.load(grad_mean + o.to(tl.int64) * width + place, mask=live, other=0.).to(ACC) * TAPS_UP
+        g = g + ((m - tl.sum(g, axis=1)) / TAPS)[:, None]
     at = o.to(tl.int64) * w_o + c[:, None] * w_c + k[None, :] * w_k
     tl.store(grad_weight + at, round_to(g, grad_weight, UPCAST), mask=all_live)
 
@@ -165,14 +164,14 @@ def _write_tap(
 
 @jit_of_any_size
 def columns(
-        x, steps, mask, low, high, cols, means,
+        x, steps, mask, low, high, cols, totals,
         first_sample, first, count, height, width, out_w, start_h, start_w, stride_h, stride_w, spacing_h, spacing_w,
         s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, step_width, base,
         K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
         DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
-        INDEX: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        INDEX: tl.constexpr, TAPS_UP: tl.constexpr, UPCAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Write each tap's sample times mask and high input gain; if SPLIT, also their mean times the low input gain.
+    """Write each tap's sample times mask and high input gain; if SPLIT, also their total times the low input gain.
 
     Grid: blocks of positions, blocks of channels.
     """
@@ -203,8 +202,8 @@ def columns(
                 spacing_h, spacing_w, height, width, channels, c, live, K, OFFSETS, SPLIT, HAS_MASK, MASK_ACT, ACC,
                 INDEX, UPCAST)
     if SPLIT:
-        mean = total / (K * K) * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
-        tl.store(means + row_of_tile[:, None] * channels + c[None, :], round_to(mean, means, UPCAST), mask=live)
+        total = total / TAPS_UP * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
+        tl.store(totals + row_of_tile[:, None] * channels + c[None, :], round_to(total, totals, UPCAST), mask=live)
 
 
 @jit_of_any_size
@@ -295,15 +294,15 @@ def _scatter_tap(
 
 @jit_of_any_size
 def scatter_columns(
-        x, steps, mask, low, high, cols, means, grad_x, sampling, gains, scale,
+        x, steps, mask, low, high, cols, totals, grad_x, sampling, gains, scale,
         first_sample, first, count, height, width, out_h, out_w, start_h, start_w, stride_h, stride_w, spacing_h,
         spacing_w, s_b, s_c, s_h, s_w, m_b, m_c, m_h, m_w, channels, gains_b, bundle_width, step_width, positions,
         first_block, base,
         K: tl.constexpr, OFFSETS: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr,
         DILATION_ACT: tl.constexpr, MASK_ACT: tl.constexpr, GAINS_ACT: tl.constexpr, ACC: tl.constexpr,
-        INDEX: tl.constexpr, FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        INDEX: tl.constexpr, TAPS_UP: tl.constexpr, FIXED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Transpose of `columns`, of which cols and means hold the gradients.
+    """Transpose of `columns`, of which cols and totals hold the gradients.
 
     The program adds to grad_x (B, H, W, C). It writes the share of its channels in the gradients of mask and steps to
     sampling (blocks of channels, K*K + S, B*H'*W'), S = 1 for the dilation and 2*K*K for offsets, and the share of its
@@ -332,8 +331,8 @@ def scatter_columns(
     of_total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     from_total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     if SPLIT:
-        at_mean = means + row_of_tile[:, None] * channels + c[None, :]
-        of_total = tl.load(at_mean, mask=live, other=0.).to(ACC) / (K * K)
+        at_total = totals + row_of_tile[:, None] * channels + c[None, :]
+        of_total = tl.load(at_total, mask=live, other=0.).to(ACC) / TAPS_UP
         from_total = of_total * gain(low, b * gains_b + c, c_live, GAINS_ACT, ACC)[None, :]
     grad_d = tl.zeros([BLOCK_P], dtype=ACC)
     of_high = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
