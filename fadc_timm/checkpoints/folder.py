@@ -202,6 +202,8 @@ def write_folder(
         for name, old in _REPLACED.items():
             if name in given:
                 absent |= {k for k in old if k not in given}
+        if in_chans != 3:
+            absent.add('first_conv')  # timm before 1.0.31 would convert its weights, as if they were of three channels
         for name in ('label_names', 'num_classes', *absent):
             content['pretrained_cfg'].pop(name, None)
         content['architecture'] = architecture or content['architecture']

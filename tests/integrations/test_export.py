@@ -9,7 +9,7 @@ from fadc_timm.ops import adaptive_dilated_conv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
 from tests.support.integration_cases import models, one_model, uses
-from tests.support.marks import needs_dynamo
+from tests.support.marks import needs_any_size, needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -47,7 +47,7 @@ def test_export(stages, name):
         assert error(program(x), model(x).double()) < 1e-5
 
 
-@needs_dynamo
+@needs_any_size
 def test_export_asks_nothing_about_sizes():
     """A layer and its tables are made for every size, not only for multiples."""
     model = torch.nn.Sequential(

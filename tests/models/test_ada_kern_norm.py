@@ -40,8 +40,8 @@ def test_kind_of_the_family(name, kwargs, norm):
 
 
 @pytest.mark.parametrize('make, norm', [
-    (lambda: timm.create_model('regnetx_002'), 'batchnorm2d'),
-    (lambda: freeze_batch_norm_2d(timm.create_model('regnetx_002')), 'batchnorm2d'),
+    (lambda: timm.create_model('mobilenetv2_050'), 'batchnorm2d'),
+    (lambda: freeze_batch_norm_2d(timm.create_model('mobilenetv2_050')), 'batchnorm2d'),
     (lambda: timm.create_model('resnet18', norm_layer=nn.InstanceNorm2d), 'layernorm2d'),
     (lambda: timm.create_model('vgg11'), 'layernorm2d'), (lambda: timm.create_model('vgg11_bn'), 'batchnorm2d'),
 ], ids=['BatchNorm', 'frozen', 'InstanceNorm', 'none', 'vgg11_bn'])

@@ -1,7 +1,12 @@
 """Marks of tests."""
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 needs_dynamo = pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_exporting'),
     reason='in one graph: dynamo before torch 2.7 cannot follow the properties of a named tuple')
+
+# torch 2.11 asks whether tables that a product reads are contiguous, and takes the answer for a limit of their size
+asks_about_sizes = TorchVersion(torch.__version__) < (2, 14)
+needs_any_size = pytest.mark.skipif(asks_about_sizes, reason='exports of any size: torch 2.11 limits the sizes')
