@@ -142,16 +142,17 @@ def match_layout(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT.
-
-    A constant of graphs, as up to torch 2.11 torch.compile takes every graph for one that is exported.
-    """
-    # torch has is_exporting from 2.7 on; outside of a graph is_compiling is true in exports alone
+    """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
+    # torch has is_exporting from 2.7 on
     exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
     # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
     return exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+
+
+if hasattr(torch.compiler, 'is_exporting'):
+    # up to torch 2.11 every graph of torch.compile would be one that is exported, if dynamo looked into the function
+    is_exporting = torch.compiler.assume_constant_result(is_exporting)
 
 
 @torch.compiler.assume_constant_result
