@@ -61,12 +61,7 @@ def lifted_layers(model: nn.Module) -> List[Dict[str, Any]]:
     return groups
 
 
-def _lift(
-        model: nn.Module,
-        lifted: Sequence[Dict[str, Any]],
-        backend: Optional[str],
-        names: Optional[Dict[str, str]] = None,
-) -> None:
+def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Dict[str, str]] = None) -> None:
     """Lift the layers again; `names` maps their names to those in this model, without the layers that it lacks."""
     for group in lifted:
         layers = group['layers'] if names is None else [names[n] for n in group['layers'] if n in names]
@@ -74,8 +69,6 @@ def _lift(
             continue
         # where it is not stored, it was no option yet, and every AdaKern had a BatchNorm
         options = {'ada_kern_norm': 'batchnorm2d', **read_options(group['options'])}
-        if backend is not None:
-            options['backend'] = backend
         report = lift_model(model, layers, **options)
         lost = sorted(set(layers) - set(report.replaced))
         if lost:
@@ -90,16 +83,11 @@ def _key_in(features: Dict[str, Any], key: str) -> Optional[str]:
     return next((k for k in (key, f'model.{key}', key.replace('.', '_', 1)) if k in features), None)
 
 
-def _fill_features(
-        net: nn.Module,
-        model: nn.Module,
-        lifted: Sequence[Dict[str, Any]],
-        backend: Optional[str],
-) -> nn.Module:
+def _fill_features(net: nn.Module, model: nn.Module, lifted: Sequence[Dict[str, Any]]) -> nn.Module:
     """Lift the feature network of the base, and give it the parameters of the whole network."""
     modules = dict(net.named_modules(remove_duplicate=False))
     found = {n: _key_in(modules, n) for group in lifted for n in group['layers']}
-    _lift(net, lifted, backend, {n: inside for n, inside in found.items() if inside is not None})
+    _lift(net, lifted, {n: inside for n, inside in found.items() if inside is not None})
     own = net.state_dict()
     state = {inside: t for k, t in model.state_dict().items() if (inside := _key_in(own, k)) is not None}
     net.load_state_dict(state, strict=True)
@@ -147,13 +135,15 @@ def fadc_lifted(
         ValueError: The layers have no such backend.
     """
     _check_lifted(base, lifted, kwargs)
+    if backend is not None:
+        lifted = [{**group, 'options': {**group['options'], 'backend': backend}} for group in lifted]
     given = {name: kwargs.pop(name, None) for name in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
     features_only = kwargs.pop('features_only', False)
     feature_args = {name: kwargs.pop(name) for name in _FEATURE_ARGS if features_only and name in kwargs}
 
     def build(**args: Any) -> nn.Module:
         model = model_entrypoint(base)(pretrained=False, **args)
-        _lift(model, lifted, backend)
+        _lift(model, lifted)
         return model
 
     def check(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
@@ -176,4 +166,4 @@ def fadc_lifted(
             model = build_model_with_cfg(build, base, True, pretrained_filter_fn=check, **given, **kwargs)
     else:
         model = build_model_with_cfg(build, base, False, **given, **kwargs)
-    return model if net is None else _fill_features(net, model, lifted, backend)
+    return model if net is None else _fill_features(net, model, lifted)

@@ -32,7 +32,7 @@ from fadc_timm.ops.few_outputs import operator as predictor_operator
 from fadc_timm.ops.gains import operator as gains_operator
 from fadc_timm.ops.sampled_conv.triton import ACTS
 from fadc_timm.ops.sampled_conv.triton import operator as conv_operator
-from fadc_timm.ops.triton_support import Launch
+from fadc_timm.ops.triton_support import Launch, cdiv
 from scripts.results import RESULTS, write_csv
 
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
@@ -254,17 +254,22 @@ def source(this: Launch, tensors: tuple[Tensor | None, ...]) -> ASTSource:
     return ASTSource(fn=this.kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
+def _layers_of_resnet50(side: int) -> Iterator[Case]:
+    for c, reduction in ((128, 8), (256, 16), (512, 32)):
+        for at, stride in ((cdiv(2 * side, reduction), 2), (cdiv(side, reduction), 1)):
+            yield Layer('', 2, c, c, at, stride)
+            yield Bands('', 2, c, at, at)
+            yield Predictor('', 2, c, at, 3)
+            yield Predictor('', 2, c, at, 10, stride=stride)
+
+
 def count_kernels(sides: Iterable[int]) -> int:
     """How many kernels Triton compiles for the layers of ResNet-50 in training, float16, on images of these sides."""
     found = set()
-    for side in sides:
-        for channels, stride in ((128, 8), (256, 16), (512, 32)):
-            for at, step in ((-(-2 * side // stride), 2), (-(-side // stride), 1)):
-                for case in (Layer('', 2, channels, channels, at, step), Bands('', 2, channels, at, at),
-                             Predictor('', 2, channels, at, 3), Predictor('', 2, channels, at, 10, stride=step)):
-                    for this, tensors in launches(case, torch.float16):
-                        kernel = source(this, tensors)
-                        found.add((this.kernel, *map(str, (kernel.signature, kernel.attrs, kernel.constants))))
+    for case in (case for side in sides for case in _layers_of_resnet50(side)):
+        for this, tensors in launches(case, torch.float16):
+            kernel = source(this, tensors)
+            found.add((this.kernel, *map(str, (kernel.signature, kernel.attrs, kernel.constants))))
     return len(found)
 
 

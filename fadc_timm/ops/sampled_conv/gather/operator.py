@@ -109,7 +109,7 @@ def sampled_conv2d(
             taps, out = tile.sample(table_high), tile.of(y)
             total = None if mean is None else tile.total(table)
             if total is not None and centres_samples:
-                _center(taps, _scaled(total, own.high_in) / (tiling.k ** 2 / tiling.headroom))
+                _center(taps, _scaled(total, own.high_in) / tiling.totals_per_mean)
             part = tile.convolve(taps, kernel[samples.start] if kernel.dim() == 5 else kernel)
             if save:
                 tile.of(high).copy_(part)
@@ -178,7 +178,7 @@ def sampled_conv2d_backward(
             g, taps, scatter = tile.of(grad), tile.sample(table_high), Scatter(tile, table)
             total = None if mean is None else tile.total(table)
             if total is not None and centres_samples:
-                _center(taps, _scaled(total, own.high_in) / (tiling.k ** 2 / tiling.headroom))
+                _center(taps, _scaled(total, own.high_in) / tiling.totals_per_mean)
             bags, more = tile.convolve_backward(_scaled(g, own.high_out) if split else g, taps, kernel)
             into_kernel += more
             if centres_samples:
@@ -207,7 +207,7 @@ def sampled_conv2d_backward(
     grad_steps, grad_mask = tiling.backward(grad_sampling)
     empty = x.new_empty((0,))
     if grad_mean is not None:
-        grad_mean /= tiling.k ** 2 / tiling.headroom
+        grad_mean /= tiling.totals_per_mean
         if not centres_samples:
             grad_mean -= grad_weight.mean((2, 3), keepdim=True)
         grad_weight += grad_mean

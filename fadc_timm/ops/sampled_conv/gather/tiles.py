@@ -111,6 +111,7 @@ class Tiling:
         """Arguments as those of the operator; single: no samples share a table."""
         self.b, self.c, self.h, self.w = x.shape
         self.k, self.groups, self.headroom = kernel_size, groups, headroom(kernel_size ** 2)
+        self.totals_per_mean = kernel_size ** 2 / self.headroom  # a total, divided by it, is a mean over the taps
         self.step_groups = step_groups(steps, kernel_size, spacing)
         self.out_h, self.out_w = steps.shape[2:]
         # a grouped convolution takes the taps as an image, a dense one as the rows of a matrix product

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ... import triton_support
 from ...runtime import contiguous_weight
-from ...triton_support import MOST_ELEMENTS, Launch, block, cdiv
+from ...triton_support import Launch, block, cdiv
+from ..arguments import headroom
 from .call import Call, Tile, mask_in
 from .sums import gains_gradient, sampling_gradient
 
@@ -54,7 +55,7 @@ def _launches(call: Call, weight_strides: Tuple[int, ...], fixed: bool) -> _Laun
     scatter_p, scatter_c, scatter_warps = blocks(call, _SCATTER)
     tiles = call.tiles(max(columns_p, scatter_p))
     gains_b = call.c + call.o
-    taps_up = block(call.taps, 1, MOST_ELEMENTS)
+    taps_up = headroom(call.taps)
     # in both memory formats the taps of a kernel are one axis
     groups = (call.per_group, call.out_per_group, call.width, call.out_width, *weight_strides[:2], weight_strides[3])
     kernel = call.taps, taps_up, call.split, call.acc, call.upcast
