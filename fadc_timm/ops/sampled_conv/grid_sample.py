@@ -80,6 +80,15 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 _traced_coordinates = once_per_graph(_scaled)
 
 
+@constant
+def _tiny_gain(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to gains, so that none is zero: too little to show.
+
+    One element and no scalar: torch's ONNX exporter drops the addition of a scalar below 1e-8.
+    """
+    return torch.full((1,), 1e-20, dtype=dtype, device=device)
+
+
 def _known(*sizes: int) -> bool:
     return all(type(n) is int for n in sizes)
 
@@ -103,7 +112,7 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
             else _traced_coordinates(*call)
         grid = steps * moves + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    grid = grid.clamp(-2, 2)  # (B*G, k*k*2, H', W')
+    grid = F.hardtanh(grid, -2., 2.)  # (B*G, k*k*2, H', W'); in ONNX one node, where clamp is two
     if _known(*out_size):
         return grid.unflatten(1, (taps, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     # not by a reshape, which would ask about symbolic sizes
@@ -156,9 +165,8 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
     split = args.has_gains and not args.is_depthwise
     if split and high_in is not None and is_exporting():
-        # The map is smaller than its samples. Their total has the gain divided out again; what a gain of zero is raised
-        # by is too small to show.
-        scale = as_dtype(high_in, dtype) + 1e-20
+        # The map is smaller than its samples. Their total has the gain divided out again.
+        scale = as_dtype(high_in, dtype) + _tiny_gain(dtype, x.device)
         low_in = (1. if low_in is None else as_dtype(low_in, dtype)) / scale
         x, high_in = scale_channels(x, scale), None
     if groups > 1:
