@@ -1,5 +1,6 @@
 """The recorder of dilations: what it holds of layers and models, also under checkpointing, autocast and DDP."""
 import copy
+import threading
 
 import pytest
 import timm
@@ -41,6 +42,36 @@ def test_copy_is_not_recorded():
         assert len(records) == count
     copied(torch.randn(1, 3, 64, 64))
     assert len(records) == count > 0
+
+
+def test_replicas_in_threads():
+    """DataParallel's replicas run beside each other: each record holds one replica's dilation and power."""
+    model = nn.Sequential(FADConv2d(2, 2, 3, padding=1))
+    replicas = [copy.deepcopy(model), copy.deepcopy(model)]
+    meet, calls = threading.Barrier(2, timeout=60), []
+
+    def wait(*_):
+        meet.wait()
+
+    def run(replica, x):
+        for m in replica.modules():
+            m._is_replica = True
+        replica[0].ada_dr.register_forward_hook(wait)
+        replica(x)
+
+    with watch_layers(model, calls.append):
+        for replica in replicas:
+            replica[0]._forward_hooks = model[0]._forward_hooks.copy()
+            for name in ('freq_select', 'ada_kern', 'ada_dr'):
+                getattr(replica[0], name)._forward_hooks = getattr(model[0], name)._forward_hooks.copy()
+        threads = [threading.Thread(target=run, args=(r, torch.randn(1, 2, size, size)))
+                   for r, size in zip(replicas, (6, 9), strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(c.output.shape[-1] for c in calls) == [6, 9]
+    assert all(c.dilation is not None and c.dilation.shape[2:] == c.output.shape[2:] for c in calls)
 
 
 def test_power_is_that_of_what_the_layer_samples():

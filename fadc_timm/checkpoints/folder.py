@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Collection, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -145,6 +145,7 @@ def write_folder(
         architecture: Optional[str] = None,
         pretrained_cfg: Optional[Dict[str, Any]] = None,
         model_args: Optional[Dict[str, Any]] = None,
+        outdated: Collection[str] = (),
         card: Optional[str] = None,
         check: Optional[Callable[[Path], None]] = None,
 ) -> Path:
@@ -159,6 +160,8 @@ def write_folder(
         architecture: Name of the entry point that builds the model; by default the one that built it.
         pretrained_cfg: Entries that differ from the model's own; an entry of None is left out.
         model_args: Arguments of `timm.create_model` that the model was built with, except `num_classes`.
+            Newer timm adds those that it recorded.
+        outdated: Arguments that timm may have recorded, and that no longer hold.
         card: Text of README.md.
         check: Called with the new folder before it takes its place. If it raises, the old folder stays.
 
@@ -191,11 +194,19 @@ def write_folder(
             model, new / CONFIG,  # type: ignore[arg-type]  # timm calls it a string, and opens it as a path
             model_config=config, model_args=model_args or {})
         # timm's save_for_hf refuses channels_last, and leaves out the entry `format` that other loaders look for
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors: Dict[str, Tensor] = {}
+        storages = set()
+        for name, tensor in model.state_dict().items():
+            tensors[name] = tensor.contiguous()
+            storage = tensors[name].untyped_storage().data_ptr()
+            if storage in storages:  # of a module that stands in two places, where safetensors refuses shared memory
+                tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+            storages.add(storage)
         save_file(tensors, new / WEIGHTS, metadata=dict(format='pt'))
         content = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         # timm repeats these beside the entries that count; transformers' wrapper then passes num_classes twice
-        content.get('model_args', {}).pop('num_classes', None)
+        for name in ('num_classes', *outdated):
+            content.get('model_args', {}).pop(name, None)
         absent = {k for k, v in (pretrained_cfg or {}).items() if v is None}
         # timm takes the preprocessing from the model, and keeps what was recommended for other weights
         content['pretrained_cfg'].update(given)

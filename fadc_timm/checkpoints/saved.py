@@ -22,15 +22,14 @@ from .folder import CONFIG, write_folder
 
 __all__ = ['load', 'load_checkpoint', 'save']
 
-# They act in training only, and timm records none of their rates.
+# They act in training only.
 _TRAINING_ONLY = ('Identity', 'Dropout', 'DropPath', 'DropBlock2d')
 
 # In inference the classes of a line are one: timm and torch exchange them for training in several processes, or frozen.
 _BATCH_NORMS = (
     (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d), (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d))
 
-
-def _stages_of(model: nn.Module, family: Family) -> Optional[Tuple[bool, ...]]:
+def _fadc_stages(model: nn.Module, family: Family) -> Optional[Tuple[bool, ...]]:
     """Which stages have FADC; None where a stage has it in a part of its layers, or other modules have it."""
     kinds: Dict[str, List[bool]] = {stage: [] for stage in family.stages}
     lifts = next(kind.plain for kind in KINDS if kind.options == family.options)
@@ -66,17 +65,15 @@ def _description(model: nn.Module) -> Tuple[str, Dict[str, Any]]:
     lifted = lifted_layers(model)
     if not lifted:
         raise ValueError(f'{what} has no FADC layer: lift_model adds them. timm.models.save_for_hf saves plain models.')
-    args = {k: v for k, v in getattr(model, '_model_args', {}).items()  # newer timm keeps what a model was built with
-            if k not in ('base', 'fadc_stages', 'lifted', 'num_classes', *OPTIONS, *ATTENTION_OPTIONS)}
     try:
         family = family_of(model)
     except ValueError:
-        return ARCHITECTURE, dict(args, base=architecture, lifted=lifted)
-    stages = _stages_of(model, family)
+        return ARCHITECTURE, dict(base=architecture, lifted=lifted)
+    stages = _fadc_stages(model, family)
     if stages is None or len(lifted) > 1:
         own = architecture_of(architecture)
-        return ARCHITECTURE, dict(args, base=own.base if own is not None else architecture, lifted=lifted)
-    return architecture, dict(args, fadc_stages=list(stages), **lifted[0]['options'])
+        return ARCHITECTURE, dict(base=own.base if own is not None else architecture, lifted=lifted)
+    return architecture, dict(fadc_stages=list(stages), **lifted[0]['options'])
 
 
 def _kind(m: Any) -> Tuple[str, ...]:
@@ -142,11 +139,13 @@ def save(
         ValueError: The model is no network of timm or has no FADC layer, or the configuration does not fit it.
     """
     model = unwrap_model(model)
-    architecture, args = _description(model)
     cfg = {'tag': None, 'description': None, 'notes': None, **(pretrained_cfg or {})}
-    return write_folder(
-        model, folder, architecture=architecture, pretrained_cfg=cfg, model_args={**args, **(model_args or {})},
-        check=partial(_check_same, model))
+    with torch.random.fork_rng(devices=[]):  # layers and the model are built anew, which draws numbers
+        architecture, args = _description(model)
+        args.update(model_args or {})
+        return write_folder(
+            model, folder, architecture=architecture, pretrained_cfg=cfg, model_args=args,
+            outdated={'fadc_stages', *OPTIONS, *ATTENTION_OPTIONS} - set(args), check=partial(_check_same, model))
 
 
 def load(folder: Union[str, Path], **kwargs: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load
 from ..layers import FADConv2d, FADNeighborhoodAttention
-from ..models._family import FADC, FADC_ATTENTION, architecture_of, family_of
+from ..models._family import DCN, DCN_FADC, FADC, FADC_ATTENTION, Variant, architecture_of, family_of
 from ..models.cost import module_cost
 from ..models.lifted import lifted_layers
 from .card import citation_chapter, usage
@@ -49,6 +49,27 @@ def _of_base(model: nn.Module) -> Tuple[str, ...]:
         return ()
 
 
+def _variant_of(model: nn.Module) -> Variant:
+    """What was lifted into a network, by its layers, whose options need not be those that its name stands for."""
+    convs = [m for m in model.modules() if isinstance(m, FADConv2d)]
+    if not convs:
+        return FADC_ATTENTION
+    parts = {'AdaKern': 'ada_kern', 'FreqSelect': 'freq_select'}
+    names = [name for name, part in parts.items() if any(getattr(m, part) is not None for m in convs)]
+    with_parts = f"FADC's {' and '.join(names) or 'layers'}"
+    if all(m.sampling == 'deform' for m in convs):
+        variant = DCN_FADC._replace(name=f'{DCN.name} with {with_parts}') if names else DCN
+        if any(m.free_offsets.modulated for m in convs):
+            return variant
+        return variant._replace(
+            name=variant.name.replace(DCN.name, 'deformable convolution (DCNv1)'),
+            effect=variant.effect.replace(' and a weight', ''))
+    if any(m.sampling == 'dilation' for m in convs):
+        return FADC
+    return FADC._replace(
+        name=f'convolutions under {with_parts}', effect='layers that adapt to the image at a fixed dilation')
+
+
 @torch.no_grad()
 def folder_card(
         folder: Union[str, Path],
@@ -79,8 +100,7 @@ def folder_card(
     cfg: Any = model.pretrained_cfg
     arch = architecture_of(cfg['architecture'])
     attends = any(isinstance(m, FADNeighborhoodAttention) for m in model.modules())
-    of_lifted = FADC_ATTENTION if attends and not any(isinstance(m, FADConv2d) for m in model.modules()) else FADC
-    base, variant = (cfg['architecture'], of_lifted) if arch is None else (arch.base, arch.variant)
+    base, variant = cfg['architecture'] if arch is None else arch.base, _variant_of(model)
     kind = 'neighbourhood attention' if variant is FADC_ATTENTION else 'convolutions'
     owner = 'fadc_timm' if is_model_in_modules(base, ['dinat']) else f'timm {timm.__version__}'
     size = timm.data.resolve_model_data_config(model)['input_size']

@@ -19,7 +19,7 @@ from .own_hooks import has_hooks
 
 __all__ = ['AdaKern', 'Head', 'NormLayer', 'mean_dtype']
 
-# What makes a norm: a name of timm's, or a callable that takes a number of channels.
+# What makes a norm: a name of timm's, or a callable that takes a number of channels, device and dtype.
 NormLayer = Union[str, Callable[..., nn.Module]]
 
 
@@ -164,9 +164,12 @@ class AdaKern(nn.Module):
         """
         norm = self.norm
         if isinstance(norm, _BatchNorm):
-            assert norm.running_mean is not None and norm.running_var is not None
+            mean, var = norm.running_mean, norm.running_var
+            assert mean is not None and var is not None
+            weight = torch.ones_like(var) if norm.weight is None else norm.weight
+            bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
             self.fc.weight, self.fc.bias = fuse_linear_bn_weights(
-                self.fc.weight, self.fc.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                self.fc.weight, self.fc.bias, mean, var, norm.eps, weight, bias)
             self.norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:

@@ -21,7 +21,7 @@ from .ada_kern import AdaKern, NormLayer
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
 from .one_call import in_one_call
-from .own_hooks import has_hooks, has_own_hooks
+from .own_hooks import has_hooks, why_not_taken_over
 
 __all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
 
@@ -210,12 +210,18 @@ class FADConv2d(nn.Conv2d):
         Raises:
             TypeError: conv is of another class, whose forward may compute something else; or an argument is one of
                 `nn.Conv2d`.
-            ValueError: conv has a kernel, stride or padding that FADConv2d has not, or hooks, which would be lost.
+            ValueError: conv has a kernel, stride, padding or dtype that FADConv2d has not, or hooks or methods of its
+                own, which would be lost.
         """
         if type(conv) is not nn.Conv2d:
             raise TypeError(f'from_conv takes an nn.Conv2d, got {type(conv).__module__}.{type(conv).__name__}.')
-        if has_own_hooks(conv):
-            raise ValueError('The convolution has hooks (as weight_norm and pruning add them), which would be lost.')
+        lost = why_not_taken_over(conv)
+        if lost is not None:
+            raise ValueError(f'The convolution {lost}.')
+        if not isinstance(conv.weight, nn.Parameter) or not conv.weight.is_floating_point():
+            raise ValueError(
+                'The weight of the convolution must be a parameter of real numbers, got a '
+                f'{type(conv.weight).__name__} of {conv.weight.dtype}.')
         replicates = conv.padding_mode == 'replicate' and conv.padding not in ('valid', (0, 0))
         if replicates and 'padding_mode' not in cfg and conv.dilation != (1, 1):
             raise ValueError(
@@ -234,7 +240,7 @@ class FADConv2d(nn.Conv2d):
         return new.train(conv.training)
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias as `nn.Conv2d` does, and make FreqSelect, AdaKern and AdaDR the identity again."""
+        """Draw weight and bias as `nn.Conv2d` does, and reset what FADC added (:meth:`reset_fadc_parameters`)."""
         super().reset_parameters()
         self.reset_fadc_parameters()
 

@@ -1,7 +1,8 @@
 """Hooks that show what the FADC layers of a model compute, while it runs."""
+import threading
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
     if not layers:
         raise ValueError(
             f'{type(model).__name__} has no FADConv2d layer, nor another with FADC: nothing to collect')
-    parts: Dict[str, Dict[str, Any]] = {name: {} for name in layers}
+    parts: Dict[Tuple[int, str], Dict[str, Any]] = {}  # by thread, as DataParallel's replicas run in threads
     count = 0
 
     def is_watched(module: nn.Module, watched: nn.Module) -> bool:
@@ -63,14 +64,14 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
 
     def keep(name: str, part: str, module: nn.Module, args: Any, output: Any) -> None:
         if is_watched(module, getattr(layers[name], part)):
-            parts[name][part] = output
+            parts.setdefault((threading.get_ident(), name), {})[part] = output
 
     def call(name: str, module: Any, args: Any, output: Tensor) -> None:
         nonlocal count
         if not is_watched(module, layers[name]):
             return
         count += 1
-        seen, parts[name] = parts[name], {}
+        seen = parts.pop((threading.get_ident(), name), {})
         dilation, of_dilation = seen.get('ada_dr', (None, None))
         offset, of_offset = seen.get('free_offsets', (None, None))
         x = args[0]

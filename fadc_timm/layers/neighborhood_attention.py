@@ -18,7 +18,7 @@ from ..ops.neighborhood_attention.written_out import attention, attention_weight
 from .ada_kern import AdaKern, NormLayer
 from .fad_conv import reset_parts
 from .freq_select import FreqSelect
-from .own_hooks import has_own_hooks
+from .own_hooks import why_not_taken_over
 
 __all__ = ['ATTENTION_OPTIONS', 'FADNeighborhoodAttention', 'NeighborhoodAttention']
 
@@ -254,13 +254,15 @@ class FADNeighborhoodAttention(NeighborhoodAttention):
 
         Raises:
             TypeError: attn is of another class, whose forward may compute something else.
-            ValueError: An option has a value that is none of its own, or attn has hooks, which would be lost.
+            ValueError: An option has a value that is none of its own, or attn has hooks or methods that were set on
+                it, which would be lost.
         """
         if type(attn) is not NeighborhoodAttention:
             raise TypeError(
                 f'from_attention takes a NeighborhoodAttention, got {type(attn).__module__}.{type(attn).__name__}.')
-        if has_own_hooks(attn):
-            raise ValueError('The attention has hooks, which would be lost.')
+        lost = why_not_taken_over(attn)
+        if lost is not None:
+            raise ValueError(f'The attention {lost}.')
         args = dict(
             dim=attn.dim, num_heads=attn.num_heads, kernel_size=attn.kernel_size, dilation=attn.dilation,
             qkv_bias=attn.qkv.bias is not None, attn_drop=attn.attn_drop, proj_drop=attn.proj_drop.p,

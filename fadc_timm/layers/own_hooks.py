@@ -4,11 +4,16 @@ from typing import Optional
 import torch
 from torch import nn
 
-__all__ = ['does_more', 'has_global_hooks', 'has_hooks', 'has_own_hooks']
+__all__ = ['does_more', 'has_global_hooks', 'has_hooks', 'why_not_taken_over']
 
 
-def has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks were registered with the module."""
+# Hooks of a module that act when its state is read or loaded.
+_STATE_HOOKS = (
+    '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks that act in a call were registered with the module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
@@ -20,7 +25,17 @@ def has_global_hooks() -> bool:
 
 def does_more(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class, global hooks left aside: hooks, or a forward set on it."""
-    return 'forward' in module.__dict__ or has_own_hooks(module)
+    return 'forward' in module.__dict__ or _has_own_hooks(module)
+
+
+def why_not_taken_over(module: nn.Module) -> Optional[str]:
+    """What was put on a module that another module in its place would lack, as a reason, or None."""
+    if _has_own_hooks(module) or any(getattr(module, name, None) for name in _STATE_HOOKS):
+        return 'has hooks (as weight_norm and pruning add them), which would be lost'
+    methods = [name for name in module.__dict__ if callable(getattr(type(module), name, None))]
+    if methods:
+        return f'has methods that were set on it ({", ".join(methods)}), which would be lost'
+    return None
 
 
 def has_hooks(*modules: Optional[nn.Module]) -> bool:

@@ -56,7 +56,7 @@ class LiftReport(NamedTuple):
 
     replaced: Names of the convolutions that are FADConv2d now, or of the neighbourhood attentions that are
         FADNeighborhoodAttention.
-    left: Name and reason of each other convolution and neighbourhood attention.
+    left: Name and reason of each other `nn.Conv2d`, subclasses too, and of each other neighbourhood attention.
     """
     replaced: Tuple[str, ...]
     left: Dict[str, str]
@@ -289,7 +289,10 @@ def lift_model(model: nn.Module, stages: Stages = DEFAULT_STAGES, **cfg: Any) ->
             f'Nothing was lifted in {type(model).__name__} with stages={stages!r}: '
             f'{what or "there are no layers for it in them"}. '
             f'{f"There are layers to lift in {elsewhere}." if elsewhere else ""}'.rstrip())
+    synced = next((m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)), None)
     for name, new in replaced.items():
+        if synced is not None:  # AdaKern's BatchNorms too
+            nn.SyncBatchNorm.convert_sync_batchnorm(new, synced.process_group)
         setattr(*_place(model, name), new)
     keep_unfolded(model, replaced)
     _logger.debug('Lifted %s: %s', type(model).__name__, report)

@@ -21,12 +21,12 @@ ARCHITECTURE = 'fadc_lifted'
 # More than 64 groups of FreqSelect mean one per channel, whatever the number of channels.
 _PER_CHANNEL = 65
 
-# The other options of FADConv2d say how it starts and where it runs, not what it computes.
-STORED = tuple(name for name in OPTIONS if name not in ('eps', 'backend'))
-
 
 def layer_options(layer: Union[FADConv2d, FADNeighborhoodAttention]) -> Dict[str, Any]:
-    """The options with which a layer is built again, as config.json keeps them."""
+    """The options with which a layer is built again, as config.json keeps them.
+
+    `eps` and `backend` say how it starts and where it runs, not what it computes.
+    """
     options: Dict[str, Any] = dict(
         freq_select=layer.freq_select is not None,
         kernel_decompose=layer.ada_kern.kernel_decompose if layer.ada_kern is not None else 'none')
@@ -78,9 +78,11 @@ def _lift(model: nn.Module, lifted: Sequence[Dict[str, Any]], names: Optional[Di
 def _key_in(features: Dict[str, Any], key: str) -> Optional[str]:
     """The name in a feature network of what the whole network calls `key`, or None where it was cut off.
 
-    timm's feature networks keep the name, hold the whole network as `model`, or flatten 'stages.0' to 'stages_0'.
+    timm's feature networks keep the name, hold the whole network under a name of their own, or flatten 'stages.0' to
+    'stages_0'.
     """
-    return next((k for k in (key, f'model.{key}', key.replace('.', '_', 1)) if k in features), None)
+    names = key, *(f'{network}.{key}' for network in ('model', 'body', 'graph_module')), key.replace('.', '_', 1)
+    return next((name for name in names if name in features), None)
 
 
 def _fill_features(net: nn.Module, model: nn.Module, lifted: Sequence[Dict[str, Any]]) -> nn.Module:

@@ -15,7 +15,7 @@ from fadc_timm import FADConv2d, FreqSelect, lift_model
 from fadc_timm.checkpoints import load_checkpoint, write_folder
 from fadc_timm.layers import FADC_LAYERS
 from fadc_timm.layers.fad_conv import OPTIONS, SAMPLINGS
-from fadc_timm.models.lifted import STORED, layer_options, lifted_layers
+from fadc_timm.models.lifted import layer_options, lifted_layers
 from tests.support.backbones import awaken, create_fadc, fad_convs, photos, trained
 from tests.support.cases import error
 from tests.support.off_identity import off_identity
@@ -91,6 +91,16 @@ def test_feature_maps(name, tmp_path):
     assert all(map(torch.equal, cut, features[1:3])) and len(cut) == 2
 
 
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx', 'getter', 'dict'])
+@torch.no_grad()
+def test_classes_of_feature_networks(feature_cls, tmp_path):
+    model, x = lifted('test_resnet', num_classes=3), photos(64)
+    folder = fadc_timm.save(model, tmp_path / 'own')
+    features = fadc_timm.load(folder, features_only=True, feature_cls=feature_cls).eval()(x)
+    features = list(features.values()) if isinstance(features, dict) else features
+    assert error(features[-1], model.forward_features(x)) < 1e-5
+
+
 @pytest.mark.parametrize('features_only', [False, True])
 @pytest.mark.parametrize('lift', [('regnetx_002', 'gather'), ('dinat_mini', 'windows')], ids=str)
 def test_options_of_a_lifted_network(lift, features_only, tmp_path):
@@ -163,6 +173,39 @@ def test_as_training_leaves_it(network, name, tmp_path):
     assert error(loaded(photos(64)), expected.double()) < 1e-5
 
 
+def test_what_changed_since_it_was_built(tmp_path):
+    """The pooling, and the options of layers; the rates of training are none of the model's."""
+    model = create_fadc('test_resnet_fadc', num_classes=3, drop_rate=0.2, drop_path_rate=0.3)
+    model = fadc_timm.load(fadc_timm.save(model, tmp_path / 'own'))
+    model.reset_classifier(0, '')
+    config = json.loads((fadc_timm.save(model, tmp_path / 'own') / 'config.json').read_text())
+    assert not [name for name in config['model_args'] if 'drop' in name]
+    assert fadc_timm.load(tmp_path / 'own')(photos(64)).dim() == 4
+    model = timm.create_model('test_resnet_fadc', kernel_decompose='low', fadc_stages=(False, True, False, True))
+    lift_model(model, ['layer3.0.conv2'], bands=(3,))
+    assert lifted_layers(fadc_timm.load(fadc_timm.save(model, tmp_path / 'own'))) == lifted_layers(model)
+
+
+def test_saving_draws_no_numbers(tmp_path):
+    """A run that saves its model trains as one that does not."""
+    model = lifted('test_resnet', num_classes=3)
+    state = torch.get_rng_state()
+    fadc_timm.save(model, tmp_path / 'own')
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_module_in_two_places(tmp_path):
+    """Both names are in the file, where safetensors refuses shared memory."""
+    model = timm.create_model('coat_lite_tiny', num_classes=3).eval()
+    lift_model(model, ['serial_blocks4'])
+    off_identity(model)
+    state = model.state_dict()
+    assert len({t.data_ptr() for t in state.values()}) < len(state)
+    loaded = fadc_timm.load(fadc_timm.save(model, tmp_path / 'own')).eval()
+    assert torch.equal(loaded(photos(224)[:1]), model(photos(224)[:1]))
+
+
 def test_norms_that_no_configuration_has(tmp_path):
     model = convert_splitbn_model(create_fadc('test_resnet_fadc', num_classes=3))
     with pytest.raises(RuntimeError, match='unexpected keys: .*aux_bn.* no place for modules that were exchanged'):
@@ -203,7 +246,7 @@ def test_folder_from_before_the_option_of_the_norm(tmp_path):
 
 def test_every_option_is_stored():
     stored = {name for sampling in SAMPLINGS for name in layer_options(FADConv2d(4, 4, 3, sampling=sampling))}
-    assert stored == set(STORED) == set(OPTIONS) - {'eps', 'backend'}
+    assert stored == set(OPTIONS) - {'eps', 'backend'}
 
 
 def test_what_cannot_be_saved(tmp_path):

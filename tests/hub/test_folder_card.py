@@ -22,3 +22,16 @@ def test_place(name, network, place, tmp_path):
     assert network in text and place in text
     assert ('predict their dilation' in text) == (name == 'test_resnet')
     assert ('neighborhood-attention' in text) == (name != 'test_resnet')
+
+
+@pytest.mark.parametrize('options, says, says_not', [
+    (dict(sampling='deform', freq_select=False, kernel_decompose='none'), 'deformable convolution (DCNv2) in', 'FADC)'),
+    (dict(sampling='deform', modulated=False, freq_select=False), "(DCNv1) with FADC's AdaKern in", 'DCNv2) '),
+    (dict(sampling='fixed', kernel_decompose='none'), "convolutions under FADC's FreqSelect in", 'predict'),
+])
+def test_what_the_layers_are(options, says, says_not, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=2)
+    fadc_timm.lift_model(model, **options)
+    folder = fadc_timm.save(model, tmp_path / 'model', pretrained_cfg=dict(input_size=(3, 64, 64)))
+    text = folder_card(folder, 'me/model', licence='mit')
+    assert says in text and says_not not in text.partition('## Model Details')[0]

@@ -1,4 +1,6 @@
 """AdaKern's norm: a network without BatchNorm gets none, and its images do not depend on each other."""
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -6,7 +8,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fadc_timm import lift_model
+from fadc_timm import AdaKern, lift_model
 from tests.support.backbones import SMALL, TINY, create_fadc, fad_convs, load, photos, trained
 from tests.support.cases import error
 
@@ -50,6 +52,19 @@ def test_kind_of_a_lifted_network(make, norm):
         model = make()
     lift_model(model)
     assert norms_of(model) == {norm}
+
+
+@torch.no_grad()
+def test_folded_without_parameters():
+    kern = AdaKern(16, 16, norm_layer=partial(nn.BatchNorm2d, affine=False)).eval()
+    nn.init.normal_(kern.norm.running_mean)
+    nn.init.normal_(kern.high.weight)
+    x = torch.randn(2, 16, 3, 3)
+    gains = kern(x)
+    kern.reparameterize()
+    assert type(kern.norm) is nn.Identity
+    for folded, gain in zip(kern(x), gains, strict=True):
+        torch.testing.assert_close(folded, gain)
 
 
 def test_lifted_in_two_calls():

@@ -212,11 +212,37 @@ def test_blocks_that_fold_their_convolutions(name, number, caplog):
     assert 'is left out: it would make a plain convolution of a layer with FADC' in caplog.text
 
 
+def with_method(name):
+    """A convolution that computes something else, as accelerate's hooks and circular padding are put on it."""
+    module = conv(padding=1)
+    original = getattr(module, name)
+    setattr(module, name, lambda *args: 2 * original(*args))
+    return module
+
+
+def with_state_hook():
+    module = conv(padding=1)
+    module.register_load_state_dict_pre_hook(lambda *args: None)
+    return module
+
+
+def with_plain_weight():
+    """The weight is computed elsewhere, as a hypernetwork's is."""
+    module = conv(padding=1)
+    weight = module.weight.detach()
+    del module.weight
+    module.weight = weight
+    return module
+
+
 @pytest.mark.parametrize('module, reason', [
     (nn.utils.parametrizations.weight_norm(conv(padding=1)), 'ParametrizedConv2d'),
     (nn.utils.parametrizations.spectral_norm(conv(padding=1)), 'ParametrizedConv2d'),
     (nn.utils.spectral_norm(conv(padding=1)), 'hooks'),
     (prune.l1_unstructured(conv(padding=1), 'weight', 0.5), 'hooks'),
+    (with_method('forward'), r'methods that were set on it \(forward\)'),
+    (with_method('_conv_forward'), r'methods that were set on it \(_conv_forward\)'),
+    (with_state_hook(), 'hooks'), (with_plain_weight(), 'must be a parameter of real numbers, got a Tensor'),
     (conv(4), 'kernel_size'), (conv((3, 1)), 'kernel_size'), (conv(stride=(1, 2)), 'stride'),
     (conv(dilation=(1, 2)), 'dilation'), (conv(padding=(1, 0)), 'padding'),
     (conv(padding=1, padding_mode='reflect'), "padding_mode.*'reflect'"),
@@ -246,6 +272,18 @@ def test_lifted_twice():
     assert {again.left[f'{n}.freq_select.conv'] for n in first.replaced} == {'a part of FADC'}
     assert set(keys) == {k for k in model.state_dict() if not k.startswith('s1.b1.conv2.conv.')
                          or k == 's1.b1.conv2.conv.weight'}
+
+
+def test_complex_numbers():
+    with pytest.raises(ValueError, match='real numbers, got a Parameter of torch.complex64'):
+        FADConv2d.from_conv(conv(dtype=torch.complex64))
+
+
+def test_synchronised_norms():
+    """AdaKern's BatchNorms are synchronised where the network's are, in either order of lifting and converting."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(timm.create_model('test_resnet'))
+    lift_model(model)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {nn.SyncBatchNorm}
 
 
 def test_mode_device_dtype():
