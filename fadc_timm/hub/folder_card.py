@@ -59,7 +59,7 @@ def _variant_of(model: nn.Module) -> Variant:
     with_parts = f"FADC's {' and '.join(names) or 'layers'}"
     if all(m.sampling == 'deform' for m in convs):
         variant = DCN_FADC._replace(name=f'{DCN.name} with {with_parts}') if names else DCN
-        if any(m.free_offsets.modulated for m in convs):
+        if any(m.free_offsets is not None and m.free_offsets.modulated for m in convs):
             return variant
         return variant._replace(
             name=variant.name.replace(DCN.name, 'deformable convolution (DCNv1)'),
