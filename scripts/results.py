@@ -60,9 +60,9 @@ def cores() -> int:
 
 
 def device_name(device: str) -> str:
-    """'cpu: MODEL, N cores' or 'cuda: MODEL'."""
-    if device == 'cuda':
-        return f'cuda: {torch.cuda.get_device_name()}'
+    """'cpu: MODEL, N cores' or 'cuda: MODEL', for 'cuda:1' that of the second GPU."""
+    if device.partition(':')[0] == 'cuda':
+        return f'cuda: {torch.cuda.get_device_name(device)}'
     model = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists():

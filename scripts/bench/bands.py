@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument(
         '--min-sample', type=float, default=10., metavar='MS', help='shorter steps are repeated to this (default: 10)')
-    add_options(parser, repeats=11, max_time=5.)
+    add_options(parser, repeats=11, max_time=5., formats=('channels_last',))
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -145,8 +145,21 @@ def formats_to_try(memory_format: str) -> list[str]:
     return list(FORMATS) if memory_format == 'faster' else [memory_format]
 
 
-def add_options(parser: argparse.ArgumentParser, repeats: int, max_time: float = 30.) -> None:
-    """The options that the benchmarks share."""
+def add_options(
+        parser: argparse.ArgumentParser,
+        repeats: int,
+        max_time: float = 30.,
+        formats: Sequence[str] = ('faster', *FORMATS),
+) -> None:
+    """The options that the benchmarks share.
+
+    Args:
+        parser: Of the benchmark.
+        repeats: Default number of rounds.
+        max_time: Default seconds of a variant.
+        formats: Memory formats that the benchmark has, the default first.
+    """
+    usual = 'that in which each is faster' if formats[0] == 'faster' else formats[0]
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--amp', default='', choices=tuple(AMP_DTYPES), help='autocast to this dtype')
     parser.add_argument('--threads', type=int, help="of torch on the CPU, default: torch's choice")
@@ -156,8 +169,7 @@ def add_options(parser: argparse.ArgumentParser, repeats: int, max_time: float =
         help='of a variant other than plain, which then sits out the remaining rounds, '
         f'but not before round {MIN_REPEATS} (default: {max_time:g})')
     parser.add_argument(
-        '--memory-format', default='faster', choices=('faster', *FORMATS),
-        help='of all variants; default: that in which each is faster')
+        '--memory-format', default=formats[0], choices=formats, help=f'of all variants; default: {usual}')
     parser.add_argument(
         '--channels-last', dest='memory_format', action='store_const', const='channels_last',
         help='short for --memory-format channels_last')

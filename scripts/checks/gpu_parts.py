@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fadc_timm
@@ -33,6 +33,11 @@ from scripts.bench.subjects import AMP_DTYPES, Setting, Step, captured, make_mod
 MOST_KERNELS, MOST_OPERATORS = 18, 12
 # Calls whose time is taken together.
 CALLS = 5
+# Of the largest value: the error that a backend of the band mix must be below.
+MOST_ERROR = {
+    'float16': 2e-3,  # 5.7e-4 on a CPU
+    'bfloat16': 1.6e-2,  # 3.4e-3 on a CPU
+}
 
 
 # --- device ---
@@ -45,7 +50,7 @@ def _version(package: str) -> str:
     return f'{package} {getattr(module, "__version__", "")}'
 
 
-def show_device(args: argparse.Namespace) -> None:
+def show_device(args: argparse.Namespace) -> int:
     print(f'device: {torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"}, '
           f'{len(os.sched_getaffinity(0))} cores', flush=True)
     print(f'versions: torch {torch.__version__}, {_version("triton")}, torchvision {torchvision.__version__}, timm '
@@ -55,6 +60,12 @@ def show_device(args: argparse.Namespace) -> None:
         print(torch.cuda.get_device_properties(0))
         fields = 'name,driver_version,memory.total,memory.used,power.limit,clocks.max.sm,clocks.sm,temperature.gpu'
         subprocess.run(['nvidia-smi', f'--query-gpu={fields}', '--format=csv'], timeout=30)
+    return 0
+
+
+def _failed(what: str, error: BaseException) -> int:
+    print(f'FAILED {what}: {reason(error)}', flush=True)
+    return 1
 
 
 # --- profile ---
@@ -87,26 +98,41 @@ def _print_profile(events: Sequence[Any]) -> None:
         print(f'  host   {e.self_cpu_time_total / 1e3:8.3f} ms x{e.count:5d} {e.key[:110]}')
 
 
-def show_profile(args: argparse.Namespace) -> None:
-    """Of a training step of each variant: its time, its kernels and their number, and the host's operators."""
-    x = torch.randn(args.batch, 3, args.size, args.size)
+def _show_step(args: argparse.Namespace, what: str, model: nn.Module, x: Tensor) -> None:
+    """The profile of a network's training step."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == 'cuda')
+    step = make_step(*place(model, x, args.device, 'channels_last'), 'train', Setting(args.device, args.amp[0]))
+    clock = Clock(args.device)
+    clock(step, 3)
+    passed = clock(step, CALLS)
+    host = min(_host_time(step, args.device) for _ in range(CALLS))
+    with profile(activities=activities) as prof:
+        step()
+        _wait(args.device)
+    events = list(prof.key_averages())
+    kernels = _kernels(events)
+    print(f'### {what}: {passed:.2f} ms, host '
+          f'{host:.2f} ms, kernels {sum(e.self_device_time_total for e in kernels) / 1e3:.2f} ms in '
+          f'{sum(e.count for e in kernels)} launches')
+    _print_profile(events)
+    sys.stdout.flush()
+
+
+def show_profile(args: argparse.Namespace) -> int:
+    """Of a training step of each variant: its time, its kernels and their number, and the host's operators.
+
+    Returns:
+        The exit status: 1 if a variant failed, which is told, while the others are still shown.
+    """
+    x = torch.randn(args.batch, 3, args.size, args.size)
+    failures = 0
     for variant, model in make_models(args.model, ('plain', *args.variants)).items():
-        step = make_step(*place(model, x, args.device, 'channels_last'), 'train', Setting(args.device, args.amp[0]))
-        clock = Clock(args.device)
-        clock(step, 3)
-        passed = clock(step, CALLS)
-        host = min(_host_time(step, args.device) for _ in range(CALLS))
-        with profile(activities=activities) as prof:
-            step()
-            _wait(args.device)
-        events = list(prof.key_averages())
-        kernels = _kernels(events)
-        print(f'### {args.model} {args.batch}x{args.size} train {args.amp[0]} {variant}: {passed:.2f} ms, host '
-              f'{host:.2f} ms, kernels {sum(e.self_device_time_total for e in kernels) / 1e3:.2f} ms in '
-              f'{sum(e.count for e in kernels)} launches')
-        _print_profile(events)
-        sys.stdout.flush()
+        what = f'{args.model} {args.batch}x{args.size} train {args.amp[0]} {variant}'
+        try:
+            _show_step(args, what, model, x)
+        except Exception as error:
+            failures += _failed(f'profile {what}', error)
+    return int(failures > 0)
 
 
 # --- backends of the band mix ---
@@ -134,32 +160,58 @@ def _error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
 
 
-def show_backends(args: argparse.Namespace) -> None:
-    """Errors and times of the backends for each shape and dtype; errors are of the largest value."""
-    clock = Clock(args.device)
+def _show_backend(what: str, step: Step, expected: Tensor, most: float, clock: Clock) -> None:
+    """A backend's times and its error.
+
+    Raises:
+        RuntimeError: The error is not below `most`.
+    """
+    error = _error(step(), expected)
+    clock(step, 2)
+    print(f'backend {what}: {clock(step, CALLS):.3f} ms, in a graph {_in_graph(step, clock)}, error {error:.1e}',
+          flush=True)
+    if not error < most:
+        raise RuntimeError(f'the error of {error:.1e} of the largest value is not below {most:.1e}')
+
+
+def show_backends(args: argparse.Namespace) -> int:
+    """Errors and times of the backends for each shape and dtype; errors are of the largest value.
+
+    Returns:
+        The exit status: 1 if a backend raised an error or is wrong, which is told, while the others still run.
+    """
+    clock, failures = Clock(args.device), 0
     for name, (channels, side) in select_shapes(args.shapes).items():
         torch.manual_seed(0)
         drawn = (torch.randn(args.batch, channels, side, side), torch.rand(args.batch, len(FACTORS), side, side) * 2,
                  torch.randn(args.batch, channels, side, side))
         for amp in args.amp:
-            x, weights, grad = (t.to(args.device, AMP_DTYPES[amp], memory_format=torch.channels_last) for t in drawn)
-            exact = x.double(), weights.double().unsqueeze(2), grad.double()
-            for what in ('forward', 'forward+backward'):
-                expected = _band_step('written_out', *exact, what)()
+            case = f'{name} b{args.batch} {amp}'
+            try:
+                x, weights, grad = (t.to(args.device, AMP_DTYPES[amp], memory_format=torch.channels_last)
+                                    for t in drawn)
+                exact = x.double(), weights.double().unsqueeze(2), grad.double()
+                references = {what: _band_step('written_out', *exact, what)()
+                              for what in ('forward', 'forward+backward')}
+            except Exception as error:
+                failures += _failed(f'backend {case}, the reference', error)
+                continue
+            for what, expected in references.items():
                 for backend in BACKENDS:
                     if backend == 'written_out' or (backend == 'triton' and why_not(x) is not None):
                         continue
-                    step = _band_step(backend, x, weights.unsqueeze(2), grad, what)
-                    error = _error(step(), expected)
-                    clock(step, 2)
-                    print(f'backend {name} b{args.batch} {amp} {what} {backend}: {clock(step, CALLS):.3f} ms, in a '
-                          f'graph {_in_graph(step, clock)}, error {error:.1e}', flush=True)
+                    try:
+                        step = _band_step(backend, x, weights.unsqueeze(2), grad, what)
+                        _show_backend(f'{case} {what} {backend}', step, expected, MOST_ERROR[amp], clock)
+                    except Exception as error:
+                        failures += _failed(f'backend {case} {what} {backend}', error)
+    return int(failures > 0)
 
 
 PARTS = {'device': show_device, 'profile': show_profile, 'backends': show_backends}
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=tuple(PARTS))
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
@@ -169,9 +221,13 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--shapes', nargs='+', default=['128@28'])
-    args = parser.parse_args()
-    PARTS[args.part](args)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
+    return PARTS[args.part](args)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.checks.gpu_stages import FAILURES, ROOT, Outcome
+from scripts.checks.gpu_stages import FAILURES, ROOT, Outcome, not_installed
 from scripts.results import Row, read_rows
 
 __all__ = ['is_good', 'make_report']
@@ -101,7 +101,9 @@ def make_report(outcomes: Sequence[Outcome], out: Path) -> str:
     parts = {
         'device': printed_lines(outcomes, 'device: ', 'versions: '),
         'stages': stage_lines(outcomes),
-        'tests': failure_lines(failures.read_text()) if failures.exists() else [],
+        'tests': [
+            *(failure_lines(failures.read_text()) if failures.exists() else []),
+            *(not_installed() if any(o.name == 'tests' for o in outcomes) else [])],
         'failed or left out': _cut(printed_lines(outcomes, 'FAILED ', 'LEFT OUT '), MOST_LINES),
         'ratio to plain': ratio_lines(rows),
         "against today's way": _cut(ahead_lines(rows), MOST_LINES),
@@ -112,7 +114,8 @@ def make_report(outcomes: Sequence[Outcome], out: Path) -> str:
 
 
 def is_good(outcomes: Sequence[Outcome], out: Path) -> bool:
-    """Whether all stages have ended well, with no variant left out and no target missed."""
+    """Whether all stages have ended well, with nothing failed or left out and no target missed."""
     rows = read_rows(out / 'bench_model.csv')
     missed = any(row['met'] == 'missed' for row in rows) or any(': missed' in line for line in ahead_lines(rows))
-    return all(o.state == 'ok' for o in outcomes) and not missed and not printed_lines(outcomes, 'LEFT OUT ')
+    return all(o.state == 'ok' for o in outcomes) and not missed and not printed_lines(
+        outcomes, 'FAILED ', 'LEFT OUT ')

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ['ROOT', 'STAGES', 'Outcome', 'Stage', 'budgets', 'run_stage']
+__all__ = ['GRACE', 'LAST', 'ROOT', 'STAGES', 'Outcome', 'Stage', 'budgets', 'not_installed', 'run_stage']
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = 'log.txt'
@@ -21,8 +22,12 @@ FAILURES = 'failures.txt'
 
 # Bytes of a stage's output that the log keeps, half from its start and half from its end.
 MOST_OUTPUT = 2 ** 20
-# Seconds that a stage has, once it was told to stop, to say where it is.
-GRACE = 3.
+# Seconds that a stage has, once it was told to stop, to say where it is, and then to end once it was killed.
+GRACE, LAST = 3., 2.
+# Plugins of pytest, by module: their package, and what the stage of the tests is without them.
+PLUGINS = {
+    'xdist': ('pytest-xdist', 'the tests run in one process'),
+    'pytest_timeout': ('pytest-timeout', "a test that hangs takes the rest of the stage's time")}
 
 Command = list[str]
 
@@ -61,14 +66,28 @@ def gpu_test_files() -> list[str]:
     return [str(f.relative_to(ROOT)) for f in files if re.search(r'\bgpu\b|cuda|DEVICES', f.read_text())]
 
 
+def _has(module: str) -> bool:
+    """Whether a plugin of pytest is installed in this interpreter, which is that of the stages."""
+    return importlib.util.find_spec(module) is not None
+
+
+def not_installed() -> list[str]:
+    """A sentence on each plugin of pytest that is missing."""
+    return [f'{package} is not installed: {without}' for module, (package, without) in PLUGINS.items()
+            if not _has(module)]
+
+
 def _tests(args: Namespace) -> list[Command]:
     cores = len(os.sched_getaffinity(0))
+    several = ['-n', cores, '--dist=worksteal'] if _has('xdist') else []
+    limit = ['--timeout', 100] if _has('pytest_timeout') else []
     chosen = ['-m', 'gpu']
     if args.device == 'cpu':
         chosen = ['-m', 'not sweep and not gpu', '-k', 'triton and k1 and float32']
+    # the project's own addopts name options of the plugins, which pytest refuses where these are missing
     return [_python(
-        'pytest', '-p', 'no:cacheprovider', '-p', 'scripts.checks.gpu_plugin', '-W', 'ignore', *chosen, '-n', cores,
-        '-q', '--tb=no', '--timeout', 100, '--continue-on-collection-errors', *gpu_test_files())]
+        'pytest', '-o', 'addopts=--strict-markers', '-p', 'no:cacheprovider', '-p', 'scripts.checks.gpu_plugin', '-W',
+        'ignore', *chosen, *several, '-q', '--tb=no', *limit, '--continue-on-collection-errors', *gpu_test_files())]
 
 
 def _model(compile: str, today: bool = False) -> Callable[[Namespace], list[Command]]:
@@ -158,14 +177,22 @@ def _environment(args: Namespace) -> dict[str, str]:
     return env
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Python says where it is when it is aborted; then it and what it has started are killed."""
+def _stop(process: subprocess.Popen[bytes]) -> bool:
+    """Python says where it is when it is aborted; then it and what it has started are killed.
+
+    Returns:
+        Whether it has ended: one that waits for a driver may not.
+    """
     process.send_signal(signal.SIGABRT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        process.wait(LAST)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _run(command: Command, seconds: float, log: Path, env: dict[str, str]) -> str:
@@ -177,11 +204,11 @@ def _run(command: Command, seconds: float, log: Path, env: dict[str, str]) -> st
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True)
         try:
-            status = process.wait(max(seconds, 0.))
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            return 'killed at its limit'
-        except BaseException:
+            try:
+                status = process.wait(max(seconds, 0.))
+            except subprocess.TimeoutExpired:
+                return 'killed at its limit' + ('' if _stop(process) else ', and has not ended')
+        except BaseException:  # SIGTERM may come while it is stopped too
             _stop(process)
             raise
     return 'ok' if status == 0 else f'failed with {status}'

@@ -46,7 +46,7 @@ def detect(
 
     Yields:
         (index, detections), the latter in COCO's format: `image_id`, `category_id`, `bbox`, `score`, and with masks
-        `segmentation`.
+        `segmentation`. Detections of the background are left out.
     """
     categories, training = list(split.categories), model.training
     model.eval()
@@ -56,6 +56,9 @@ def detect(
             with autocast():
                 outputs = model([to_tensor(split.read(i)).to(device) for i in part])
             for i, output in zip(part, outputs):
+                # label 0 is the background, for which torchvision's RetinaNet has a score too
+                objects = output['labels'] > 0
+                output = {key: value[objects] for key, value in output.items()}
                 boxes = output['boxes'].float().cpu()
                 boxes[:, 2:] -= boxes[:, :2]
                 found = [
@@ -80,14 +83,17 @@ def coco_scores(split: CocoImages, detections: list[Detection], kind: str = 'bbo
         kind: 'bbox' or 'segm'.
 
     Returns:
-        `SCORES` in percent, -1 where there is no box of that size, as pycocotools has it; and its twelve lines.
+        `SCORES` in percent, -1 where there is no object of that size, as pycocotools has it; and its twelve lines.
+        Sizes are areas: of the boxes, or with 'segm' of the masks.
     """
     coco = import_coco()
     printed = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = split.ground_truth()
         if detections:
-            results = truth.loadRes([dict(d) for d in detections])
+            # loadRes takes the areas of detections that have a box from the box, those of masks too
+            own = [{key: d[key] for key in d if kind == 'bbox' or key != 'bbox'} for d in detections]
+            results = truth.loadRes(own)
         else:  # loadRes refuses an empty list
             results = coco.coco.COCO()
             results.dataset = {**truth.dataset, 'annotations': []}

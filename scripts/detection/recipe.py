@@ -39,7 +39,7 @@ class Recipe(engine.Recipe):
     epochs: Number of epochs, which the steps are together.
     milestones: Epochs after which the rate falls to a tenth.
     optimizer: 'sgd', or 'adamw' with betas 0.9 and 0.999.
-    momentum: Of SGD.
+    momentum: Momentum of SGD.
     """
     steps: int = 0
     batch: int = 16

@@ -80,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     add('--preset', default='1x', choices=tuple(PRESETS),
         help='defaults of optimizer, lr, weight-decay and clip: SGD at 0.02, or AdamW at 1e-4')
     add_recipe(
-        add, Recipe, steps={'help': '(default: those of the epochs)'}, optimizer={'choices': OPTIMIZERS},
+        add, Recipe, steps={'help': 'number (default: those of the epochs)'}, optimizer={'choices': OPTIMIZERS},
         milestones={'type': float, 'nargs': '*', 'default': None,
                     'help': 'epochs after which the rate falls to a tenth (default: those after 2/3 '
                             'and 11/12 of the run, which are 8 11 of 12)'},
-        lr={'default': None, 'help': 'is taken as it is (default: 0.02 at a batch of 16 and in proportion at others; '
-                                     'with adamw 1e-4 at any)'})
+        lr={'default': None, 'help': 'is taken as it is (default: 0.02, with --preset adamw 1e-4; of sgd at a batch of '
+                                     '16, and in proportion at others)'})
     add('--short', type=at_least(1), nargs='+', default=[800],
         help='short side in pixels; of several one is drawn for each image, and the largest is for the test '
         '(default: 800)')

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Compare backbones under the same head and recipe: plain, FADC piece by piece, the same effort spent otherwise.
 
-    python -m scripts.segmentation.compare --preset cpu --jobs 2                    # all settings, five seeds; resumes
+    python -m scripts.segmentation.compare --preset cpu --jobs 2                    # the seven main ones, five seeds
     python -m scripts.segmentation.compare --preset cpu --settings plain fadc_lr10  # some
     python -m scripts.segmentation.compare --preset cpu --time                      # a step of each, interleaved
     python -m scripts.segmentation.compare --report                                 # tables and plot from the results
 
 Runs of a seed have the same initial weights, images in the same order, and steps. Each run is a process of
 segmentation.train with one thread; when it ends, its row goes to scripts/results/segmentation.csv. A run with a row
-of the same command is finished; one that was interrupted goes on from its checkpoint. Then run
-`python -m scripts.checks.doc_tables`.
+of the same command is finished; one that was interrupted goes on from its checkpoint. Rows of other data, and of a
+number of --steps that is not the preset's, go to a file in the folder of the runs, and so do the times of other data.
+Then run `python -m scripts.checks.doc_tables`.
 """
 import argparse
 import datetime
@@ -18,7 +19,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
@@ -32,14 +32,15 @@ from scripts.segmentation.recipe import Objective
 from scripts.segmentation.tables import PLOT, RUNS, TIMES, draw, segmentation
 from scripts.segmentation.train import integers, network_of, recipe_of
 from scripts.segmentation.train import parse_args as parse_training
-from scripts.training.command_line import exit_status
+from scripts.training.command_line import at_least, exit_status
 from scripts.training.jobs import Job, run_jobs, store, unfinished
 from scripts.training.optimizer import rate_groups
+from scripts.training.script import ORIGIN
 
 TRAIN = 'scripts.segmentation.train'
 COLUMNS = (
     'preset', 'setting', 'seed', 'miou', 'accuracy', 'mean_accuracy', 'iou', 'loss', 'params', 'added', 'gmacs',
-    'steps', 'images', 'seconds', 'device', 'torch', 'timm', 'commit', 'date', 'command')
+    'steps', 'images', 'seconds', *ORIGIN, 'command')
 TIME_COLUMNS = (
     'preset', 'setting', 'ms', 'ms_q25', 'ms_q75', 'ratio', 'ratio_q25', 'ratio_q75', 'rounds', 'peak_mb', 'threads',
     'device', 'torch', 'commit', 'date')
@@ -65,8 +66,15 @@ def classes_of(args: argparse.Namespace) -> int:
 
 
 def runs_of(args: argparse.Namespace) -> Path:
-    """The file of the results: that of the documentation has Blue Marble only."""
-    return RUNS if args.data == 'bluemarble' else args.runs / f'{args.data}.csv'
+    """The file of the results: that of the documentation has Blue Marble with the preset's steps only."""
+    if args.steps in (0, PRESETS[args.preset].steps):
+        return RUNS if args.data == 'bluemarble' else args.runs / f'{args.data}.csv'
+    return args.runs / f'{args.data}_{args.steps}_steps.csv'
+
+
+def times_of(args: argparse.Namespace) -> Path:
+    """The file of the times: that of the documentation has Blue Marble only, with its number of classes."""
+    return TIMES if args.data == 'bluemarble' else args.runs / f'{args.data}_time.csv'
 
 
 def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting]) -> int:
@@ -83,8 +91,6 @@ def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting
     for job in jobs:
         if job.key[1] not in costs:
             costs[job.key[1]] = gmacs_of(list(job.options), classes, preset.crop)
-    env = {'torch': torch.__version__, 'timm': timm.__version__, 'commit': commit()}
-    device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
 
     def finished(job: Job, result: dict) -> None:
         store(path, COLUMNS, key, {
@@ -92,8 +98,7 @@ def run_all(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting
             'iou': ' '.join('-' if v is None else f'{v:.2f}' for v in result['iou']), 'loss': result['loss'],
             'params': str(result['params']), 'added': str(result['added']), 'gmacs': f'{costs[job.key[1]]:.4f}',
             'steps': str(result['step']), 'images': str(result['images']),
-            'seconds': f'{float(result["seconds"]):.1f}', 'device': device_name(device), **env,
-            'date': datetime.date.today().isoformat(), 'command': job.command})
+            'seconds': f'{float(result["seconds"]):.1f}', **{k: result[k] for k in ORIGIN}, 'command': job.command})
         print(f'{job.name}: mIoU {result["miou"]:.2f} after {float(result["seconds"]):.0f} s', flush=True)
 
     return run_jobs(jobs, args.runs, args.jobs, args.threads, finished)
@@ -129,27 +134,41 @@ def training_step(options: list[str], classes: int, crop: int) -> tuple[Objectiv
     return objective, step, held
 
 
+def to_time(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings whose steps are timed: those asked for, each after the one that it is compared with.
+
+    In place of one with more steps it is the one with the same step, which is said.
+    """
+    timed = {}
+    for setting in settings:
+        if setting.longer != 1:
+            same = next(s for s in BY_NAME.values()
+                        if (s.variant, s.options, s.longer) == (setting.variant, setting.options, 1))
+            print(f'{setting.name}: a step is one of {same.name}, which is timed', flush=True)
+            setting = same
+        for s in (BY_NAME[setting.against], setting):
+            timed[s.name] = s
+    return list(timed.values())
+
+
 def time_steps(args: argparse.Namespace, preset: Preset, settings: Sequence[Setting]) -> int:
-    """Time a step of each setting, in turns, in this process."""
+    """Time a step of each setting, in turns, in this process. A ratio is to the setting that it is compared with."""
     torch.set_num_threads(args.threads)
     classes = classes_of(args)
     device = parse_training([*command(preset, SETTINGS[0], 0), '--output', '-']).device.partition(':')[0]
-    timed = [s for s in settings if s.longer == 1]
-    if timed[0].name != 'plain':
-        timed.insert(0, SETTINGS[0])
-    made = {s.name: training_step(command(preset, s, 0, args.steps), classes, preset.crop) for s in timed}
+    made = {s.name: training_step(command(preset, s, 0), classes, preset.crop) for s in to_time(settings)}
     samples = interleave({name: m[1] for name, m in made.items()}, Clock(device), args.rounds, 1e9)  # type: ignore
     for name, (_, step, held) in made.items():
-        ms = quartiles(samples[name])
-        ratio = quartiles([t / base for t, base in zip(samples[name], samples['plain'])])
+        ms, against = quartiles(samples[name]), BY_NAME[name].against
+        ratio = quartiles([t / base for t, base in zip(samples[name], samples[against])])
         memory = peak_memory(step, held, device)  # type: ignore[arg-type]
         numbers = zip(TIME_COLUMNS[2:8], (*ms, *ratio))
-        store(TIMES, TIME_COLUMNS, TIME_COLUMNS[:2], {
+        store(times_of(args), TIME_COLUMNS, TIME_COLUMNS[:2], {
             'preset': args.preset, 'setting': name, **{k: f'{v:.4g}' for k, v in numbers},
             'rounds': str(len(samples[name])), 'peak_mb': f'{memory:.0f}', 'threads': str(args.threads),
             'device': device_name(device), 'torch': torch.__version__, 'commit': commit(),
             'date': datetime.date.today().isoformat()})
-        print(f'{name}: {ms[0]:.0f} ms ({ms[1]:.0f} to {ms[2]:.0f}), {ratio[0]:.2f} of plain, {memory:.0f} MB',
+        print(f'{name}: {ms[0]:.0f} ms ({ms[1]:.0f} to {ms[2]:.0f}), {ratio[0]:.2f} of {against}, {memory:.0f} MB',
               flush=True)
     return 0
 
@@ -160,7 +179,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--settings', nargs='+', choices=tuple(BY_NAME), help='default: all but the remedies')
     parser.add_argument('--remedies', action='store_true', help='the remedies too')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4])
-    parser.add_argument('--steps', type=int, default=0, help="in place of the preset's")
+    parser.add_argument('--steps', type=at_least(0), default=0, help="in place of the preset's")
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--threads', type=int, default=1, help='of each process')
     parser.add_argument('--data', default='bluemarble')
@@ -189,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{time.time() - start:.0f} s')
     path = runs_of(args)
     if read_csv(path):
-        print(segmentation(None if path == RUNS else path))
+        print(segmentation(path, times_of(args)))
         if path == RUNS:
             draw(PLOT)
             print(f'drew {PLOT}')

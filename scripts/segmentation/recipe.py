@@ -21,7 +21,7 @@ class Recipe(engine.Recipe):
     lr: Learning rate of AdamW, its betas being 0.9 and 0.999.
     fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network: 1 at the published rate, less
         at higher ones, where AdaDR's dilation grows past the map.
-    power: Of the polynomial decay.
+    power: Power of the polynomial decay.
     aux_loss: Weight of the auxiliary head's loss, 0 for no head.
     dilation_loss: Weight of `fadc_timm.losses.dilation_frequency_loss`.
     """

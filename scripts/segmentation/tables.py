@@ -13,15 +13,22 @@ from scripts.training.paired import paired_difference, spread
 RUNS, TIMES, PLOT = (RESULTS / name for name in ('segmentation.csv', 'segmentation_time.csv', 'segmentation.png'))
 
 
-def by_setting(rows: list[Row], column: str) -> dict[str, dict[int, float]]:
-    """Values by setting and seed, settings in their order."""
-    out: dict[str, dict[int, float]] = {name: {} for name in BY_NAME}
+Values = dict[str, dict[tuple[int, int], float]]
+
+
+def by_setting(rows: list[Row], column: str) -> Values:
+    """Values by setting, then by seed and steps of the setting without `longer`; settings in their order.
+
+    So a run is paired with one of the same seed and, but for what the settings say, of as many steps.
+    """
+    out: Values = {name: {} for name in BY_NAME}
     for row in rows:
-        out[row['setting']][int(row['seed'])] = float(row[column])
+        steps = round(int(row['steps']) / BY_NAME[row['setting']].longer)
+        out[row['setting']][int(row['seed']), steps] = float(row[column])
     return {name: values for name, values in out.items() if values}
 
 
-def _difference(name: str, values: dict[str, dict[int, float]]) -> str:
+def _difference(name: str, values: Values) -> str:
     against = BY_NAME[name].against
     if name == against or against not in values or not values[name].keys() & values[against].keys():
         return ''
@@ -38,8 +45,9 @@ def _table(preset: str, rows: list[Row], times: list[Row]) -> str:
     for name, of_seeds in values.items():
         row = next(r for r in rows if r['setting'] == name)
         clock = timed.get(name)
-        time = f'{float(clock["ratio"]):.2f} x' if clock else ''
-        if clock and name == 'plain':
+        against = BY_NAME[name].against
+        time = f'{float(clock["ratio"]):.2f} x' + (f', to {against}' if against != 'plain' else '') if clock else ''
+        if clock and name == against:
             time = f'{float(clock["ms"]):.0f} ms'
         lines.append([
             BY_NAME[name].what, f'`{name}`', str(len(of_seeds)), spread(of_seeds), _difference(name, values),
@@ -53,14 +61,19 @@ def _table(preset: str, rows: list[Row], times: list[Row]) -> str:
             f'images. {runs}.\n\n' + markdown_table(header, lines, left=2))
 
 
-def segmentation(runs: Path | None = None) -> str:
-    """A table for each preset that there are runs of; `runs` is the file in place of that of the documentation."""
-    rows, times = read_csv(runs or RUNS), read_csv(TIMES) if runs is None else []
+def segmentation(runs: Path | None = None, times: Path | None = None) -> str:
+    """A table for each preset that there are runs of.
+
+    Args:
+        runs: File of the runs, None for that of the documentation.
+        times: File of the times, likewise.
+    """
+    rows, clocks = read_csv(runs or RUNS), read_csv(times or TIMES)
     parts = []
     for preset in PRESETS:
         here = [row for row in rows if row['preset'] == preset]
         if here:
-            parts.append(_table(preset, here, [row for row in times if row['preset'] == preset]))
+            parts.append(_table(preset, here, [row for row in clocks if row['preset'] == preset]))
     return '\n\n'.join(parts) or 'Not run yet.'
 
 

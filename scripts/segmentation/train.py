@@ -91,9 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_recipe(add, Recipe)
     add('--crop', type=at_least(1), default=512, help='pixels, in training and of the windows in test (default: 512)')
     add('--scale', type=float, nargs=2, default=[0.5, 2.0], help='random resize (default: 0.5 2)')
-    add('--cat-max-ratio', type=float, default=0.75)
+    add('--cat-max-ratio', type=float, default=0.75, help='largest share of one class in a crop (default: 0.75)')
     add('--flip', type=float, default=0.5, help='probability (default: 0.5)')
-    add('--no-photometric', dest='photometric', action='store_false')
+    add('--no-photometric', dest='photometric', action='store_false', help='leave colours and brightness as they are')
     add('--channels-last', action='store_true')
     add = parser.add_argument_group('test').add_argument
     add('--stride', type=at_least(1), help='of the windows (default: two thirds of the crop)')

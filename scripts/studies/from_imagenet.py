@@ -14,37 +14,34 @@ detectors of tree crowns, with the stem and the first stage frozen.
 
 Each run is a process of segmentation.train or detection.train; when it ends, its row goes to
 scripts/results/from_imagenet.csv. A run with a row of the same command is finished; one that was interrupted goes on
-from its checkpoint. A step of the segmentation takes about 6 s of a core for plain with the preset `cpu` (256 px), a
+from its checkpoint. A step of the segmentation takes about 3 s of a core for plain with the preset `cpu` (256 px), a
 quarter of that with `small` (128 px), where one of Faster R-CNN takes 2 s; `gpu` has 512 px and more steps: give it
-more --seeds. Rows of `tiny` go to the folder of the runs. Then run `python -m scripts.checks.doc_tables`.
+more --seeds. Rows of `tiny`, of another --init, and of a number of --steps that is not the preset's, go to a file in
+the folder of the runs. Then run `python -m scripts.checks.doc_tables`.
 """
 import argparse
-import datetime
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
-
 from fadc_timm._writing import markdown_table
 from scripts.detection.annotations import import_coco
-from scripts.results import RESULTS, Row, commit, device_name, read_csv
+from scripts.results import RESULTS, Row, read_csv
 from scripts.segmentation.model import import_smp
 from scripts.studies.trunk import MEAN, NAME, STD, fetch_trunk
 from scripts.training import plots
-from scripts.training.command_line import exit_status
+from scripts.training.command_line import at_least, exit_status
 from scripts.training.jobs import Job, run_jobs, store, unfinished
 from scripts.training.paired import paired_difference, spread
+from scripts.training.script import ORIGIN
 from scripts.wheels import CACHE_DIR
 
 RUNS = RESULTS / 'from_imagenet.csv'
 KEY = ('preset', 'task', 'setting', 'seed')
 SCORES = ('miou', 'accuracy', 'ap', 'ap50', 'ap75')  # those that a task has
-COLUMNS = (*KEY, *SCORES, 'boxes', 'images', 'loss', 'params', 'added', 'steps', 'seconds', 'device', 'torch', 'timm',
-           'commit', 'date', 'command')
+COLUMNS = (*KEY, *SCORES, 'boxes', 'images', 'loss', 'params', 'added', 'steps', 'seconds', *ORIGIN, 'command')
 
 
 class Task(NamedTuple):
@@ -162,21 +159,20 @@ def jobs_of(args: argparse.Namespace, settings: Sequence[Setting], init: str) ->
         for seed in args.seeds for setting in settings]
 
 
-def row_of(job: Job, result: dict, env: Row) -> Row:
+def row_of(job: Job, result: dict) -> Row:
     """The row of a run."""
     return {
         **dict(zip(KEY, job.key)), **{name: f'{result[name]:.4f}' for name in SCORES if name in result},
         'boxes': str(result.get('boxes', '')), 'images': str(result['images']), 'loss': result['loss'],
         'params': str(result['params']), 'added': str(result['added']), 'steps': str(result['step']),
-        'seconds': f'{float(result["seconds"]):.1f}', **env, 'date': datetime.date.today().isoformat(),
-        'command': job.command}
+        'seconds': f'{float(result["seconds"]):.1f}', **{name: result[name] for name in ORIGIN}, 'command': job.command}
 
 
-def values_of(rows: Sequence[Row], column: str) -> dict[str, dict[int, float]]:
-    """Scores by setting and seed, settings in their order."""
-    out: dict[str, dict[int, float]] = {name: {} for name in BY_NAME}
+def values_of(rows: Sequence[Row], column: str) -> dict[str, dict[tuple[int, int], float]]:
+    """Scores by setting, then by seed and steps, which the runs of a pair have in common; settings in their order."""
+    out: dict[str, dict[tuple[int, int], float]] = {name: {} for name in BY_NAME}
     for row in rows:
-        out[row['setting']][int(row['seed'])] = float(row[column])
+        out[row['setting']][int(row['seed']), int(row['steps'])] = float(row[column])
     return {name: values for name, values in out.items() if values}
 
 
@@ -212,6 +208,16 @@ def tables(path: Path | None = None) -> str:
     return '\n\n'.join(_table(*part) for part in parts_of(read_csv(path or RUNS))) or 'Not measured.'
 
 
+def path_of(args: argparse.Namespace) -> Path:
+    """The file of the results: that of the documentation has runs from the trunk, with a preset's steps."""
+    others = [] if args.init is None else [Path(args.init).stem]
+    if args.steps not in (0, PRESETS[args.preset].steps):
+        others.append(f'{args.steps}_steps')
+    elif args.preset == 'tiny':
+        others.append('tiny')
+    return args.runs / f'{"_".join(others)}.csv' if others else RUNS
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the scores and the paired differences, a row of axes for each preset and task."""
     against = dict.fromkeys(BY_NAME, 'plain')
@@ -230,7 +236,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='default: all but the remedies; of the detectors those at a tenth of the rate')
     parser.add_argument('--remedies', action='store_true', help='the remedies too')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--steps', type=int, default=0, help="in place of the preset's")
+    parser.add_argument('--steps', type=at_least(0), default=0, help="in place of the preset's")
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--threads', type=int, default=1, help='of each process')
     parser.add_argument('--root', type=Path, help=f'cache folder of trunk and data (default: {CACHE_DIR})')
@@ -247,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = [BY_NAME[name] for name in names]
     if args.remedies:
         settings += [s for s in REMEDIES if s not in settings]
-    path = args.runs / 'tiny.csv' if args.preset == 'tiny' else RUNS
+    path = path_of(args)
     plot, status = path.with_suffix('.png'), 0
     if not args.report:
         init = args.init
@@ -264,11 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # the same command wherever the home is
             init = str(args.root / NAME) if args.root else f'~/{CACHE_DIR.relative_to(Path.home())}/{NAME}'
         jobs = unfinished(jobs_of(args, settings, init), path, KEY)
-        device = PRESETS[args.preset].options[1]
-        env = {'device': device_name(device), 'torch': torch.__version__, 'timm': timm.__version__, 'commit': commit()}
 
         def finished(job: Job, result: dict) -> None:
-            row = row_of(job, result, env)
+            row = row_of(job, result)
             store(path, COLUMNS, KEY, row)
             score = next(iter(TASKS[args.task].scores))
             print(f'{job.name}: {score} {float(row[score]):.2f} after {float(row["seconds"]):.0f} s', flush=True)

@@ -1,6 +1,8 @@
 """Options that the training scripts share, and how their runs end."""
 import argparse
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
@@ -35,7 +37,8 @@ def at_least(least: int) -> Callable[[str], int]:
 def add_backbone(add: Add) -> None:
     """The options of a backbone."""
     add('--backbone', default='resnet50', help="timm's name; NAME_fadc is NAME with --variant fadc")
-    add('--variant', default='plain', choices=VARIANTS)
+    add('--variant', default='plain', choices=VARIANTS,
+        help='what takes the place of the 3x3 convolutions of stages 2 to 4 (default: plain)')
     add('--init', default='', help="a tag of timm's weights, or 'default' for those of pretrained=True, or a "
         'checkpoint of the base, of an FADC model, of a training script, or of the authors; default: random weights')
     add('--fadc', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE', help='options of FADConv2d')
@@ -43,7 +46,17 @@ def add_backbone(add: Add) -> None:
     add('--backbone-args', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
         help='more arguments of timm.create_model')
     add('--mean', type=float, nargs=3, help="of images in [0, 1] (default: the backbone's)")
-    add('--std', type=float, nargs=3)
+    add('--std', type=float, nargs=3, help='likewise')
+
+
+def _meanings(recipe: type[Recipe]) -> dict[str, str]:
+    """What the fields of a recipe mean: the lines `name: meaning.` of its docstring, or of the common one."""
+    meanings = {}
+    for cls in (Recipe, recipe):
+        for name, text in re.findall(r'^(\w+): (.*(?:\n +.*)*)', inspect.getdoc(cls) or '', re.MULTILINE):
+            sentence = ' '.join(text.rstrip('.').split())
+            meanings[name] = sentence[0].lower() + sentence[1:]
+    return meanings
 
 
 def add_recipe(add: Add, recipe: type[Recipe], **changes: dict[str, Any]) -> None:
@@ -54,13 +67,16 @@ def add_recipe(add: Add, recipe: type[Recipe], **changes: dict[str, Any]) -> Non
         recipe: Class of the recipe.
         **changes: By field, other arguments of `add`.
     """
+    meanings = _meanings(recipe)
     for field in fields(recipe):
-        kwargs: dict[str, Any] = {
-            'type': type(field.default), 'default': field.default, 'help': f'(default: {field.default!r})'}
+        usual = repr(field.default)
+        kwargs: dict[str, Any] = {'type': type(field.default), 'default': field.default}
         if field.name == 'amp':
             kwargs['choices'] = ('', *AMP_DTYPES)
         elif field.name == 'warmup':
-            kwargs.update(default=None, help=f'(default: {field.default!r}, at most a tenth of the steps)')
+            kwargs['default'] = None
+            usual += ', at most a tenth of the steps'
+        kwargs['help'] = f'{meanings[field.name]} (default: {usual})'
         add(f'--{field.name.replace("_", "-")}', **{**kwargs, **changes.get(field.name, {})})
 
 

@@ -31,12 +31,12 @@ class Recipe:
     batch: Batch size, over all processes.
     lr: Learning rate.
     fadc_lr: Multiplier of the learning rate for what a variant adds to the plain network.
-    weight_decay: None on 1-D parameters.
+    weight_decay: Weight decay, none on 1-D parameters.
     clip: Largest norm of the gradient, 0 for no clipping.
     warmup: Steps of linear warm-up.
-    amp: '', 'bfloat16' or 'float16'.
+    amp: Dtype of automatic mixed precision, '' for none.
     ema: Decay of the averaged weights, 0 for none.
-    seed: Of everything random.
+    seed: Seed of everything random.
     """
     steps: int
     batch: int
@@ -238,6 +238,8 @@ def train(
             if eval_every and validate is not None and done % eval_every == 0 and done < recipe.steps:
                 validate(world.share(ema.module if ema else model), done)
             if saves:
+                # all processes go on from the sum in the checkpoint, those that resume and these
+                loss_sum.fill_(world.mean(loss_sum))
                 save(done)
             if stops:
                 text = f'ended after {done} of {recipe.steps} steps; the same command goes on from {path}'

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.results import Row, read_csv, write_csv
+from scripts.training.script import ORIGIN
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,28 @@ class Children:
                 process.terminate()
 
 
+def _read_result(folder: Path) -> dict:
+    """Of a run that has ended: what :func:`run_one` returns.
+
+    Raises:
+        RuntimeError: A file of the run is not there, cannot be read, or does not say what made it.
+    """
+    path, log = folder / 'result.json', folder / 'log.csv'
+    try:
+        result = json.loads(path.read_text())
+        lacking = [name for name in ORIGIN if name not in result]
+        with log.open(newline='') as file:
+            last = list(csv.DictReader(file))[-1]
+        merged = {**result, 'loss': last['loss'], 'seconds': last['seconds']}
+    except (OSError, ValueError, TypeError, LookupError) as e:
+        raise RuntimeError(f'{path} and {log} cannot be read as those of a run that has ended '
+                           f'({type(e).__name__}: {e}). Move the folder away, and the run is made anew.') from e
+    if lacking:
+        raise RuntimeError(f'{path} does not say its {", ".join(lacking)}, which the row wants: an older version of '
+                           'the script wrote it. Move the folder away, and the run is made anew.')
+    return merged
+
+
 def run_one(job: Job, folder: Path, threads: int, children: Children) -> dict:
     """Run, or resume, a training.
 
@@ -95,20 +118,18 @@ def run_one(job: Job, folder: Path, threads: int, children: Children) -> dict:
         What is in its `result.json`, with `loss` and `seconds` of the last row of its log.
 
     Raises:
-        RuntimeError: It failed; the message has the end of what it printed.
+        RuntimeError: It failed; the message has the end of what it printed. Or its files are not those of a run that
+            has ended, or do not say what made it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / 'result.json'
-    if not result.exists():
+    if not (folder / 'result.json').exists():
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
         log = folder / 'output.txt'
         arguments = [sys.executable, '-m', job.script, *job.options, *job.further, '--output', str(folder),
                      '--threads', str(threads)]
         if children.run(arguments, log, env):
             raise RuntimeError(f'{job.command}\n  failed: ' + '\n  '.join(log.read_text().splitlines()[-5:]))
-    with (folder / 'log.csv').open(newline='') as file:
-        last = list(csv.DictReader(file))[-1]
-    return {**json.loads(result.read_text()), 'loss': last['loss'], 'seconds': last['seconds']}
+    return _read_result(folder)
 
 
 def run_jobs(
@@ -125,10 +146,11 @@ def run_jobs(
         runs: Folder of all runs.
         at_once: Processes at a time.
         threads: Of each process.
-        finished: Called, in this thread, with each job that ended and its result.
+        finished: Called, in this thread, with each job that ended and its result; it raises an error where it cannot
+            store the result.
 
     Returns:
-        The exit status: 1 if a run failed, which is told, while the others still run.
+        The exit status: 1 if a run failed, whatever the error, which is told, while the others still run.
     """
     children, failures = Children(), 0
     with ThreadPoolExecutor(at_once) as pool:
@@ -137,12 +159,11 @@ def run_jobs(
             for future in as_completed(futures):
                 job = futures[future]
                 try:
-                    result = future.result()
-                except RuntimeError as e:
+                    finished(job, future.result())
+                except Exception as e:
                     failures += 1
-                    print(f'{job.name}: {e}', file=sys.stderr, flush=True)
-                    continue
-                finished(job, result)
+                    kind = '' if isinstance(e, RuntimeError) else f'{type(e).__name__}: '
+                    print(f'{job.name}: {kind}{e}', file=sys.stderr, flush=True)
         except BaseException:
             children.stop()
             pool.shutdown(cancel_futures=True)

@@ -1,15 +1,18 @@
 """What a training script does around its own data, network and test."""
 import argparse
+import datetime
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
 from fadc_timm._writing import write_atomically
+from scripts.results import commit, device_name
 from scripts.training.checkpoint import Log, load_checkpoint
 from scripts.training.command_line import exit_status
 from scripts.training.engine import Recipe
@@ -18,6 +21,8 @@ from scripts.training.variants import added_keys
 from scripts.training.world import World, processes
 
 Result = dict[str, Any]
+# What result.json and eval.json say of where, when and by what they were made.
+ORIGIN = ('device', 'torch', 'timm', 'commit', 'date')
 
 
 def run_script(
@@ -46,15 +51,28 @@ def run_script(
             check(args)
             return
         check_output(args.output)
+        at = commit()  # of the modules that are loaded: the tree may be another when a long run ends
         with processes(args.device) as world:
             result = train(args, world) if args.eval is None else evaluate(args, world)
             if world.main and result is not None:
                 path = (args.output or args.eval.parent) / ('result.json' if args.eval is None else 'eval.json')
+                result = {**result, **origin(world.device, at)}
                 write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + '\n'))
                 world.say(describe(result))
 
     last = None if args.output is None or args.eval is not None else args.output / 'last.pt'
     return exit_status(name, work, last)
+
+
+def origin(device: torch.device, at: str) -> Result:
+    """`ORIGIN` of a result of this process.
+
+    Args:
+        device: Of the run.
+        at: The commit.
+    """
+    values = device_name(str(device)), torch.__version__, timm.__version__, at, datetime.date.today().isoformat()
+    return dict(zip(ORIGIN, values))
 
 
 def check_output(output: Path | None) -> None:
@@ -103,7 +121,7 @@ def log_validation(folder: Path, step: int, result: Result, columns: tuple[str, 
 
 def final_result(args: argparse.Namespace, recipe: Recipe, config: dict[str, Any], world: World, tested: Result,
                  counts: tuple[int, int]) -> Result:
-    """What result.json has: the figures of the test, and of the network and the run."""
-    peak = torch.cuda.max_memory_allocated() / 1e6 if world.device.type == 'cuda' else None
+    """What result.json has, beside `ORIGIN`: the figures of the test, and of the network and the run."""
+    peak = torch.cuda.max_memory_allocated(world.device) / 1e6 if world.device.type == 'cuda' else None
     return {'step': recipe.steps, 'split': args.split, **tested, 'params': counts[0], 'added': counts[1],
             'peak_mb': peak, 'config': config}

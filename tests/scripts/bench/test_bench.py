@@ -187,10 +187,20 @@ def test_select_cases():
     assert [c.compile for c in cases('--model', MODEL, '--size', '64', '--compile', 'no', 'graph')] == ['no', 'graph']
     assert bench_model.parse_args([]).variants == ('plain', 'today', 'fadc')
     assert bench_model.parse_args(['--check']).variants == ('plain', 'fadc')
-    assert bench_model.parse_args(['--device', 'cuda']).variants == ('plain', 'today', 'fadc', 'triton')
+    assert bench_model.parse_args(['--device', 'cuda']).variants == ('plain', 'today', 'fadc')
+    assert bench_model.parse_args(['--variants', 'triton']).variants == ('plain', 'triton')
     assert bench_model.parse_args(['--variants', 'today']).variants == ('plain', 'today')
     with pytest.raises(SystemExit):
         bench_model.parse_args(['--variants', 'fast'])
+
+
+def test_bands_have_one_memory_format(monkeypatch, capsys):
+    """Another one is refused, as nothing would be measured in it."""
+    for name in ('contiguous', 'faster'):
+        monkeypatch.setattr(sys, 'argv', ['bands', '--memory-format', name])
+        with pytest.raises(SystemExit):
+            bench_bands.main()
+        assert f"invalid choice: '{name}'" in capsys.readouterr().err
 
 
 def test_speed_tables(tmp_path, monkeypatch):

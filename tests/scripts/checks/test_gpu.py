@@ -1,4 +1,6 @@
 """The check for GPUs: its stages and their time, a stage that hangs, and what the report makes of numbers."""
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -6,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from scripts.checks import gpu, gpu_parts, gpu_plugin, gpu_report, gpu_stages
 from scripts.checks.gpu_stages import Outcome, Stage
@@ -70,9 +73,10 @@ def test_run(tmp_path, capsys):
                         stage('bad', "print('before'); raise SystemExit(3)", "print('after')")], args)
     assert [(o.name, o.state) for o in outcomes] == [('good', 'ok'), ('bad', 'failed with 3')]
     assert 'fedcba9' in outcomes[0].output and 'after' in outcomes[1].output
-    assert outcomes[1].budget == pytest.approx(28 - outcomes[0].seconds, abs=0.5)
+    assert outcomes[1].budget == pytest.approx(30 - gpu.RESERVE - outcomes[0].seconds, abs=0.5)
     log = (tmp_path / 'log.txt').read_text()
-    assert log.index('== good, 14 s') < log.index('fedcba9') < log.index('== bad') < log.index('before')
+    first = f'== good, {(30 - gpu.RESERVE) / 2:.0f} s'
+    assert log.index(first) < log.index('fedcba9') < log.index('== bad') < log.index('before')
     assert 'bad              failed with 3' in (tmp_path / 'report.txt').read_text()
     assert not gpu_report.is_good(outcomes, tmp_path) and gpu_report.is_good(outcomes[:1], tmp_path)
 
@@ -96,6 +100,58 @@ def test_a_stage_that_hangs(tmp_path):
     assert not is_running(pid)
     lines = gpu_report.stage_lines([outcome])
     assert lines[1] == f'  last printed: child {pid}' and lines[2].endswith('in wait')
+
+
+def test_reserve():
+    """A stage that is killed at the end of the time ends before the time of the whole check does."""
+    assert gpu.RESERVE > gpu_stages.GRACE + gpu_stages.LAST
+
+
+def test_sigterm(tmp_path):
+    """It kills the running stage, which the report names, and no other starts."""
+    code = ("import os, signal, time; print('pid', os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); "
+            'time.sleep(99)')
+    before, begin = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(gpu.Terminated), gpu.terminable():
+        gpu.run([stage('runs', code), stage('next', "print('other')")], parse(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is before
+    log = (tmp_path / 'log.txt').read_text()
+    pid = log.partition('\npid ')[2].split()[0]
+    while is_running(pid) and time.monotonic() < begin + 20:
+        time.sleep(0.05)
+    assert not is_running(pid) and 'other' not in log
+    assert 'runs             killed by SIGTERM, ' in (tmp_path / 'report.txt').read_text()
+
+
+def test_a_stage_that_cannot_be_killed(tmp_path, monkeypatch):
+    """The check goes on, and says so: a process that waits for a driver is not there for a signal."""
+    monkeypatch.setattr(gpu_stages, 'GRACE', 0.05)
+    monkeypatch.setattr(gpu_stages, 'LAST', 0.05)
+    monkeypatch.setattr(subprocess.Popen, 'send_signal', lambda self, number: None)
+    killed = []
+    monkeypatch.setattr(os, 'killpg', lambda pid, number: killed.append(pid))
+    outcome = gpu_stages.run_stage(stage('hangs', 'import time; time.sleep(99)'), parse(tmp_path), 0.5)
+    monkeypatch.undo()
+    os.killpg(killed[0], signal.SIGKILL)
+    assert outcome.state == 'killed at its limit, and has not ended'
+
+
+def test_without_plugins_of_pytest(tmp_path, monkeypatch):
+    """The tests run, in one process and without a limit, and the report says what is missing."""
+    command, = gpu_stages._tests(parse(tmp_path))
+    assert {'-n', '--dist=worksteal', '--timeout'} < set(command) and gpu_stages.not_installed() == []
+    monkeypatch.setattr(gpu_stages, '_has', lambda module: False)
+    command, = gpu_stages._tests(parse(tmp_path))
+    options = command[1:command.index('--continue-on-collection-errors')]
+    path = tmp_path / 'test_x.py'
+    path.write_text('def test_triton_k1_float32(): pass\ndef test_other(): pass\n')
+    run = subprocess.run(
+        [sys.executable, *options, '-p', 'no:xdist', '-p', 'no:timeout', '-c', 'pyproject.toml', str(path)],
+        capture_output=True, text=True, cwd=gpu_stages.ROOT, env=gpu_stages._environment(parse(tmp_path)))
+    assert run.returncode == 0 and '1 passed, 1 deselected' in run.stdout, run.stdout + run.stderr
+    text = gpu_report.make_report([Outcome('tests', 'ok', 1., 2., '')], tmp_path)
+    assert '\npytest-xdist is not installed: the tests run in one process\n' in text and 'pytest-timeout is not' in text
+    assert 'pytest' not in gpu_report.make_report([Outcome('op', 'ok', 1., 2., '')], tmp_path)
 
 
 def test_long_output_is_cut(tmp_path, monkeypatch):
@@ -197,3 +253,50 @@ def test_kernels_of_a_profile():
     events = [event('CUDA', 1., 'small'), event('CPU', 9., 'host'), event('CUDA', 5., 'large'),
               event('CUDA', 0., 'none')]
     assert [e.key for e in gpu_parts._kernels(events)] == ['large', 'small']
+
+
+# --- parts ---
+
+def test_backends_that_fail(monkeypatch, capsys):
+    """One that raises, is wrong or gives no number is told with its reason; the others go on; the status is 1."""
+    mix = gpu_parts.mix_bands
+
+    def mix_bands(x, weights, factors, backend):
+        if backend == 'broken' and x.dtype == torch.bfloat16:
+            raise RuntimeError('no kernel')
+        y = mix(x.float(), weights.float(), factors, 'written_out').to(x.dtype)
+        return {'wrong': 1.1, 'nan': float('nan')}.get(backend, 1) * y if backend != 'written_out' else mix(
+            x, weights, factors, 'written_out')
+
+    monkeypatch.setattr(gpu_parts, 'mix_bands', mix_bands)
+    argv = ['backends', '--device', 'cpu', '--batch', '1', '--shapes', '8@6', '--amp', 'float16', 'bfloat16']
+    args = gpu_parts.parse_args(argv)
+    monkeypatch.setattr(gpu_parts, 'BACKENDS', ['written_out', 'good'])
+    assert gpu_parts.show_backends(args) == 0
+    assert capsys.readouterr().out.count('\nbackend 8@6 b1 ') == 3
+    monkeypatch.setattr(gpu_parts, 'BACKENDS', ['nan', 'written_out', 'broken', 'wrong', 'good'])
+    assert gpu_parts.show_backends(args) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith('FAILED backend 8@6 b1 ')]
+    counts = {name: sum(f' {name}: RuntimeError: ' in line for line in failed) for name in gpu_parts.BACKENDS}
+    assert counts == {'nan': 4, 'written_out': 0, 'broken': 2, 'wrong': 4, 'good': 0}
+    assert any('bfloat16 forward broken: RuntimeError: no kernel' in line for line in failed)
+    assert any('not below 2.0e-03' in line for line in failed)
+    assert sum(line.startswith('backend 8@6 b1 ') and ' good: ' in line for line in lines) == 4
+    outcome = Outcome('backends', 'ok', 1., 2., '\n'.join(lines))
+    assert not gpu_report.is_good([outcome], Path('nowhere'))
+
+
+def test_profile_of_a_network_that_fails(monkeypatch, capsys):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError('no kernel')
+
+    sound = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    monkeypatch.setattr(gpu_parts, 'make_models', lambda name, variants: {'plain': Broken(), 'fadc': sound})
+    args = gpu_parts.parse_args(['profile', '--device', 'cpu', '--amp', 'bfloat16', '--batch', '2', '--size', '2'])
+    monkeypatch.setattr(gpu_parts, 'make_step', lambda model, x, what, setting: lambda: model(x))
+    assert gpu_parts.show_profile(args) == 1
+    out = capsys.readouterr().out
+    assert 'FAILED profile resnet50_fadc 2x2 train bfloat16 plain: RuntimeError: no kernel' in out
+    assert '### resnet50_fadc 2x2 train bfloat16 fadc: ' in out

@@ -1,6 +1,7 @@
 """scripts.detection.train: the script itself, resumed to the bit, its evaluation, two processes."""
 import json
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ def test_script(root, tmp_path, capsys):
     assert losses(tmp_path / 'ended') == losses(tmp_path / 'whole')
     results = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'ended')]
     assert results[0] == results[1] and results[0]['images'] == 2
+    assert results[0]['torch'] == torch.__version__ and results[0]['device'].startswith('cpu: ')
     assert results[0]['config']['classes'] == ['square', 'wide'] and results[0]['added'] > 0
     assert (tmp_path / 'whole' / 'val.csv').read_text().splitlines()[0] == 'step,ap,ap50,ap75'
     found = json.loads((tmp_path / 'whole' / 'detections_test.json').read_text())
@@ -118,13 +120,64 @@ def test_truth_scores_full(root):
     pytest.importorskip('pycocotools')
     from scripts.detection.evaluation import SCORES, coco_scores
     split = CocoImages(root / 'val' / 'annotations.json', root / 'val')
-    found = [{key: a[key] for key in ('image_id', 'category_id', 'bbox', 'segmentation')} | {'score': 0.9}
-             for e in split.entries for a in e.annotations]
+    truth = split.ground_truth()
+    found = [{key: a[key] for key in ('image_id', 'category_id', 'bbox')} | {
+        'score': 0.9, 'segmentation': truth.annToRLE(a)} for e in split.entries for a in e.annotations]
     for kind in ('bbox', 'segm'):
         scores, lines = coco_scores(split, found, kind)
         assert scores['ap'] == scores['ap75'] == pytest.approx(100) and len(lines.splitlines()) == len(SCORES) == 12
     scores, lines = coco_scores(split, [])
     assert scores['ap'] == 0 and scores['ap_large'] == -1 and len(lines.splitlines()) == 12
+
+
+def test_sizes_of_masks(tmp_path):
+    """Of masks the area counts, not that of the box: a thin diagonal one is small, and no medium detection."""
+    pytest.importorskip('pycocotools')
+    from pycocotools import mask
+
+    from scripts.detection.evaluation import coco_scores
+    truth = {'id': 1, 'image_id': 10, 'category_id': 3, 'iscrowd': 0, 'bbox': [80, 80, 40, 40], 'area': 1600,
+             'segmentation': [[80, 80, 120, 80, 120, 120, 80, 120]]}
+    write(tmp_path, 'val', {
+        'categories': [{'id': 3, 'name': 'square'}], 'annotations': [truth],
+        'images': [{'id': 10, 'file_name': 'a.png', 'width': 128, 'height': 128}]},
+        {'a.png': np.zeros((128, 128, 3), np.uint8)})
+    rows, columns = np.indices((128, 128))
+    square = (rows >= 80) & (rows < 120) & (columns >= 80) & (columns < 120)
+    diagonal = (abs(rows - columns) <= 2) & (rows < 60) & (columns < 60)
+    other = diagonal[:, ::-1]
+    assert diagonal.sum() == other.sum() == 294
+    found = []
+    for shape, box, score in ((square, [80, 80, 40, 40], 0.5), (diagonal, [0, 0, 60, 60], 0.9),
+                              (other, [68, 0, 60, 60], 0.8)):
+        coded = mask.encode(np.asfortranarray(shape.astype(np.uint8)))
+        found.append({'image_id': 10, 'category_id': 3, 'bbox': box, 'score': score,
+                      'segmentation': {**coded, 'counts': coded['counts'].decode('ascii')}})
+    split = CocoImages(tmp_path / 'val' / 'annotations.json', tmp_path / 'val')
+    assert coco_scores(split, found, 'segm')[0]['ap_medium'] == pytest.approx(100)
+    assert coco_scores(split, found, 'bbox')[0]['ap_medium'] == pytest.approx(100 / 3, abs=0.1)
+    assert 'bbox' in found[0]
+
+
+def test_no_detections_of_the_background(root):
+    """Label 0 is of no category; masks stay with their boxes."""
+    pytest.importorskip('pycocotools')
+    from pycocotools import mask
+
+    from scripts.detection.evaluation import detect
+    split = CocoImages(root / 'val' / 'annotations.json', root / 'val')
+
+    class Detector(torch.nn.Module):
+        def forward(self, images):
+            masks = torch.zeros(3, 1, *images[0].shape[1:])
+            for i in range(3):
+                masks[i, :, :4, :i + 2] = 1
+            return [{'boxes': torch.tensor([[0., 0., i + 2, 4.] for i in range(3)]), 'masks': masks,
+                     'labels': torch.tensor([0, 2, 1]), 'scores': torch.tensor([0.9, 0.8, 0.7])}]
+
+    (_, found), = detect(Detector(), split, torch.device('cpu'), range(1), 1, nullcontext)
+    assert [(d['category_id'], d['bbox']) for d in found] == [(7, [0, 0, 3, 4]), (3, [0, 0, 4, 4])]
+    assert [mask.area(d['segmentation']) for d in found] == [12, 16]
 
 
 def test_picture(root, tmp_path):

@@ -73,10 +73,12 @@ def study(tmp_path, monkeypatch):
 
     def run_one(job, folder, threads, children):
         ran.append(job)
+        origin = dict(device='cpu: X', torch='2', timm='1', commit=f'abc{job.key[3]}', date='2026-01-01')
         score = 40 + 3 * int(job.key[3]) + (2 + int(job.key[3])) * (job.key[2] != 'plain')
         scores = dict(miou=score, accuracy=80) if job.key[1] == 'segmentation' else dict(
             ap=score, ap50=2 * score, ap75=1, boxes=269)
-        return dict(**scores, images=9, loss='1', params=10, added=1, step=300, seconds='3')
+        steps = int(job.options[job.options.index('--steps') + 1])
+        return dict(**scores, **origin, images=9, loss='1', params=10, added=1, step=steps, seconds='3')
 
     monkeypatch.setattr(jobs, 'run_one', run_one)
     return ran
@@ -91,7 +93,19 @@ def test_study(study, tmp_path, capsys):
     assert from_imagenet.main(args) == 0 and len(study) == 8
     assert from_imagenet.main([*args, '--preset', 'tiny']) == 0 and len(study) == 12
     assert len(read_csv(tmp_path / 'runs.csv')) == 8 and len(read_csv(tmp_path / 'tiny.csv')) == 4
+    # other steps do not take the place of the rows, nor is a run paired with one of another length
+    assert from_imagenet.main([*args, '--steps', '40']) == 0 and len(study) == 16
+    assert from_imagenet.main([*args, '--steps', '300']) == 0 and len(study) == 16
+    assert len(read_csv(tmp_path / 'runs.csv')) == 8 and len(read_csv(tmp_path / '40_steps.csv')) == 4
+    assert from_imagenet.main([*args, '--init', 'mine.pth']) == 0 and len(study) == 20
+    assert len(read_csv(tmp_path / 'runs.csv')) == 8 and len(read_csv(tmp_path / 'mine.csv')) == 4
+    rows = [row for name in ('runs', '40_steps') for row in read_csv(tmp_path / f'{name}.csv')
+            if row['task'] == 'segmentation' and (row['setting'] == 'plain') == (name == 'runs')]
+    assert [(row['setting'], row['steps']) for row in rows] == [('plain', '300')] * 2 + [('fadc_lr0.1', '40')] * 2
+    assert '`resnet50_fadc`, a tenth of the rate for what it adds | 2 | 44.00 (2.83) | 80.00 (0.00) |  |' in (
+        from_imagenet._table('cpu', 'segmentation', rows))
     text = from_imagenet.tables()
+    assert 'cpu: X, torch 2, commit abc0, 2026-01-01: 2 runs; cpu: X, torch 2, commit abc1, 2026-01-01: 2 runs' in text
     half = 12.7062 * math.sqrt(0.5) / math.sqrt(2)  # differences 2 and 3
     assert (f'| `resnet50_fadc`, a tenth of the rate for what it adds | 2 | 44.00 (2.83) | 80.00 (0.00) | +2.50 '
             f'({2.5 - half:+.2f} to {2.5 + half:+.2f}) |') in text
@@ -99,5 +113,5 @@ def test_study(study, tmp_path, capsys):
     assert 'RetinaNet, tree crowns, `--preset cpu`: 300 steps, test on 9 images with 269 boxes, mean (s.d.).' in text
     assert (tmp_path / 'runs.png').stat().st_size > 5000 and (tmp_path / 'tiny.png').exists()
     capsys.readouterr()
-    assert from_imagenet.main(['--report']) == 0 and len(study) == 12
+    assert from_imagenet.main(['--report']) == 0 and len(study) == 20
     assert 'drew' in capsys.readouterr().out
