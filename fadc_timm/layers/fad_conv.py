@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
 from ..ops.runtime import is_depthwise, match_layout, under_autocast
-from ..ops.sampled_conv import predicted_conv2d, takes_predictions
+from ..ops.sampled_conv import predicted_conv2d, predicted_deform_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
@@ -280,13 +280,13 @@ class FADConv2d(nn.Conv2d):
     @torch.jit.unused
     def _is_fused(self, x: Tensor) -> bool:
         """Whether the operators compute the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
-        return (self.ada_dr is not None and takes_predictions(x, self.backend)
+        return (self.sampling != 'fixed' and takes_predictions(x, self.backend)
                 and not has_hooks(self.ada_dr) and not has_hooks(self.ada_kern))
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
         x = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
-        y = in_one_call(self, x)
+        y = in_one_call(self, x) if self.ada_dr is not None else None
         if y is not None:
             return match_layout(y, x)
         means: Optional[Tensor] = None
@@ -300,6 +300,11 @@ class FADConv2d(nn.Conv2d):
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
             padding = 0
+        if self.free_offsets is not None:
+            offset, mask = self.free_offsets(x)
+            return predicted_deform_conv2d(
+                x, self.weight, self.bias, offset, mask, low, high, dilation=self.dilation[0], stride=self.stride[0],
+                padding=padding + self.outer_padding, groups=self.groups)
         assert self.ada_dr is not None
         o, mask = self.ada_dr.predict(x)
         return predicted_conv2d(

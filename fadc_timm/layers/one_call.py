@@ -275,8 +275,10 @@ def _is_own(module: Any, cls: Any) -> bool:
 
 def _weight_and_bias(module: Any, cls: type) -> Optional[Sequence[Optional[Tensor]]]:
     """Of a convolution, a linear layer or a norm; or None if it is more than its class, or was taken apart."""
+    if not _is_own(module, cls):
+        return None
     parameters = module._parameters  # a module's attributes take longer
-    if not _is_own(module, cls) or 'weight' not in parameters or 'bias' not in parameters:
+    if 'weight' not in parameters or 'bias' not in parameters:
         return None
     return parameters['weight'], parameters['bias']
 
@@ -303,7 +305,10 @@ def _kern_tensors(kern: AdaKern, dtype: torch.dtype) -> Optional[Sequence[Option
         of_norm, statistics = _weight_and_bias(norm, type(norm)), norm._buffers
         found.append(None if of_norm is None else (
             *of_norm, statistics.get('running_mean'), statistics.get('running_var')))
-    found += [_weight_and_bias(modules[name], Head) for name in ('low', 'high') if modules.get(name) is not None]
+    heads = [_weight_and_bias(modules[name], Head) for name in ('low', 'high') if modules.get(name) is not None]
+    if any(head is not None and head[1] is None for head in heads):
+        return None  # their kernel adds a bias
+    found += heads
     tensors: List[Optional[Tensor]] = []
     for some in found:
         if some is None:
@@ -351,6 +356,8 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     if parts.get('mask_dw') is not None:
         dw, pw = _conv_of(parts['mask_dw'], nn.Conv2d), _conv_of(parts['mask_pw'], PredictorConv2d)
     if maps is None or of_kern is None or o is None or dw is None or pw is None:
+        return None
+    if dw[2] is not None:  # it is made without a bias
         return None
     t = _Tensors._make((x, *maps[1:], *of_kern, *o[1:], dw[1], *pw[1:], layer.weight, layer.bias))
     if not is_plain_eager(*t):

@@ -7,13 +7,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
     'accumulation_dtype', 'as_dtype', 'constant', 'contiguous_weight', 'convolution_dtype', 'empty_map',
     'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting', 'is_plain_eager', 'is_transformed',
-    'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast', 'without_autocast']
+    'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast', 'wide_product', 'without_autocast']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -183,18 +184,47 @@ def exact_products(function: Callable) -> Callable:
     return wrapped
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices, or of two batches of matrices, summed up and left in float32, or float64.
+
+    Where its result is in half precision, a library may add up parts of a long sum in half precision too.
+    """
+    wide = accumulation_dtype(a.dtype)
+    multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cuda and a.dtype != wide:
+        # in torch from 2.8 on, which the Triton that we need comes with; on CUDA only
+        return multiply(a, b, out_dtype=wide)
+    with without_autocast(a):
+        return multiply(as_dtype(a, wide), as_dtype(b, wide))
+
+
+# What lists the open modes of torch functions; torch may drop it, as it is private.
+_function_modes: Optional[Callable[[], List[Any]]] = getattr(
+    torch.overrides, '_get_current_function_mode_stack', None)
+
+
+def _has_function_modes() -> bool:
+    """Whether a mode sees torch's functions, other than one that sets the device of tensors whose device is not given.
+
+    That is `torch.set_default_device`, or a device as a context. We give the device of every tensor.
+    """
+    if not torch._C._len_torch_function_stack():
+        return False
+    return _function_modes is None or any(type(mode) is not DeviceContext for mode in _function_modes())
+
+
 def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
     """Whether nothing but autograd looks at operators on these tensors: no compiler, tracer, mode, transform, subclass.
 
-    Then a Python function with a gradient of its own does what an operator of torch does, without the 0.2 milliseconds
-    that torch takes to call one that is written in Python.
+    A default device is no such mode. Then a Python function with a gradient of its own does what an operator of torch
+    does, without the 0.2 milliseconds that torch takes to call one that is written in Python.
     """
     for t in tensors:
         if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta):
             return False
     return not (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())
+        or torch._C._len_torch_dispatch_stack() or _has_function_modes() or is_transformed())
 
 
 def form_of_call(

@@ -1,6 +1,6 @@
 """Whether Triton can be used, and how its kernels are launched.
 
-Triton is optional. Only this module and the modules of kernels import it, at their first use.
+Triton is optional. Of the operators only this module and the modules of kernels import it, at their first use.
 """
 import functools
 import warnings
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'is_default_on', 'is_interpreted', 'launch', 'types_of', 'unavailable',
-    'why_not', 'why_not_on']
+    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'index_type', 'is_default_on', 'is_interpreted', 'launch', 'types_of',
+    'unavailable', 'why_not', 'why_not_on']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -117,6 +117,12 @@ def types_of(dtype: torch.dtype) -> Tuple[Any, bool]:
     """
     import triton.language as tl
     return tl.float64 if dtype == torch.float64 else tl.float32, dtype == torch.bfloat16 and is_interpreted()
+
+
+def index_type(elements: int) -> Any:
+    """Triton's type for the places of so many elements."""
+    import triton.language as tl
+    return tl.int32 if elements < 2 ** 31 else tl.int64
 
 
 class Launch:

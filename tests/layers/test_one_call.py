@@ -5,10 +5,11 @@ import pytest
 import torch
 from timm.layers import FrozenBatchNormAct2d
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fadc_timm.layers import fad_conv
-from fadc_timm.ops import set_backend, triton_support
+from fadc_timm.ops import runtime, set_backend, triton_support
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
 from tests.support.off_identity import off_identity
 
@@ -316,3 +317,67 @@ def test_what_is_rare_is_called_part_by_part(device, monkeypatch):
     m = layer(device, freq_select=False)
     m.ada_kern.norm = nn.SyncBatchNorm(32).to(device, torch.float64).eval()
     assert not is_one_call(m(x))
+
+
+class Looks(TorchFunctionMode):
+    """A mode that sees every function of torch, and changes none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_default_device(dtype, device, monkeypatch):
+    """It changes nothing, as every tensor is made with its device; other modes have the parts called one by one."""
+    monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: True)
+    m, x = layer(device, dtype, bands=(2,)), image(device, dtype, size=(5, 3))
+
+    def step():
+        y = m(x)
+        return is_one_call(y), [y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])]
+
+    with torch.device('meta'):  # the first call, which makes the tables
+        one, found = step()
+    assert one
+    assert_same(found, step()[1], EXACT if dtype == torch.float64 else 8 * torch.finfo(dtype).eps)
+    kept = torch.get_default_device()
+    torch.set_default_device('meta')
+    try:
+        assert is_one_call(m(x))
+        with Looks():
+            assert not is_one_call(m(x))
+        monkeypatch.setattr(runtime, '_function_modes', None)
+        assert not is_one_call(m(x))
+    finally:
+        torch.set_default_device(None if kept.type == 'cpu' else kept)
+    assert is_one_call(m(x))
+    with Looks():
+        assert not is_one_call(m(x))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_biases_that_are_not_made(device, monkeypatch):
+    """A bias where the layer makes none, and none where it makes one: the parts have what modules compute."""
+    def by_modules(m):
+        assert not is_one_call(m(x))
+        with set_backend('reference'):
+            assert_same([m(x)], [by_parts(monkeypatch, lambda: m(x))], EXACT)
+            return m(x)
+
+    x = image(device)
+    m = layer(device, freq_select=False, kernel_size=3, **DEPTHWISE)
+    before = m(x)
+    assert is_one_call(before)
+    m.ada_dr.mask_dw.bias = nn.Parameter(torch.ones(4, dtype=torch.float64, device=device))
+    assert_same([m(x)], [by_modules(m)], EXACT)
+    assert (m(x) - before).abs().max() > 1e-3
+    m = layer(device, freq_select=False)
+    m.ada_kern.high.bias = None
+    assert_same([m(x)], [by_modules(m)], EXACT)
+    for name in ('fc', 'norm'):
+        m = layer(device, freq_select=False)
+        module = getattr(m.ada_kern, name)
+        module.bias = nn.Parameter(torch.ones(32, dtype=torch.float64, device=device)) if name == 'fc' else None
+        actual, expected = both(m, x, monkeypatch)
+        assert_same(actual, expected, EXACT)

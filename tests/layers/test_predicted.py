@@ -31,6 +31,10 @@ LAYERS = [
     dict(padding=1, dilation_act='zero', kernel_decompose='high', dilation_groups=2, padding_mode='replicate',
          bias=False, freq_select=False),
     dict(padding=1, **DEPTHWISE, freq_select=False, dilation_act='zero'),
+    dict(padding=2, dilation=2, stride=2, sampling='deform', groups=2, offset_groups=2, freq_select=False),
+    dict(padding=1, sampling='deform', modulated=False, kernel_decompose='low', freq_select=False),
+    sweep(dict(padding=1, sampling='deform', padding_mode='replicate', kernel_decompose='high')),
+    sweep(dict(padding=1, sampling='deform', **DEPTHWISE)),
     sweep(dict(padding=1, lowfreq_att=True, bands=(2, 4))),
     dict(padding=1), sweep(dict()), sweep(dict(kernel_size=1, kernel_decompose='low')),
     *(sweep(dict(padding='same', dilation=2, dilation_act=act, kernel_decompose=parts, freq_select=False, **shape))

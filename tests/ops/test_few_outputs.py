@@ -207,6 +207,55 @@ def test_gradient_added_to_another(device):
     assert few_outputs.gradient(y[:0], taps, x[:0], weight, bias, *OPTIONS, into)[0] is into
 
 
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case', [
+    CASES[2], CASES[6], CASES[2]._replace(bias=False), CASES[6]._replace(bias=False)], ids=str)
+def test_shares_in_the_gradient_of_the_bias(case, device, monkeypatch):
+    """As many as there are blocks of positions, be these fewer than the pixels (stride) or more (padding)."""
+    tensors, launched, launch = {}, {}, triton_support.launch
+
+    def record(this, *given):
+        name = this.kernel.fn.__name__
+        tensors[name], launched[name] = given, this
+        launch(this, *given)
+
+    monkeypatch.setattr(triton_support, 'launch', record)
+    x, weight, bias = case.tensors(torch.float64, device)
+    y, taps = few_outputs.forward(x, weight, bias, *case.options)
+    grad = torch.randint(-9, 9, y.shape, dtype=torch.float64, device=device)
+    found = few_outputs.gradient(grad, taps, x, weight, bias, *case.options)
+    shares, grid = tensors['spread'][2], launched['spread'].grid
+    assert tensors['unpack'][1] is shares
+    if bias is None:
+        assert shares is None
+    else:
+        block = 2048 // 64 if case is CASES[2] else 2048 // 16
+        assert len(shares) == -(-grad[:, 0].numel() // block) == launched['unpack'].numbers[3]
+        assert len(shares) <= grid[0] and (len(shares) < grid[0] or case is not CASES[2])
+        assert torch.equal(found[2], grad.sum((0, 2, 3)))  # of whole numbers, so exact
+    expected = torch.autograd.grad(
+        F.conv2d(x.requires_grad_(), weight.requires_grad_(), bias, *case.options), (x, weight), grad)
+    for value, want in zip(found, expected):
+        assert error(value, want) < 1e-14
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('added', [False, True])
+def test_autocast_changes_no_product(added, device):
+    """Neither those that write to a tensor nor the others, in a gradient that is taken under autocast."""
+    x, weight, bias = (t.float() for t in CASES[2].tensors(torch.float32, device))
+    x = x.to(memory_format=torch.channels_last)
+
+    def run():
+        y, taps = few_outputs.forward(x, weight, bias, *CASES[2].options)
+        return y, *few_outputs.gradient(
+            y, taps, x, weight, bias, *CASES[2].options, x.clone() if added else None)
+
+    expected = run()
+    with torch.autocast(device, torch.bfloat16):
+        assert all(map(torch.equal, run(), expected))
+
+
 def test_where_it_is_taken(monkeypatch):
     """In half precision, where Triton is the default, with few products; a layer computes the same there."""
     monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: device_type == 'cpu')

@@ -87,9 +87,10 @@ def spread(
         K_W: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_O: tl.constexpr,
 ):
-    """The gradient of the products, and each program's share (O,) in the gradient of the bias.
+    """The gradient of the products and, if shares is not None, the shares (O,) of some programs in that of the bias.
 
-    grad (B, O, H', W') has any strides. Grid: blocks of pixels or positions, whichever are more; blocks of columns.
+    grad (B, O, H', W') has any strides. Grid: blocks of pixels or, with shares, of pixels or positions, whichever are
+    more; blocks of columns.
     """
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,19 +105,20 @@ def spread(
     live = (q < pixels)[:, None] & (n < columns)[None, :]
     g = tl.load(at, mask=live & (k < TAPS)[None, :] & reached, other=0.)
     tl.store(grad_products + q.to(tl.int64)[:, None] * columns + n[None, :], g, mask=live)
-    if tl.program_id(1) == 0:
-        _share(grad, shares + tl.program_id(0) * outputs, q, out_h, out_w, positions, outputs, g_b, g_o, g_h, g_w, ACC,
-               BLOCK_O)
+    if shares is not None:
+        if (tl.program_id(1) == 0) & (tl.program_id(0) * BLOCK_P < positions):
+            _share(grad, shares + tl.program_id(0) * outputs, q, out_h, out_w, positions, outputs, g_b, g_o, g_h, g_w,
+                   ACC, BLOCK_O)
 
 
 @triton.jit
-def _sum_of_shares(shares, grad_bias, programs, outputs, ACC: tl.constexpr, UPCAST: tl.constexpr,
+def _sum_of_shares(shares, grad_bias, count, outputs, ACC: tl.constexpr, UPCAST: tl.constexpr,
                    BLOCK_O: tl.constexpr, ROWS: tl.constexpr):
     o = tl.arange(0, BLOCK_O)
     acc = tl.zeros([ROWS, BLOCK_O], dtype=ACC)
-    for start in range(0, programs, ROWS):
+    for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)
-        live = (row < programs)[:, None] & (o < outputs)[None, :]
+        live = (row < count)[:, None] & (o < outputs)[None, :]
         acc += tl.load(shares + row[:, None] * outputs + o[None, :], mask=live, other=0.)
     tl.store(grad_bias + o, round_to(tl.sum(acc, axis=0), grad_bias, UPCAST), mask=o < outputs)
 
@@ -124,10 +126,10 @@ def _sum_of_shares(shares, grad_bias, programs, outputs, ACC: tl.constexpr, UPCA
 @jit_of_any_size
 def unpack(
         grad_taps, shares, grad_weight, grad_bias,
-        outputs, channels, numel, programs, w_o, w_c, w_k,
+        outputs, channels, numel, count, w_o, w_c, w_k,
         ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_O: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """The gradient of the weight from that of taps, and in the first program the gradient of the bias.
+    """The gradient of the weight from that of taps, and in the first program that of the bias from `count` shares.
 
     Grid: blocks of elements of the weight.
     """
@@ -138,4 +140,4 @@ def unpack(
     tl.store(at_weight, round_to(g, grad_weight, UPCAST), mask=at < numel)
     if grad_bias is not None:
         if tl.program_id(0) == 0:
-            _sum_of_shares(shares, grad_bias, programs, outputs, ACC, UPCAST, BLOCK_O, ROWS)
+            _sum_of_shares(shares, grad_bias, count, outputs, ACC, UPCAST, BLOCK_O, ROWS)

@@ -17,7 +17,7 @@ from ..runtime import (
     is_exporting,
     is_transformed,
     nhwc,
-    without_autocast,
+    wide_product,
 )
 from ..triton_support import Launch, block, cdiv, types_of
 
@@ -69,7 +69,11 @@ def _spec(x, weight, bias, stride, padding, dilation) -> _Spec:
 
 
 class _Sizes:
-    """Numbers that the launches share. columns: of the matrix of products. shared: arguments of the larger kernels."""
+    """Numbers that the launches share.
+
+    columns: Of the matrix of products. shared: Arguments of the larger kernels. shares: Number of programs of `spread`
+    that have a share in the gradient of the bias, the first ones.
+    """
 
     def __init__(self, spec: _Spec) -> None:
         self.spec = spec
@@ -83,7 +87,8 @@ class _Sizes:
         self.block_o = block(self.outputs, 1, 4096)
         self.shared = (h, w, self.out_h, self.out_w, -spec.padding[0], -spec.padding[1], *spec.stride, *spec.dilation,
                        self.positions, self.outputs, self.columns)
-        self.programs = cdiv(max(self.pixels, self.positions), self.block_q)
+        self.shares = cdiv(self.positions, self.block_q) if spec.has_bias else 0
+        self.programs = max(cdiv(self.pixels, self.block_q), self.shares)
 
     @property
     def block_n(self) -> int:
@@ -148,17 +153,8 @@ def _backward_launches(spec: _Spec, grad_strides: Tuple[int, ...]) -> _Backward:
                (*sizes.shared, sizes.pixels, *grad_strides),
                (sizes.k_w, sizes.taps, sizes.acc, sizes.block_q, sizes.block_n, sizes.block_o)),
         Launch(kernels.unpack, (cdiv(numel, _BLOCK),),
-               (sizes.outputs, sizes.channels, numel, sizes.programs, *_tap_strides(spec)),
+               (sizes.outputs, sizes.channels, numel, sizes.shares, *_tap_strides(spec)),
                (sizes.acc, sizes.upcast, _BLOCK, sizes.block_o, max(_BLOCK // sizes.block_o, 1))))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed up and left in float32, or float64."""
-    wide = accumulation_dtype(a.dtype)
-    if a.is_cuda and a.dtype != wide:
-        return torch.mm(a, b, out_dtype=wide)
-    with without_autocast(a):
-        return torch.mm(a.to(wide), b.to(wide))
 
 
 def forward(
@@ -188,7 +184,7 @@ def forward(
     sizes = launches.sizes
     taps = torch.empty((sizes.columns, sizes.channels), dtype=x.dtype, device=x.device)
     triton_support.launch(launches.pack, weight, taps)
-    products = _product(nhwc(x).view(-1, sizes.channels), taps.t())
+    products = wide_product(nhwc(x).view(-1, sizes.channels), taps.t())
     triton_support.launch(launches.add_taps, products, *in_a_row(bias), y)
     return y, taps
 
@@ -228,17 +224,18 @@ def gradient(
     launches = _backward_launches(_spec(x, weight, bias, stride, padding, dilation), grad.stride())
     sizes = launches.sizes
     grad_products = torch.empty((sizes.pixels, sizes.columns), dtype=x.dtype, device=x.device)
-    shares = torch.empty((sizes.programs, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
+    shares = None if bias is None else torch.empty(
+        (sizes.shares, sizes.outputs), dtype=accumulation_dtype(x.dtype), device=x.device)
     triton_support.launch(launches.spread, grad, grad_products, shares)
     pixels = nhwc(x).view(-1, sizes.channels)
-    grad_taps = _product(grad_products.t(), pixels)
+    grad_taps = wide_product(grad_products.t(), pixels)
     triton_support.launch(launches.unpack, grad_taps, shares, grad_weight, None if bias is None else grad_bias)
     rows = grad_x.permute(0, 2, 3, 1).view(-1, sizes.channels)
-    with without_autocast(x):
-        if into is None:
-            torch.mm(grad_products, taps, out=rows)
-        else:
-            rows.addmm_(grad_products, taps)
+    # autocast leaves products alone that write to a tensor that they are given
+    if into is None:
+        torch.mm(grad_products, taps, out=rows)
+    else:
+        rows.addmm_(grad_products, taps)
     return grad_x, grad_weight, grad_bias
 
 

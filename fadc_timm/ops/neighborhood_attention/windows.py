@@ -5,13 +5,13 @@ relative position bias, and minus infinity outside of a query's window, makes on
 alike are one batched product; together their scores take at most a workspace of memory. The backward pass computes the
 weights again, so nothing but q, k and v is kept between the passes.
 """
-from functools import lru_cache
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
+from ..kept_tables import KeptTables, prepare
 from ..runtime import accumulation_dtype, exact_products, is_plain_eager, is_transformed, without_autocast
 from . import written_out
 from .arguments import AttentionArgs
@@ -33,19 +33,29 @@ def why_not(args: AttentionArgs) -> Optional[str]:
     return None
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _places(segment: Segment, device: torch.device) -> Tensor:
-    """Where the bias of query and key stands in the table along an axis, -1 for keys outside: (queries, keys)."""
-    return torch.tensor(segment.places, device=device)
+class _Tables(NamedTuple):
+    """Tables of a segment.
+
+    places: (queries, keys), as :class:`Segment` has them.
+    selection: (2k - 1, queries * keys): one where query and key have that place in the table of the bias, else zero.
+    """
+    places: Tensor
+    selection: Tensor
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _selection(segment: Segment, kernel_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(2k - 1, queries * keys): one where query and key have that place in the table, else zero."""
-    places = _places(segment, device).flatten()
-    return (torch.arange(2 * kernel_size - 1, device=device)[:, None] == places).to(dtype)
+def _make_tables(
+        queries: int, keys: int, ahead: int, kernel_size: int, dtype: torch.dtype, device: torch.device) -> _Tables:
+    """Tables of a segment whose first query lies so many points ahead of its first key; the selection in a dtype."""
+    query = torch.arange(ahead, ahead + queries, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    start = (query - kernel_size // 2).clamp(0, keys - kernel_size)
+    outside = (key < start) | (key >= start + kernel_size)
+    places = (key - query + (kernel_size - 1)).masked_fill(outside, -1)
+    places_of_bias = torch.arange(2 * kernel_size - 1, device=device)
+    return _Tables(places, (places_of_bias[:, None] == places.flatten()).to(dtype))
+
+
+_tables_of = KeptTables(_make_tables)
 
 
 class _Pair:
@@ -80,12 +90,21 @@ class _Pair:
     def of_keys(self, x: Tensor) -> Tensor:
         return self._view(x, [s.first_key for s in self.segments], self.keys)
 
+    def tables(self) -> List[_Tables]:
+        """Those of both segments."""
+        return [_tables_of(s.queries, s.keys, s.first_query - s.first_key, n, self.plan.exact, self.plan.device)
+                for s, n in zip(self.segments, self.plan.kernel_size, strict=True)]
+
+    def has_table(self, bias: Optional[Tensor]) -> bool:
+        """Whether something is added to the scores."""
+        return bias is not None or self.has_mask
+
     def table(self, bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
         """What is added to the scores, (heads or 1, queries, keys), or None."""
-        if bias is None and not self.has_mask:
+        if not self.has_table(bias):
             return None
         device = self.plan.device
-        rows, cols = (_places(s, device) for s in self.segments)
+        rows, cols = (tables.places for tables in self.tables())
         rows, cols = rows[:, None, :, None], cols[:, None]
         if bias is None:
             table = torch.zeros((1, *self.queries, *self.keys), dtype=dtype, device=device)
@@ -97,11 +116,10 @@ class _Pair:
 
     def bias_gradient(self, grad_table: Tensor) -> Tensor:
         """The gradient of the bias from that of the table (heads, queries, keys)."""
-        heads, (k, k_cols) = len(grad_table), self.plan.kernel_size
+        heads = len(grad_table)
         grad_table = grad_table.view(heads, *self.queries, *self.keys).transpose(2, 3)
         grad_table = grad_table.reshape(heads, self.queries[0] * self.keys[0], -1)
-        down, across = (_selection(s, n, grad_table.dtype, grad_table.device)
-                        for s, n in zip(self.segments, (k, k_cols), strict=True))
+        down, across = (tables.selection for tables in self.tables())
         return down @ grad_table @ across.t()
 
     def chunks(self) -> Iterator[Tuple[slice, ...]]:
@@ -133,7 +151,8 @@ class _Plan:
         self.dilation = dilation[0], dilation[1]
         self.device = q.device
         # tensor cores take half precisions; a CPU converts them while it copies
-        self.dtype = q.dtype if q.device.type == 'cuda' else accumulation_dtype(q.dtype)
+        self.exact = accumulation_dtype(q.dtype)  # of sums
+        self.dtype = q.dtype if q.device.type == 'cuda' else self.exact
         self.scale = self.c ** -0.5
         self.workspace = (_GPU_BYTES if q.device.type == 'cuda' else _CPU_BYTES) // self.dtype.itemsize
         sides = tile_sides((h, w), self.kernel_size, self.dilation, self.b * self.heads)
@@ -197,7 +216,7 @@ def _gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tens
               dilation: List[int]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`neighborhood_windows` for q, k, v and bias; empty for a bias that is None."""
     plan = _Plan(q, kernel_size, dilation)
-    exact = accumulation_dtype(q.dtype)
+    exact = plan.exact
     grad_q, grad_k, grad_v = _empty(q), _empty(q, exact).zero_(), _empty(q, exact).zero_()
     grad_bias = q.new_zeros((0,)) if bias is None else torch.zeros_like(bias, dtype=exact)
     for pair in plan.pairs if q.numel() else ():
@@ -230,8 +249,19 @@ neighborhood_windows = torch.library.custom_op(
     'fadc_timm::neighborhood_windows', exact_products(_forward), mutates_args=())
 
 
+def _prepare_tables(q: Tensor, bias: Optional[Tensor], kernel_size: List[int], dilation: List[int]) -> None:
+    """Make the tables for a map while torch makes a graph of a call, if it knows all sizes of q."""
+    def make() -> None:
+        for pair in _Plan(q, kernel_size, dilation).pairs:
+            if pair.has_table(bias):
+                pair.tables()
+
+    prepare(q, (*q.shape, *kernel_size, *dilation), make)
+
+
 @neighborhood_windows.register_fake
 def _(q, k, v, bias, kernel_size, dilation):
+    _prepare_tables(q, bias, kernel_size, dilation)
     return _empty(q)
 
 

@@ -274,6 +274,11 @@ def test_compile(device):
     check(actual, results(definition, x, weights, [2, 4, 8]), TOLERANCES[torch.float32])
 
 
+def forget_tables():
+    for kept in (tables.tables_of.kept, tables.tables_of.captured):
+        kept.clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('device', ['cuda'])
 @pytest.mark.parametrize('warm', [True, False], ids=['warm', 'cold'])
@@ -281,10 +286,10 @@ def test_compile(device):
 def test_cuda_graph(size, warm, device):
     """A captured graph follows its inputs, and what it makes while it is captured is not used outside of it."""
     x, weights = (t.float().requires_grad_() for t in Case(*size).inputs(torch.float32, device))
-    tables._kept.clear()
+    forget_tables()
     mix_bands(x, weights, [2, 4, 8], 'triton').sum().backward()  # the kernels are compiled
     if not warm:
-        tables._kept.clear()
+        forget_tables()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -304,7 +309,7 @@ def test_nothing_is_copied_to_the_device(size, monkeypatch):
     """Neither by the tables nor by the operators, so that a CUDA graph can hold all of it."""
     launches = []
     monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
-    monkeypatch.setattr(tables, '_kept', {})  # what is fake is not to be kept
+    monkeypatch.setattr(tables.tables_of, 'kept', {})  # what is fake is not to be kept
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     with no_copies():
         tables._make_tables(*size, (2, 3, 4, 8), torch.float16, torch.device('cuda'))
@@ -316,41 +321,19 @@ def test_nothing_is_copied_to_the_device(size, monkeypatch):
     assert len(launches) == 2 * 6  # forward two, backward four
 
 
-def test_tables_that_a_graph_reads_are_kept(monkeypatch):
-    """And no more of the others than a number, the oldest of which go; nothing of what a capture makes."""
-    for name in ('_kept', '_captured'):
-        monkeypatch.setattr(tables, name, {})
-    monkeypatch.setattr(tables, '_MOST_KEPT', 2)
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
-
-    def get(n):
-        return tables.tables_of(n, n, (2, 4), torch.float32, torch.device('cuda', 0))
-
-    with no_copies():
-        capturing = False
-        first, second = get(3), get(4)
-        assert get(3) is first and get(4) is second
-        capturing = True
-        assert get(4) is second and get(5) is not get(5) and len(tables._kept) == 2
-        capturing = False
-        get(6)
-        assert get(4) is second and get(3) is not first and get(4) is not second
-    assert [id(t) for t in tables._captured.values()] == [id(second)]
-
-
 @pytest.mark.parametrize('batch', ['static', 'dynamic'])
 def test_tables_are_made_with_the_graph(batch, monkeypatch):
-    """The first run of a graph may be one in which nothing may be kept: see `prepare_tables`."""
-    monkeypatch.setattr(tables, '_kept', {})
+    """The first run of a graph may be one in which nothing may be kept: see `prepare`."""
+    monkeypatch.setattr(tables.tables_of, 'kept', {})
     env = ShapeEnv()
     x, maps = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 1, 6, 5)
     dynamic = [DimDynamic.DYNAMIC if batch == 'dynamic' else DimDynamic.STATIC, *[DimDynamic.STATIC] * 4]
     with FakeTensorMode(shape_env=env) as mode:
         fakes = [mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic[:t.dim()])) for t in (x, maps)]
         mix_bands_triton(*fakes, [2, 4], True)
-    made, = tables._kept.values()
+    made, = tables.tables_of.kept.values()
     assert not any(isinstance(t, FakeTensor) for t in made)
-    monkeypatch.setattr(tables, '_make_tables', None)
+    monkeypatch.setattr(tables.tables_of, 'make', None)
     mix_bands_triton(x, maps, [2, 4], True)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +15,7 @@ from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d, set_bac
 from fadc_timm.ops.neighborhood_attention import backends, neighbours, reference, tiles, windows
 from tests.support.cases import error
 from tests.support.marks import needs_dynamo
+from tests.support.no_copies import no_copies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -108,9 +111,13 @@ def test_neighbours(length, k, d):
 @pytest.mark.parametrize('side', range(1, 9))
 @pytest.mark.parametrize('length, k, d', [(21, 5, 1), (22, 3, 3), (19, 5, 2)])
 def test_segments(length, k, d, side):
-    """Every position is a query once, and its block has its window at its places."""
+    """Every position is a query once, and its block has its window at its places; so have the tables of a device."""
     seen = []
     for s in tiles.segments(length, k, d, side):
+        args = s.queries, s.keys, s.first_query - s.first_key, k
+        places, selection = windows._make_tables(*args, torch.float64, torch.device('cpu'))
+        assert places.tolist() == [list(row) for row in s.places]
+        assert torch.equal(selection, F.one_hot(places.flatten() + 1, 2 * k).double()[:, 1:].t())
         for residue in range(s.first_residue, s.first_residue + s.residues):
             for tile in range(s.tiles):
                 for i in range(s.queries):
@@ -220,6 +227,68 @@ def test_opcheck(has_bias):
     torch.library.opcheck(windows.neighborhood_windows, args)
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     torch.library.opcheck(windows.neighborhood_windows_backward, (torch.randn_like(q), *args))
+
+
+@pytest.mark.parametrize('has_bias', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32], ids=str)
+def test_nothing_is_copied_to_the_device(dtype, has_bias, monkeypatch):
+    """So that a CUDA graph can hold both passes, the tables included."""
+    monkeypatch.setattr(windows._tables_of, 'kept', {})  # what is fake is not to be kept
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    with no_copies():
+        q, k, v = (torch.empty(2, 2, 13, 16, 4, dtype=dtype, device='cuda') for _ in range(3))
+        bias = torch.empty(2, 9, 9, dtype=dtype, device='cuda') if has_bias else None
+        args = q, k, v, bias, [5, 5], [1, 3]
+        windows.neighborhood_windows_backward._init_fn(windows.neighborhood_windows._init_fn(*args), *args)
+    assert not windows._tables_of.kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('warm', [True, False], ids=['warm', 'cold'])
+def test_cuda_graph(warm):
+    """A captured graph follows its inputs, and what it makes while it is captured is not used outside of it."""
+    tensors = [t.detach().cuda().requires_grad_() for t in make_inputs((13, 16), 5, dtype=torch.float32)]
+
+    def step():
+        y = neighborhood_attention2d(*tensors[:3], 5, (1, 3), tensors[3], 'windows')
+        return y, *torch.autograd.grad(y.square().sum(), tensors)
+
+    step()
+    if not warm:
+        windows._tables_of.kept.clear()
+        windows._tables_of.captured.clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    step()
+    with torch.no_grad():
+        for t in tensors:
+            t.normal_()
+    windows._tables_of.kept.clear()  # what the graph reads is kept nevertheless
+    graph.replay()
+    check(captured, step(), TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize('has_bias', [True, False])
+@pytest.mark.parametrize('symbolic', [None, 0, 3])
+def test_tables_are_made_with_the_graph(symbolic, has_bias, monkeypatch):
+    """The first run of a graph may be one in which nothing may be kept: see `prepare`. Of known sizes alone."""
+    kept = {}
+    monkeypatch.setattr(windows._tables_of, 'kept', kept)
+    tensors = make_inputs((13, 16), 5, has_bias, dtype=torch.float16, requires_grad=False)
+    tensors = [t.contiguous() for t in tensors] + [None] * (not has_bias)
+    sizes = [DimDynamic.DYNAMIC if i == symbolic else DimDynamic.STATIC for i in range(5)]
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = [t if t is None else mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(
+            sizes if t.dim() == 5 else [DimDynamic.STATIC] * 3)) for t in tensors]
+        windows.neighborhood_windows(*fakes, [5, 5], [1, 3])
+    assert bool(kept) == (symbolic is None)
+    assert not any(isinstance(t, FakeTensor) for tables in kept.values() for t in tables)
+    if kept:
+        monkeypatch.setattr(windows._tables_of, 'make', None)
+        y = windows.neighborhood_windows(*tensors, [5, 5], [1, 3])
+        windows.neighborhood_windows_backward(y, *tensors, [5, 5], [1, 3])
 
 
 @pytest.fixture

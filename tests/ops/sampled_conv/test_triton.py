@@ -7,6 +7,8 @@ import copy
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fadc_timm.ops import adaptive_dilated_conv2d, set_backend, settings, triton_support
 from fadc_timm.ops.sampled_conv.triton import ACTS, dense, depthwise, operator, sums, two_step_conv2d
@@ -405,6 +407,35 @@ def test_nothing_is_copied_to_the_device(case, act, fixed, monkeypatch):
     assert launches or case.x[0] == 0
 
 
+class WideElements(TorchDispatchMode):
+    """Elements of the largest float32 tensor that an operator returns."""
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dtype == torch.float32:
+                self.most = max(self.most, t.numel())
+        return out
+
+
+@pytest.mark.parametrize('workspace', [2 ** 28, 1], ids=['', 'tiles'])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_gradient_of_the_kernel_is_rounded_once(groups, workspace, monkeypatch):
+    """The library leaves its product in float32 on a GPU, and reads the columns as they are."""
+    monkeypatch.setattr(settings, 'workspace_bytes', lambda: workspace)
+    launches = recorded(monkeypatch)
+    case = OpCase('wide', (2, 32 * groups, 12, 12), 32 * groups, groups=groups)
+    tensors, activations, options = operator_inputs(case, 'cpu', torch.float16)
+    with no_copies(), WideElements() as wide:
+        run_operator([None if t is None else torch.empty(t.shape, dtype=t.dtype, device='cuda') for t in tensors],
+                     activations, options)
+    (rest, mean, weight), = [tensors for this, tensors in launches if this.kernel.fn.__name__ == 'unpack']
+    assert (rest.dtype, mean.dtype, weight.dtype) == (torch.float32, torch.float32, torch.float16)
+    assert rest.numel() == weight.numel() == 9 * mean.numel()
+    assert wide.most < tensors[0].numel() * 9  # the columns
+
+
 def test_copies_to_the_device_are_seen():
     def fails(f):
         with no_copies():
@@ -521,7 +552,8 @@ def test_cuda_graph_of_a_network(name, warm, training):
     def run():
         if not warm and torch.cuda.is_current_stream_capturing():
             forget_launches()
-            tables._kept.clear()
+            tables.tables_of.kept.clear()
+            tables.tables_of.captured.clear()
         if training:
             return step(model, x)
         with torch.no_grad():

@@ -4,8 +4,8 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ...kept_tables import KeptTables, prepare
 from ..frequencies import frequencies
 
 __all__ = ['Tables', 'padded', 'prepare_tables', 'tables_of']
@@ -43,8 +43,6 @@ def _swapped(pair: Tensor) -> Tensor:
     return torch.stack((-pair[:, 1], pair[:, 0]), dim=1)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tables:
     rows, cols = (frequencies(n, factors, device) for n in (h, w))
     basis_h, basis_w = (F.pad(f.basis, (0, padded(f.basis.shape[1]) - f.basis.shape[1])) for f in (rows, cols))
@@ -86,46 +84,14 @@ def _make_tables(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, d
         cast(torch.cat(parts, dim=1)), frequency, matrix, filter_of, columns_of.contiguous())
 
 
-# Tables by the arguments that they were made for, the oldest first.
-_kept: Dict[Tuple[Any, ...], Tables] = {}
-_MOST_KEPT = 256
-# Tables that captured graphs read: they have to outlive the graphs.
-_captured: Dict[Tuple[Any, ...], Tables] = {}
-
-
-def tables_of(h: int, w: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tables:
-    """The tables of some filters, made once on each device.
-
-    A CUDA graph reads the tables that a call before its capture made. Without such a call the graph makes them itself,
-    at each replay, which is slower.
-    """
-    key = h, w, factors, dtype, device
-    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-    tables = _kept.get(key)
-    if tables is None:
-        tables = _make_tables(*key)
-        if not capturing:  # a table made in a capture has no values until the graph runs
-            if device.type == 'cuda' and torch.cuda.is_available():
-                torch.cuda.current_stream(device).synchronize()  # other streams read the table too
-            if len(_kept) == _MOST_KEPT:
-                del _kept[next(iter(_kept))]
-            _kept[key] = tables
-    elif capturing:
-        _captured[key] = tables
-    return tables
+tables_of = KeptTables(_make_tables)
 
 
 def prepare_tables(x: Tensor, factors: List[int]) -> None:
-    """Make the tables for a map while torch makes a graph of a call, of sizes that it knows.
-
-    The first run of a compiled graph may be the one in which torch collects what a CUDA graph allocates, where nothing
-    may be kept.
+    """Make the tables for a map while torch makes a graph of a call, if it knows the map's height and width.
 
     Args:
         x: A fake map (B, C, H, W).
         factors: Of the filters.
     """
-    runs = torch.cuda.is_available() if x.device.type == 'cuda' else x.device.type != 'meta'
-    if runs and all(type(n) is int for n in x.shape[2:]):
-        with _disable_current_modes():
-            tables_of(x.shape[2], x.shape[3], tuple(factors), x.dtype, x.device)
+    prepare(x, x.shape[2:], lambda: tables_of(x.shape[2], x.shape[3], tuple(factors), x.dtype, x.device))

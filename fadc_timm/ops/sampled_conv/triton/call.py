@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import accumulation_dtype, is_depthwise
-from ...triton_support import cdiv, types_of
+from ...triton_support import cdiv, index_type, types_of
 
 __all__ = ['ACTS', 'Call', 'Spec', 'Tile', 'mask_in']
 
@@ -82,7 +82,6 @@ class Call:
     """
 
     def __init__(self, spec: Spec) -> None:
-        import triton.language as tl
         self.spec = spec
         self.b, self.c, self.h, self.w = spec.x
         self.o, self.per_group, self.k, _ = spec.weight
@@ -109,7 +108,7 @@ class Call:
         self.pixels = first - spec.padding[0], first - spec.padding[1], *spec.stride, *(spec.spacing or (0, 0))
         self.constants: Tuple[Any, ...] = (
             self.k, bool(spec.spacing), self.split, self.has_mask, spec.act, spec.act > 0, spec.gains_act, self.acc,
-            tl.int32 if self.h * self.w * self.c < 2 ** 31 else tl.int64)
+            index_type(self.h * self.w * self.c))
 
     def channel_blocks(self, block_c: int) -> int:
         """Number of blocks of channels. No block spans two step groups."""

@@ -1,6 +1,7 @@
 """The dense and grouped operator in two steps: kernels write samples as columns, the library multiplies them.
 
-The products write to tensors that they are given. Autocast leaves such products alone.
+The products write to tensors that they are given, and autocast leaves such products alone; except for those that are
+the gradient of the kernel.
 """
 import functools
 from typing import List, NamedTuple, Optional, Tuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import triton_support
-from ...runtime import contiguous_weight
+from ...runtime import contiguous_weight, wide_product
 from ...triton_support import Launch, block, cdiv
 from ..arguments import headroom
 from .call import Call, Tile, mask_in
@@ -135,17 +136,13 @@ def _columns_gradient(call: Call, grad: Tensor, kernel: Tensor, out: Tensor) -> 
         torch.bmm(_by_bundle(call, grad), kernel, out=_by_bundle(call, out))
 
 
-def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, like: Tensor, into: Optional[Tensor]) -> Tensor:
-    """The gradient of the kernel `like` of :func:`_product`, plus `into`, the sum over earlier tiles.
-
-    Of several tiles it is in the dtype that sums have.
-    """
-    product = torch.empty_like(like)
+def _kernel_gradient(call: Call, grad: Tensor, columns: Tensor, into: Optional[Tensor]) -> Tensor:
+    """The gradient of the kernel of :func:`_product`, in the dtype that sums have; added to `into`, if there is one."""
     if call.bundles == 1:
-        torch.mm(grad.t(), columns, out=product)
+        product = wide_product(grad.t(), columns)
     else:
-        torch.bmm(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns), out=product)
-    return product if into is None else into.to(call.wide) + product
+        product = wide_product(_by_bundle(call, grad).transpose(1, 2), _by_bundle(call, columns))
+    return product if into is None else into.add_(product)
 
 
 def _spoil(scale: Optional[Tensor], product: Tensor) -> None:
@@ -242,13 +239,13 @@ def backward(
         # the gradients of the columns take the place of the columns
         g, of_tile = _rows(grad_high, start, n), _rows(cols, 0, n)
         if wants_weight:
-            grad_rest = _kernel_gradient(call, g, of_tile, rest, grad_rest)
+            grad_rest = _kernel_gradient(call, g, of_tile, grad_rest)
         _columns_gradient(call, g, rest, of_tile)
         _spoil(scale, of_tile)
         if mean is not None and totals is not None:
             g, of_tile = _rows(grad_low, start, n), _rows(totals, 0, n)
             if wants_weight:
-                grad_mean = _kernel_gradient(call, g, of_tile, mean, grad_mean)
+                grad_mean = _kernel_gradient(call, g, of_tile, grad_mean)
             _columns_gradient(call, g, mean, of_tile)
             _spoil(scale, of_tile)
         triton_support.launch(

@@ -1,4 +1,4 @@
-"""The depthwise operator. Forward is one launch; backward scatters, takes the kernel's gradient, and adds up."""
+"""The depthwise operator: a kernel that packs the weight, one forward, and backward five and sums."""
 import functools
 from typing import List, NamedTuple, Optional, Tuple
 
