@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
 from ..ops.runtime import is_depthwise, match_layout, under_autocast
-from ..ops.sampled_conv import predicted_conv2d, predicted_deform_conv2d, takes_predictions
+from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
 from .ada_dr import AdaDR
@@ -300,16 +300,17 @@ class FADConv2d(nn.Conv2d):
         if self.pads_itself:
             x = F.pad(x, [padding, padding, padding, padding], mode='replicate')
             padding = 0
+        act: Optional[str] = None
         if self.free_offsets is not None:
-            offset, mask = self.free_offsets(x)
-            return predicted_deform_conv2d(
-                x, self.weight, self.bias, offset, mask, low, high, dilation=self.dilation[0], stride=self.stride[0],
-                padding=padding + self.outer_padding, groups=self.groups)
-        assert self.ada_dr is not None
-        o, mask = self.ada_dr.predict(x)
+            steps, mask = self.free_offsets(x)
+            padding += self.outer_padding
+        else:
+            assert self.ada_dr is not None
+            steps, mask = self.ada_dr.predict(x)
+            act = self.ada_dr.dilation_act
         return predicted_conv2d(
-            x, self.weight, self.bias, o, mask, low, high, dilation_act=self.ada_dr.dilation_act,
-            dilation=self.ada_dr.dilation, stride=self.stride[0], padding=padding, groups=self.groups)
+            x, self.weight, self.bias, steps, mask, low, high, dilation_act=act, dilation=self.dilation[0],
+            stride=self.stride[0], padding=padding, groups=self.groups)
 
     @torch.jit.unused
     def _operator(self, x: Tensor, dilation: Tensor, mask: Tensor, gains: Gains, padding: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from . import triton
 from .arguments import NO_GAINS, ConvArgs, Gains
 from .backends import BACKENDS, choose_backend
 
-__all__ = [
-    'adaptive_dilated_conv2d', 'deform_conv2d', 'predicted_conv2d', 'predicted_deform_conv2d', 'takes_predictions']
+__all__ = ['adaptive_dilated_conv2d', 'deform_conv2d', 'predicted_conv2d', 'takes_predictions']
 
 IntOrPair = Union[int, Tuple[int, int]]
 
@@ -290,10 +289,7 @@ def _sampled_conv2d(
 
 
 def takes_predictions(x: Tensor, backend: Optional[str]) -> bool:
-    """Whether :func:`predicted_conv2d` and :func:`predicted_deform_conv2d` compute a call on x.
-
-    They do where the backend is `triton`, which can run it.
-    """
+    """Whether :func:`predicted_conv2d` computes a call on x: whether its backend is `triton`, which can run it."""
     name = named_backend() if backend is None else backend
     if is_transformed():
         return False
@@ -306,12 +302,12 @@ def predicted_conv2d(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        o: Tensor,
+        steps: Tensor,
         mask: Optional[Tensor],
         low: Optional[Tensor],
         high: Optional[Tensor],
         *,
-        dilation_act: str,
+        dilation_act: Optional[str],
         dilation: int,
         stride: int,
         padding: int,
@@ -319,70 +315,27 @@ def predicted_conv2d(
 ) -> Tensor:
     """:func:`adaptive_dilated_conv2d` of what a layer predicts: the activations are in the kernels that read it.
 
+    Or :func:`deform_conv2d` under the gains that AdaKern predicts.
+
     Args:
         x: Input (B, C, H, W).
         weight: Weight (O, C/groups, k, k).
         bias: Bias (O,).
-        o: Outputs of AdaDR's convolution (B, G, H', W'), or without `mask` with those for the mask behind them
-            (B, G + G*k*k, H', W').
-        mask: What the modulation is 2 * sigmoid of (B, G*k*k, H', W').
+        steps: Outputs of AdaDR's convolution (B, G, H', W'), or without `mask` with those for the mask behind them
+            (B, G + G*k*k, H', W'). For the deformable convolution its offsets.
+        mask: What the modulation is 2 * sigmoid of (B, G*k*k, H', W'). For the deformable convolution its mask.
         low, high: What AdaKern's gains are 2 * sigmoid of, (B, C + O), or (B, C) where the kernel is depthwise.
-        dilation_act, dilation: AdaDR's activation and base dilation.
+        dilation_act: AdaDR's activation; None for the deformable convolution.
+        dilation: AdaDR's base dilation, or the deformable convolution's.
         stride, padding, groups: As there.
 
     Returns:
         Output (B, O, H', W').
     """
-    return _predicted(
-        x, weight, bias, o, mask, low, high, triton.ACTS.index(dilation_act), float(dilation), stride, padding, [],
-        groups)
-
-
-def predicted_deform_conv2d(
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        offset: Tensor,
-        mask: Optional[Tensor],
-        low: Optional[Tensor],
-        high: Optional[Tensor],
-        *,
-        dilation: int,
-        stride: int,
-        padding: int,
-        groups: int,
-) -> Tensor:
-    """:func:`deform_conv2d` of what AdaKern predicts: the gains' activation is in the kernels that read it.
-
-    Args:
-        x, weight, bias, offset, mask, dilation, stride, padding, groups: As there.
-        low, high: As in :func:`predicted_conv2d`.
-
-    Returns:
-        Output (B, O, H', W').
-    """
-    return _predicted(
-        x, weight, bias, offset, mask, low, high, 0, 1., stride, padding, [dilation, dilation], groups)
-
-
-def _predicted(
-        x: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        steps: Tensor,
-        mask: Optional[Tensor],
-        low: Optional[Tensor],
-        high: Optional[Tensor],
-        act: int,
-        base: float,
-        stride: int,
-        padding: int,
-        spacing: List[int],
-        groups: int,
-) -> Tensor:
-    """Both operators on `triton`: see `two_step_conv2d` for act, base and spacing."""
     x = under_autocast(x)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (low, high))
+    act, base, spacing = (0, 1., [dilation, dilation]) if dilation_act is None else (
+        triton.ACTS.index(dilation_act), float(dilation), [])
     y = triton.call(
         x, weight, bias, steps, mask, low, high, act, base, True, save, [stride, stride], [padding, padding], spacing,
         groups)
