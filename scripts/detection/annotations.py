@@ -2,7 +2,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts.results import cores
-from scripts.training.images import SPLITS, DataError, is_turned, open_image, read_image
+from scripts.training.images import SPLITS, DataError, images_in, is_turned, open_image, read_image
 
 MARGIN = 1.0  # pixels that a box may reach over its image, as boxes are rounded; it is clipped
 LEAST = 1e-3  # pixels of the shortest side of a box with an area
@@ -182,6 +182,29 @@ class CocoImages(Dataset[Sample]):
         return Entry(
             image['id'], self.folder / image['file_name'], image['width'], image['height'], boxes,
             np.array([labels[a['category_id']] for a in alone], np.int64), tuple(annotations))
+
+    @classmethod
+    def unlabelled(cls, folder: Path, output: Path, classes: Sequence[str]) -> 'CocoImages':
+        """The images below a folder, without annotations; the ids of the classes and of the images are 1, 2, ...
+
+        Args:
+            folder: Of the images.
+            output: Where what is made of them will go.
+            classes: Names of the classes.
+
+        Raises:
+            DataError: There is no such folder, no image in it, or a file that is none; an image cannot be read; or the
+                output lies in the folder.
+        """
+        files = images_in(folder, output).values()
+        sizes = [open_image(path).size for path in files]
+        made = object.__new__(cls)
+        made.file, made.folder, made.left_out, made.with_masks = folder, folder, 0, False
+        made.categories = dict(enumerate(classes, start=1))
+        made.entries = tuple(
+            made._entry({'id': i, 'file_name': path.relative_to(folder), 'width': width, 'height': height}, [], {})
+            for i, (path, (width, height)) in enumerate(zip(files, sizes), start=1))
+        return made
 
     @property
     def classes(self) -> tuple[str, ...]:

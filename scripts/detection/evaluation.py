@@ -15,6 +15,7 @@ from fadc_timm._writing import write_atomically
 from scripts.detection.annotations import CocoImages, import_coco
 from scripts.detection.pictures import write_detections
 from scripts.detection.transforms import to_tensor
+from scripts.training.images import spread
 from scripts.training.world import World
 
 # of pycocotools' summary, in its order
@@ -135,7 +136,7 @@ def evaluate(
         In the first process `images`, `boxes`, `detections` (their numbers), `SCORES` in percent and `lines`,
         pycocotools' summary; with masks also `masks`, the same of them. In other processes nothing.
     """
-    chosen = {round(i * (len(split) - 1) / max(pictures - 1, 1)) for i in range(min(pictures, len(split)))}
+    chosen = spread(pictures, len(split))
     own = []
     for i, found in detect(model, split, world.device, range(world.rank, len(split), world.size), batch, autocast):
         own += found

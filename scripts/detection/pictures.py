@@ -20,28 +20,31 @@ TITLE, GAP = 0.3, 0.1  # inches above an image, and between the two
 def detections_figure(
         name: str,
         image: np.ndarray,
-        entry: Entry,
+        entry: Entry | None,
         detections: Sequence[dict[str, Any]],
         categories: Mapping[int, str],
 ) -> Figure:
-    """An image with its true boxes, and with the detected ones, each with its class and score.
+    """An image with its true boxes, if they are known, and with the detected ones, each with its class and score.
 
     Args:
         name: Of the image.
         image: (H, W, 3) uint8.
-        entry: Its annotations; a crowd is dashed.
+        entry: Its annotations; a crowd is dashed. None where there are none.
         detections: In COCO's format.
         categories: Names by id.
     """
     colour = dict(zip(categories, colours(len(categories)) / 255))
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
-    across, tall = 2 * scale * width + GAP, scale * height + TITLE
+    found = [(d, f'{categories[d["category_id"]]} {d["score"]:.2f}') for d in detections]
+    if entry is None:
+        panels = [(found, f'{name}: {len(found)} detections')]
+    else:
+        truth = [(a, categories[a['category_id']] if len(categories) > 1 else '') for a in entry.annotations]
+        panels = [(truth, f'{name}: {len(entry.labels)} boxes'), (found, f'{len(found)} detections')]
+    across, tall = len(panels) * (scale * width + GAP) - GAP, scale * height + TITLE
     fig = Figure(figsize=(across, tall), dpi=DPI)
     FigureCanvasAgg(fig)
-    found = [(d, f'{categories[d["category_id"]]} {d["score"]:.2f}') for d in detections]
-    truth = [(a, categories[a['category_id']] if len(categories) > 1 else '') for a in entry.annotations]
-    panels = (truth, f'{name}: {len(entry.labels)} boxes'), (found, f'{len(found)} detections')
     for i, (boxes, title) in enumerate(panels):
         ax = fig.add_axes((i * (scale * width + GAP) / across, 0, scale * width / across, scale * height / tall))
         ax.imshow(image, interpolation='antialiased', extent=(0, width, height, 0))  # boxes are between pixels

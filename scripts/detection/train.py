@@ -5,6 +5,7 @@
     python -m scripts.detection.train --data folder --root DIR --backbone resnet50_fadc --init default --output out
     python -m scripts.detection.train ... --output out                   # again: goes on where it was
     python -m scripts.detection.train --eval out/last.pt --root DIR --draw 8
+    python -m scripts.detection.train --eval out/last.pt --predict IMAGES --draw 8
     torchrun --nproc_per_node=8 -m scripts.detection.train ...           # the batch is that of all processes
 
 The output folder gets `last.pt`, from which a run resumes exactly, `log.csv` (loss), `val.csv` (AP in training),
@@ -28,10 +29,11 @@ from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
 from scripts.detection.evaluation import evaluate
 from scripts.detection.model import DETECTORS, Built, build
+from scripts.detection.predict import predict
 from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe, usual_milestones, usual_rate
 from scripts.detection.transforms import TrainTransform, collate
 from scripts.training.batches import Samples
-from scripts.training.checkpoint import check_classes, read_state
+from scripts.training.checkpoint import check_classes, classes_of, load_weights, read_state
 from scripts.training.command_line import (
     BACKBONE,
     add_backbone,
@@ -39,8 +41,8 @@ from scripts.training.command_line import (
     add_run,
     at_least,
     config_of,
-    refuse_unread,
     try_network,
+    wants_eval,
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
@@ -52,6 +54,7 @@ DETECTOR = ('detector', 'fpn_channels', 'short', 'long', 'frozen_stages', 'froze
 SIGHT = ('data', 'anyway', 'keep_empty', 'group', 'flip', 'flip_vertical')
 # What --eval reads of the command line. All else it has from the checkpoint.
 EVAL = ('eval', 'data', 'root', 'anyway', 'eval_batch', 'split', 'draw', 'draw_score', 'output', 'device', 'threads')
+PREDICT = ('eval', 'predict', 'eval_batch', 'draw', 'draw_score', 'output', 'device', 'threads')
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,8 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
     add('--eval-every', type=at_least(0), default=0,
         help='steps between evaluations on the validation split (default: none)')
     add('--eval', type=Path, metavar='CHECKPOINT', help='do not train: test this checkpoint of the script')
+    add('--predict', type=Path, metavar='IMAGES',
+        help='with --eval: do not test, but write the detections in all images below this folder')
     add('--split', default='test', choices=('val', 'test'))
-    add('--draw', type=at_least(0), default=0, help='write so many PNGs: true boxes beside detections')
+    add('--draw', type=at_least(0), default=0,
+        help='write so many PNGs: true boxes, if they are known, beside detections')
     add('--draw-score', type=float, default=0.5, help='least score of detections that are drawn (default: 0.5)')
     add_run(parser.add_argument_group('run').add_argument)
     return parser
@@ -108,10 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.eval is not None:
-        if args.check_data:
-            parser.error('--check-data and --eval are two things: give one of them')
-        refuse_unread(parser, args, argv, EVAL)
+    if wants_eval(parser, args, argv, EVAL, PREDICT):
         return args
     parser.set_defaults(**{name: value for name, value in PRESETS[args.preset].items() if name != 'lr'})
     args = parser.parse_args(argv)
@@ -182,19 +185,29 @@ def test(
         args.draw if folder else 0, args.draw_score)
 
 
-def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """--eval: the averaged weights, if the checkpoint has them."""
+def trained_network(state: dict[str, Any], world: World) -> nn.Module:
+    """The detector of a checkpoint."""
+    config = state['config']
+    built = network_of({**config, 'init': ''}, len(config['classes']))
+    return load_weights(built.model, state).to(world.device)
+
+
+def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """--eval; None with --predict, which tests nothing."""
     world.check_device()
     state = read_state(args.eval, needs=DETECTOR)
     config = state['config']
     import_coco()
+    folder = args.output or args.eval.parent
+    if args.predict is not None:
+        images = CocoImages.unlabelled(args.predict, folder, classes_of(args.eval, config))
+        predict(trained_network(state, world), images, world, args.eval_batch,
+                partial(autocast, world.device, config['amp']), folder, args.draw, args.draw_score)
+        return None
     data = open_data(args.data or config['data'], args.root, args.anyway or config['anyway'])
     check_classes(args.eval, config, data.classes, data.name)
     world.first(lambda: world.say(data.check([args.split], needs_masks(config['detector']))))
-    built = network_of({**config, 'init': ''}, len(data.classes))
-    built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
-    folder = args.output or args.eval.parent
-    result = test(built.model.to(world.device), data, args.split, config, args, world, folder)
+    result = test(trained_network(state, world), data, args.split, config, args, world, folder)
     return {'checkpoint': str(args.eval), 'step': state['step'], 'split': args.split, **result}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from scripts.segmentation.metrics import ConfusionMatrix, scores
 from scripts.segmentation.pictures import write_prediction
 from scripts.segmentation.slide import predictions
+from scripts.training.images import spread
 from scripts.training.world import World
 
 
@@ -44,7 +45,7 @@ def evaluate(
     if not len(images):
         raise ValueError(f'{data.name} has no images in its split {split!r}.')
     n = len(data.classes)
-    chosen = {round(i * (len(images) - 1) / max(overlays - 1, 1)) for i in range(min(overlays, len(images)))}
+    chosen = spread(overlays, len(images))
     counted = ConfusionMatrix(n)
     for i, labels, mask in predictions(
             model, images, transform, world.device, range(world.rank, len(images), world.size), **kwargs):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.segmentation.pairs import IGNORE, Pair, Pairs, SegmentationData, Stored, files_in, match, stored_as
-from scripts.training.images import IMAGE_SUFFIXES, DataError, colours, colours_beside
+from scripts.segmentation.pairs import IGNORE, Pair, Pairs, SegmentationData, Stored, match, stored_as
+from scripts.training.images import IMAGE_SUFFIXES, DataError, colours, colours_beside, files_in
 
 # The 19 evaluated classes of Cityscapes in the order of their train ids: number in *_labelIds.png, name, colour.
 CITYSCAPES = (
@@ -31,6 +31,8 @@ CITYSCAPES = (
     (33, 'bicycle', 0x770B20),
 )
 ADE20K_CLASSES = 150
+# Long and short side that images are fitted into first, in the usual recipe.
+FITS = {'ade20k': (2048, 512), 'cityscapes': (2048, 1024)}
 
 
 def _rgb(colour: int) -> tuple[int, int, int]:
@@ -69,7 +71,7 @@ def ade20k(root: Path) -> SegmentationData:
 
     val = split('validation')
     return SegmentationData(
-        'ade20k', names, colours(ADE20K_CLASSES), split('training'), val, val, fit=(2048, 512))
+        'ade20k', names, colours(ADE20K_CLASSES), split('training'), val, val, FITS['ade20k'])
 
 
 def cityscapes(root: Path) -> SegmentationData:
@@ -101,7 +103,7 @@ def cityscapes(root: Path) -> SegmentationData:
     val = split('val')
     classes = tuple(name for _, name, _ in CITYSCAPES)
     palette = np.array([_rgb(colour) for *_, colour in CITYSCAPES], dtype=np.uint8)
-    return SegmentationData('cityscapes', classes, palette, split('train'), val, val, fit=(2048, 1024))
+    return SegmentationData('cityscapes', classes, palette, split('train'), val, val, FITS['cityscapes'])
 
 
 def _classes_txt(path: Path) -> tuple[tuple[str, ...], np.ndarray]:

@@ -213,28 +213,6 @@ class Pairs(Dataset[Sample]):
         return digest.hexdigest()
 
 
-def files_in(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """All files below a folder by their path in it, without suffix; hidden ones are left out.
-
-    Raises:
-        DataError: If the folder is missing, or holds a file of another kind or two that differ in their suffix only.
-    """
-    if not folder.is_dir():
-        raise DataError(f'{folder}: no such folder')
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob('*')):
-        inside = path.relative_to(folder)
-        if any(part.startswith('.') for part in inside.parts) or path.is_dir():
-            continue
-        if path.suffix.lower() not in suffixes:
-            raise DataError(f'{path}: unexpected file; {folder} is for {", ".join(suffixes)}')
-        name = inside.with_suffix('').as_posix()
-        if name in found:
-            raise DataError(f'{path}: {found[name].name} has the same name')
-        found[name] = path
-    return found
-
-
 def match(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> list[str]:
     """Names that are in both, in order; anything that is in one only is an error.
 

@@ -50,7 +50,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: f
 def prediction_figure(
         name: str,
         image: np.ndarray,
-        truth: np.ndarray,
+        truth: np.ndarray | None,
         prediction: np.ndarray,
         classes: Sequence[str],
         palette: np.ndarray,
@@ -60,20 +60,24 @@ def prediction_figure(
     Args:
         name: Of the image.
         image: (H, W, 3) uint8.
-        truth: (H, W) labels; pixels that are `IGNORE` are grey.
+        truth: (H, W) labels; pixels that are `IGNORE` are grey. None where it is not known.
         prediction: (H, W) labels.
         classes: Their names.
         palette: (classes, 3) uint8.
     """
-    labelled = truth != IGNORE
-    right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right' if labelled.any() else ''
-    shown_truth = overlay(image, truth, palette)
-    shown_truth[~labelled] = GREY
-    panels = [(name, image), ('truth', shown_truth), (f'prediction{right}', overlay(image, prediction, palette))]
+    panels, right, ignored, labels = [(name, image)], '', False, np.unique(prediction)
+    if truth is not None:
+        labelled = truth != IGNORE
+        if labelled.any():
+            right = f', {100 * (prediction == truth)[labelled].mean():.1f} % right'
+        shown_truth = overlay(image, truth, palette)
+        shown_truth[~labelled] = GREY
+        panels.append(('truth', shown_truth))
+        ignored, labels = not labelled.all(), np.union1d(labels, truth[labelled])
+    panels.append((f'prediction{right}', overlay(image, prediction, palette)))
 
-    labels = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
     entries = [(classes[i], palette[i] / 255) for i in labels]
-    if not labelled.all():
+    if ignored:
         entries.append(('(ignored)', np.full(3, GREY / 255)))
     handles = [Patch(facecolor=colour, edgecolor='black', linewidth=0.5, label=text) for text, colour in entries]
     height, width = image.shape[:2]
@@ -90,14 +94,14 @@ def prediction_figure(
 
     column, column_width, _ = legend(1)
     column.remove()
-    across = max(3 * (scale * width + GAP), LEAST_WIDTH, column_width)
+    across = max(len(panels) * (scale * width + GAP), LEAST_WIDTH, column_width)
     columns = min(int((across + SPACE) / (column_width + SPACE)), len(handles))
     rows = -(-len(handles) // columns)
     _, _, below = legend(-(-len(handles) // rows))
     tall = below + scale * height + TITLE
     fig.set_size_inches(across, tall)
     for i, (title, pixels) in enumerate(panels):
-        left = across / 2 + (i - 1.5) * (scale * width + GAP) + GAP / 2
+        left = across / 2 + (i - len(panels) / 2) * (scale * width + GAP) + GAP / 2
         ax = fig.add_axes((left / across, below / tall, scale * width / across, scale * height / tall))
         ax.imshow(pixels, interpolation='antialiased')
         ax.set_title(title, fontsize=FONT)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -60,7 +61,7 @@ def slide(
 
 def predictions(
         model: nn.Module,
-        split: Sequence[tuple[Any, Any]],
+        split: Dataset[tuple[Any, Any]],
         transform: Callable[..., tuple[Any, Any]],
         device: torch.device,
         indices: Sequence[int],

@@ -5,6 +5,7 @@
     python -m scripts.segmentation.train --data folder --root DIR --backbone resnet50_fadc --init default --output out
     python -m scripts.segmentation.train ... --output out                   # again: goes on where it was
     python -m scripts.segmentation.train --eval out/last.pt --root DIR --overlays 8
+    python -m scripts.segmentation.train --eval out/last.pt --predict IMAGES --overlays 8
     torchrun --nproc_per_node=8 -m scripts.segmentation.train ...           # the batch is that of all processes
 
 The output folder gets `last.pt`, from which a run resumes exactly, `log.csv` (loss), `val.csv` (mIoU in training) and
@@ -25,13 +26,15 @@ from torch import nn
 from scripts.segmentation.check import check_data
 from scripts.segmentation.data import DATA_SETS, SegmentationData, open_data
 from scripts.segmentation.evaluation import evaluate
+from scripts.segmentation.layouts import FITS
 from scripts.segmentation.layouts import folder as folder_layout
 from scripts.segmentation.metrics import table
 from scripts.segmentation.model import Auxiliary, Built, build, import_smp
+from scripts.segmentation.predict import Unlabelled, predict
 from scripts.segmentation.recipe import Objective, Recipe
 from scripts.segmentation.transforms import EvalTransform, TrainTransform
 from scripts.training.batches import Samples
-from scripts.training.checkpoint import check_classes, read_state
+from scripts.training.checkpoint import check_classes, classes_of, load_weights, read_state
 from scripts.training.command_line import (
     BACKBONE,
     add_backbone,
@@ -39,8 +42,8 @@ from scripts.training.command_line import (
     add_run,
     at_least,
     config_of,
-    refuse_unread,
     try_network,
+    wants_eval,
     warmup_of,
 )
 from scripts.training.engine import autocast, synchronized, train
@@ -55,6 +58,7 @@ SIGHT = ('data', 'mask_values', 'ignore_values', 'crop', 'scale', 'cat_max_ratio
 # What --eval reads of the command line. All else it has from the checkpoint.
 EVAL = ('eval', 'data', 'root', 'mask_values', 'ignore_values', 'anyway', 'stride', 'eval_batch', 'split', 'overlays',
         'output', 'device', 'threads')
+PREDICT = ('eval', 'predict', 'stride', 'eval_batch', 'overlays', 'output', 'device', 'threads')
 
 
 def integers(text: str) -> list[int]:
@@ -101,9 +105,11 @@ def make_parser() -> argparse.ArgumentParser:
     add('--eval-every', type=at_least(0), default=0,
         help='steps between evaluations on the validation split (default: none)')
     add('--eval', type=Path, metavar='CHECKPOINT', help='do not train: test this checkpoint of the script')
+    add('--predict', type=Path, metavar='IMAGES',
+        help='with --eval: do not test, but write the predicted classes of all images below this folder')
     add('--split', default='test', choices=('val', 'test'))
     add('--overlays', type=at_least(0), default=0,
-        help='write so many PNGs: image, truth and prediction, with a legend')
+        help='write so many PNGs: image, truth if there is one, and prediction, with a legend')
     add_run(parser.add_argument_group('run').add_argument)
     return parser
 
@@ -111,10 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.eval is not None:
-        if args.check_data:
-            parser.error('--check-data and --eval are two things: give one of them')
-        refuse_unread(parser, args, argv, EVAL)
+    if wants_eval(parser, args, argv, EVAL, PREDICT):
         return args
     if args.data is None:
         if args.root is not None:
@@ -138,16 +141,21 @@ def network_of(config: dict[str, Any], classes: int) -> Built:
     return build(config['backbone'], classes, seed=config['seed'], **{name: config[name] for name in names})
 
 
+def windows_of(config: dict[str, Any], args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """How a network sees an image: the arguments of `slide.slide`."""
+    return dict(
+        crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
+        autocast=partial(autocast, world.device, config['amp']))
+
+
 def test(
         model: nn.Module, data: Any, split: str, config: dict[str, Any], args: argparse.Namespace, world: World,
         folder: Path | None,
 ) -> dict[str, Any]:
     """Evaluate on a split; pictures into the folder."""
     transform = EvalTransform(config['mean'], config['std'], data.fit)
-    return evaluate(
-        model, data, split, transform, world, folder, args.overlays if folder else 0,
-        crop=config['crop'], stride=args.stride or max(config['crop'] * 2 // 3, 1), batch=args.eval_batch,
-        autocast=partial(autocast, world.device, config['amp']))
+    return evaluate(model, data, split, transform, world, folder, args.overlays if folder else 0,
+                    **windows_of(config, args, world))
 
 
 def check_windows(crop: int, stride: int | None, output_stride: int) -> None:
@@ -167,20 +175,32 @@ def open_for(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationDa
     return open_data(name, args.root, **values)
 
 
-def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """--eval: the averaged weights, if the checkpoint has them."""
+def trained_network(state: dict[str, Any], world: World) -> nn.Module:
+    """The network of a checkpoint."""
+    config = state['config']
+    built = network_of({**config, 'init': ''}, len(config['classes']))
+    return load_weights(built.model, state).to(world.device)
+
+
+def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """--eval; None with --predict, which tests nothing."""
     world.check_device()
     state = read_state(args.eval, needs=DECODER)
     config = state['config']
     check_windows(config['crop'], args.stride, config['output_stride'])
     import_smp()
+    folder = args.output or args.eval.parent
+    if args.predict is not None:
+        images, classes = Unlabelled(args.predict, folder), classes_of(args.eval, config)
+        transform = EvalTransform(config['mean'], config['std'], FITS.get(config['data']))
+        predict(trained_network(state, world), images, classes, transform, world, folder, args.overlays,
+                **windows_of(config, args, world))
+        return None
     data = open_for(args, config)
     check_classes(args.eval, config, data.classes, data.name)
     world.first(lambda: world.say(check_data(data, [args.split], args.anyway)))
-    built = network_of({**config, 'init': ''}, len(data.classes))
-    built.model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
-    folder = (args.output or args.eval.parent) / f'overlays_{args.split}'
-    result = test(built.model.to(world.device), data, args.split, config, args, world, folder)
+    result = test(trained_network(state, world), data, args.split, config, args, world,
+                  folder / f'overlays_{args.split}')
     return {'checkpoint': str(args.eval), 'step': state['step'], 'split': args.split, **result}
 
 

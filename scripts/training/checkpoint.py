@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fadc_timm._writing import write_atomically
 from fadc_timm.checkpoints.convert import what_was_blocked
@@ -89,11 +90,22 @@ def load_checkpoint(path: Path, config: dict[str, Any], device: str | torch.devi
     return state
 
 
-def check_classes(path: Path, config: dict[str, Any], classes: Sequence[str], name: str) -> None:
-    """Raises ValueError where a checkpoint has other classes than the data set of that name."""
+def load_weights(model: nn.Module, state: dict[str, Any]) -> nn.Module:
+    """Load a checkpoint's weights into its network, the averaged ones if it has them."""
+    model.load_state_dict(state['model_ema' if 'model_ema' in state else 'model'])
+    return model
+
+
+def classes_of(path: Path, config: dict[str, Any]) -> list[str]:
+    """The names of a checkpoint's classes; an old checkpoint without them is a ValueError."""
     if 'classes' not in config:
         raise ValueError(f'{path} does not name its classes: an older version of this script wrote it')
-    own, there = config['classes'], list(classes)
+    return config['classes']
+
+
+def check_classes(path: Path, config: dict[str, Any], classes: Sequence[str], name: str) -> None:
+    """Raises ValueError where a checkpoint has other classes than the data set of that name."""
+    own, there = classes_of(path, config), list(classes)
     if len(own) != len(there):
         names = [', '.join(some[:8]) + ', ...' * (len(some) > 8) for some in (own, there)]
         raise ValueError(f'{path} was trained on {len(own)} classes ({names[0]}); the data set {name} has '

@@ -90,19 +90,33 @@ def add_run(add: Add) -> None:
     add('--threads', type=at_least(1), help='of torch on the CPU')
 
 
-def refuse_unread(
+def wants_eval(
         parser: argparse.ArgumentParser,
         args: argparse.Namespace,
         argv: list[str] | None,
         read: Collection[str],
-) -> None:
-    """End with an error where --eval comes with options that it takes from the checkpoint, all but those in `read`."""
+        read_by_predict: Collection[str],
+) -> bool:
+    """Whether a command line asks for --eval, maybe with --predict.
+
+    It ends with an error where these come with options that they do not read, or --predict comes alone.
+    """
+    if args.eval is None:
+        if args.predict is not None:
+            parser.error('--predict wants a checkpoint: give --eval CHECKPOINT too')
+        return False
+    if args.check_data:
+        parser.error('--check-data and --eval are two things: give one of them')
+    why = '--eval takes its network and recipe from the checkpoint'
+    if args.predict is not None:
+        read, why = read_by_predict, '--predict reads a checkpoint and images alone'
     unset = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     others = [f'--{name.replace("_", "-")}' for name, value in vars(given).items()
               if value is not unset and name not in read]
     if others:
-        parser.error(f'--eval takes its network and recipe from the checkpoint: leave out {", ".join(others)}')
+        parser.error(f'{why}: leave out {", ".join(others)}')
+    return True
 
 
 def warmup_of(given: int | None, usual: int, steps: int) -> int:

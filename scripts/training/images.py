@@ -56,6 +56,48 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(open_image(path).convert('RGB'))
 
 
+def files_in(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+    """All files below a folder by their path in it, without suffix; hidden ones are left out.
+
+    Raises:
+        DataError: If the folder is missing, or holds a file of another kind or two that differ in their suffix only.
+    """
+    if not folder.is_dir():
+        raise DataError(f'{folder}: no such folder')
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob('*')):
+        inside = path.relative_to(folder)
+        if any(part.startswith('.') for part in inside.parts) or path.is_dir():
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise DataError(f'{path}: unexpected file; {folder} is for {", ".join(suffixes)}')
+        name = inside.with_suffix('').as_posix()
+        if name in found:
+            raise DataError(f'{path}: {found[name].name} has the same name')
+        found[name] = path
+    return found
+
+
+def images_in(folder: Path, output: Path) -> dict[str, Path]:
+    """All images below a folder, as :func:`files_in`.
+
+    Raises:
+        DataError: There are none, or the folder for what is made of them lies among them.
+    """
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f'the output folder {output} lies in {folder}, all of whose files are taken for images: give '
+                        'another --output')
+    found = files_in(folder, IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f'{folder}: no images')
+    return found
+
+
+def spread(count: int, total: int) -> set[int]:
+    """The places of some images, at most `count`, spread over `total` of them."""
+    return {round(i * (total - 1) / max(count - 1, 1)) for i in range(min(count, total))}
+
+
 def is_turned(image: Image.Image) -> bool:
     """Whether an image's EXIF data name an orientation."""
     try:

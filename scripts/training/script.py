@@ -30,7 +30,7 @@ def run_script(
         args: argparse.Namespace,
         check: Callable[[argparse.Namespace], object],
         train: Callable[[argparse.Namespace, World], Result | None],
-        evaluate: Callable[[argparse.Namespace, World], Result],
+        evaluate: Callable[[argparse.Namespace, World], Result | None],
         describe: Callable[[Result], str],
 ) -> int:
     """Do what the command line asks for, and give the exit status.
@@ -40,7 +40,7 @@ def run_script(
         args: The command line.
         check: --check-data.
         train: Trains and tests, for result.json; None where there is no result yet.
-        evaluate: --eval, for eval.json.
+        evaluate: --eval, for eval.json; None where nothing is tested.
         describe: A result in words.
     """
     if args.threads:

@@ -75,6 +75,32 @@ def test_script(root, tmp_path, capsys):
     assert "class 1 was 'wide' and is 'long'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('detector', ['faster_rcnn', 'mask_rcnn'])
+def test_predict(detector, root, tmp_path, capsys):
+    """Images without annotations get the detections of the test, in a file that pycocotools reads, and pictures."""
+    args = [*OPTIONS, '--detector', detector, '--steps', '1', '--warmup', '0', '--root', root]
+    assert main(*args, '--output', tmp_path / 'run') == 0
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    split = CocoImages(root / 'val' / 'annotations.json', root / 'val')
+    for entry in split.entries:
+        Image.open(entry.path).save(photos / entry.path.with_suffix('.png').name)
+    predict = ['--eval', tmp_path / 'run' / 'last.pt', '--predict', photos, '--device', 'cpu']
+    assert main(*predict, '--draw', 1, '--draw-score', 0, '--output', tmp_path / 'out') == 0
+    assert '2 images, ' in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / 'out' / 'pictures_predictions').iterdir()] == ['v0.png']
+    from pycocotools.coco import COCO
+    found = COCO(tmp_path / 'out' / 'predictions.json')
+    tested = json.loads((tmp_path / 'run' / 'detections_test.json').read_text())
+    assert len(found.anns) == len(tested) > 0 and [c['name'] for c in found.cats.values()] == ['square', 'wide']
+    assert [a['bbox'] for a in found.anns.values()] == [d['bbox'] for d in tested]
+    assert [a['score'] for a in found.anns.values()] == [d['score'] for d in tested]
+    masks = [found.annToMask(a) for a in found.anns.values() if 'segmentation' in a]
+    assert [m.sum() for m in masks] == ([a['area'] for a in found.anns.values()] if 'mask' in detector else [])
+    assert main(*predict, '--output', photos) == 1
+    assert 'all of whose files are taken for images' in capsys.readouterr().err
+
+
 @pytest.mark.sweep
 def test_two_processes(root, tmp_path):
     """Under torchrun one process writes, each sees its half of the batch, and each image is tested once."""
@@ -199,6 +225,8 @@ def test_picture(root, tmp_path):
     (['--root', 'x', '--output', 'y'], '--root is given without --data: give one of trees, coco, folder'),
     (['--eval', 'x', '--lr', '1', '--short', '64'], 'recipe from the checkpoint: leave out --lr, --short'),
     (['--eval', 'x', '--check-data'], '--check-data and --eval are two things'),
+    (['--eval', 'x', '--predict', 'y', '--split', 'val'], 'a checkpoint and images alone: leave out --split'),
+    (['--predict', 'y', '--output', 'x'], '--predict wants a checkpoint: give --eval CHECKPOINT too'),
     ([], '--output is wanted')])
 def test_command_line_errors(args, message, capsys):
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """scripts.segmentation.train: its losses, training resumed to the bit, and the script itself."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from scripts.training.engine import train
 from scripts.training.variants import apply_variant
 from scripts.training.world import World
 from tests.support.processes import torchrun
-from tests.support.segmentation_cases import Pictures, backbone, transform, write_folder
+from tests.support.segmentation_cases import Pictures, backbone, put, transform, write_folder
 from tests.support.training_cases import losses
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -188,6 +189,35 @@ def test_script(folder, worker, tmp_path, capsys):
     assert 'is of another run: lr is 0.01, was 0.001' in capsys.readouterr().err
 
 
+def test_predict(folder, tmp_path, capsys):
+    """Images without masks get the classes that the test predicts, as a palette's numbers, and pictures."""
+    checkpoint, photos = tmp_path / 'run' / 'last.pt', tmp_path / 'photos'
+    assert main(*OPTIONS, '--steps', '2', '--root', folder, '--output', tmp_path / 'run') == 0
+    for i in range(2):
+        put(photos / f'of{i}' / f'{i}.bmp', np.asarray(Image.open(folder / 'val' / 'images' / f'{i}.png')))
+    predict = ['--eval', checkpoint, '--predict', photos, '--device', 'cpu']
+    assert main(*predict, '--overlays', 1, '--output', tmp_path / 'out') == 0
+    assert '2 images of 2 classes' in capsys.readouterr().out
+    made = sorted(p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file())
+    assert made == ['overlays_predictions/of0_0.png', 'predictions/classes.txt', 'predictions/of0/0.png',
+                    'predictions/of1/1.png']
+    # as masks of a data set they are right everywhere
+    data = tmp_path / 'made'
+    for part in ('train', 'val'):
+        for i in range(2):
+            put(data / part / 'images' / f'of{i}' / f'{i}.png', np.asarray(Image.open(photos / f'of{i}' / f'{i}.bmp')))
+            shutil.copytree(tmp_path / 'out' / 'predictions', data / part / 'masks', dirs_exist_ok=True)
+            (data / part / 'masks' / 'classes.txt').rename(data / 'classes.txt')
+    assert main('--eval', checkpoint, '--root', data, '--device', 'cpu', '--anyway') == 0
+    assert json.loads((tmp_path / 'run' / 'eval.json').read_text())['accuracy'] == 100
+    # what is made is not taken for images, and what is no image is named
+    assert main(*predict, '--output', photos / 'out') == 1
+    assert 'all of whose files are taken for images' in capsys.readouterr().err
+    (photos / 'notes.txt').write_text('')
+    assert main(*predict) == 1
+    assert 'notes.txt: unexpected file' in capsys.readouterr().err
+
+
 @pytest.mark.sweep
 def test_two_processes_that_are_killed(folder, worker, tmp_path):
     """The run goes on by itself, as if nothing had happened."""
@@ -340,6 +370,8 @@ def test_eval_of_other_classes(folder, tmp_path, capsys):
     (['--root', 'x', '--output', 'y'], '--root is given without --data: give one of bluemarble, ade20k, cityscapes'),
     (['--eval', 'x', '--lr', '1', '--crop', '64'], 'recipe from the checkpoint: leave out --lr, --crop'),
     (['--eval', 'x', '--check-data'], '--check-data and --eval are two things'),
+    (['--eval', 'x', '--predict', 'y', '--root', 'z'], 'a checkpoint and images alone: leave out --root'),
+    (['--predict', 'y', '--output', 'x'], '--predict wants a checkpoint: give --eval CHECKPOINT too'),
     (['--output', 'x', '--log-every', '0'], '--log-every: must be at least 1, got 0'),
     (['--output', 'x', '--mask-values', '0-255'], 'wanted are numbers with commas between them, as 0,255'),
     ([], '--output is wanted')])
