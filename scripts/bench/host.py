@@ -41,7 +41,7 @@ from scripts.results import RESULTS, Row, make_rows
 OUTPUT = RESULTS / 'bench_host.csv'
 HOOK = 'fadc_timm.ops.triton_support'
 # Side of the maps, largest number of channels of a layer, and calls whose time is one sample.
-SIDE, MOST_CHANNELS, CALLS = 4, 64, 20
+SIDE, MOST_CHANNELS, CALLS = 2, 64, 20
 TARGETS = {('operator', 'forward host time'): 0.08, ('layer', 'forward kernels'): 20.}
 
 # Operators that compute nothing where they call no other.
