@@ -56,7 +56,7 @@ def test_visualize(tmp_path, capsys):
     assert main(['visualize', '--no-pretrained', '--out', str(out)]) == 0
     text = capsys.readouterr().out
     assert 'random weights' in text and str(out) in text
-    line = 'All maps are constant, as before any training of FADC; --pretrained takes weights that were trained'
+    line = 'No map differs from its start, as before any training of FADC; --pretrained takes weights that were trained'
     assert f'{line} with it.' in text.splitlines()
     rows = table_rows(text)
     assert rows['layer2'][2:5] == ['48x48x72', '8', '1.00 (1.00 to 1.00)'] and rows['layer2'][5:] == ['1.00'] * 3
@@ -132,7 +132,7 @@ def test_visualize_a_picture_of_constant_maps_says_so(tmp_path, monkeypatch):
     args = ['visualize', '--size', '64', '--out', str(tmp_path / 'a.png')]
     assert main([*args, '--no-pretrained']) == 0 and main(args) == 0
     assert main([*args, '--no-pretrained', '--model', 'test_convnext_fadc']) == 0
-    assert ['All maps are constant' in note for note in notes] == [True, False, True]
+    assert ['No map differs from its start' in note for note in notes] == [True, False, True]
     assert '--pretrained takes' in notes[0] and '--checkpoint takes' in notes[2]  # of which there are trained weights
 
 

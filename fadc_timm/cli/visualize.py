@@ -165,10 +165,10 @@ def _draw(subject: _Subject, image: Any, size: Tuple[int, int], args: argparse.N
         text, untrained = visualize.spectrum_table(spectra), visualize.all_unchanged(spectra)
     else:
         stages = visualize.summarize(visualize.collect(subject.model, x))
-        text, untrained = visualize.table(stages), visualize.all_constant(stages)
+        text, untrained = visualize.table(stages), visualize.all_at_start(stages)
     note = f'{subject.weights[0].upper()}{subject.weights[1:]}.'
     if untrained:
-        what = 'No spectrum changes' if args.spectrum else 'All maps are constant'
+        what = 'No spectrum changes' if args.spectrum else 'No map differs from its start'
         line = f'{what}, as before any training of FADC; {subject.hint} takes weights that were trained with it.'
         text, note = f'{text}\n{line}', f'{note} {line}'
     if args.spectrum:

@@ -94,4 +94,5 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError(f'none of the {len(layers)} FADC layers of {type(model).__name__} ran')
+        raise ValueError(f'none of the {len(layers)} FADC layers of {type(model).__name__} ran as a module: what '
+                         'torch.compile compiled before calls no hooks, so run the model that it was given')

@@ -4,7 +4,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Union
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
         x: (B, C, H, W) input on the model's device, already normalised.
         callback: See :func:`fadc_timm.layers.hooks.watch_layers`.
 
+    A compiled model runs without `torch.compile`.
+
     Raises:
         ValueError: x is empty, or the model has no FADConv2d layer, or none of them ran.
     """
@@ -33,17 +35,32 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
         raise ValueError(f'There is nothing to run the model on: the input is empty, {list(x.shape)}.')
     modes = {m: m.training for m in model.modules()}
     try:
-        with watch_layers(model, callback), torch.no_grad():
+        # what is compiled calls no hooks
+        with watch_layers(model, callback), torch.no_grad(), torch.compiler.set_stance('force_eager'):
             model.eval()(x)
     finally:
         for m, training in modes.items():
             m.training = training
 
 
-def stage_name(layer: str) -> str:
-    """A layer's name up to the first part with a digit."""
+def network_within(model: nn.Module, layers: Iterable[str]) -> str:
+    """The name of the network of timm's within a model that has all of some layers; '' if the model is that itself."""
+    layers = list(layers)
+    inside = [name for name, m in model.named_modules() if hasattr(m, 'feature_info')
+              and all(layer.startswith(f'{name}.') for layer in layers)]
+    return max(inside, key=len, default='')
+
+
+def stage_name(layer: str, network: str = '') -> str:
+    """A layer's name up to the first part with a digit.
+
+    Args:
+        layer: The layer's name in the model.
+        network: Name of the network that has the layer, see :func:`network_within`; digits in it do not count.
+    """
+    outer = len(network.split('.')) if network else 0
     parts = layer.split('.')
-    first = next((i for i, part in enumerate(parts) if re.search(r'\d', part)), 0)
+    first = next((i for i, part in enumerate(parts) if i >= outer and re.search(r'\d', part)), 0)
     # a flat trunk (`features.3`) has no stages: all its layers at one size then count as one
     return '.'.join(parts[:first + 1] if first + 1 < len(parts) else parts[:-1]) or layer
 

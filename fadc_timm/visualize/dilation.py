@@ -21,14 +21,14 @@ from PIL import Image
 from torch import nn
 
 from ..layers.hooks import LayerCall
-from ._common import GREY, INK, fitted, run_watched, stage_name, stride_of, wrapped
+from ._common import GREY, INK, fitted, network_within, run_watched, stage_name, stride_of, wrapped
 from .images import to_rgb
 from .taps import LayerTaps, StageTaps, draw_taps, select_taps, taps_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['LayerRecord', 'StageSummary', 'all_constant', 'collect', 'figure', 'summarize', 'table']
+__all__ = ['LayerRecord', 'StageSummary', 'all_at_start', 'collect', 'figure', 'summarize', 'table']
 
 _CONSTANT = 0.01  # a map that varies by less is called constant: FADC at its identity varies by eps = 1e-5
 
@@ -46,6 +46,8 @@ class LayerRecord:
         bands: FreqSelect's frequency bands, () where the layer has no FreqSelect.
         weights: (B, M, S, H, W) FreqSelect band weights at the layer's input, or None.
         taps: Where the taps of a deformable layer or of an attention lie, or None.
+        change: (B,) how far the layer is from its start at most: the dilation from its base, the band weights and the
+            masks of taps from 1, the offsets from 0.
     """
     name: str
     stage: str
@@ -54,7 +56,8 @@ class LayerRecord:
     dilation: torch.Tensor
     bands: Tuple[int, ...]
     weights: Optional[torch.Tensor]
-    taps: Optional[LayerTaps] = None
+    taps: Optional[LayerTaps]
+    change: torch.Tensor
 
 
 @dataclass
@@ -63,12 +66,14 @@ class StageSummary:
 
     Attributes:
         name, stride, shape: As in the records; the last layer's shape.
-        layers: Names of its layers.
+        layers: Names of its layers, each once.
         dilation: (H', W') map, the mean over the layers.
         dilation_range: Smallest and largest dilation over all layers, before any averaging.
         weights: Band ('1/2-1', in units of Nyquist) to (H', W') map, high to low frequency; {} without FreqSelect.
         weight_ranges: Band to its smallest and largest weight over all layers, before any averaging.
         taps: The taps of the last of the layers with the largest base dilation, if it has any, or None.
+        offset_lengths: Mean and largest length of an offset over all layers, in pixels of their input maps, or None.
+        change: How far its layers are from their start at most, see the records.
     """
     name: str
     stride: int
@@ -78,7 +83,19 @@ class StageSummary:
     dilation_range: Tuple[float, float]
     weights: Dict[str, np.ndarray]
     weight_ranges: Dict[str, Tuple[float, float]]
-    taps: Optional[StageTaps] = None
+    taps: Optional[StageTaps]
+    offset_lengths: Optional[Tuple[float, float]]
+    change: float
+
+
+def _change(record: LayerRecord, base: float) -> torch.Tensor:
+    """`change` of a record of a layer with a base dilation."""
+    values = [record.dilation - base]
+    if record.weights is not None:
+        values.append(record.weights - 1)
+    if record.taps is not None and not record.taps.attends:
+        values += [record.taps.offset, record.taps.mask - 1]
+    return torch.stack([v.abs().flatten(1).amax(1) for v in values]).amax(0)
 
 
 def _band_labels(bands: Sequence[int], maps: int) -> List[str]:
@@ -109,11 +126,16 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
             dilation = torch.full((batch, 1, height, width), float(call.layer.dilation[0]))
         fs = call.layer.freq_select
         weights = None if fs is None else fs.band_weights(call.x).float().cpu()
-        records.append(LayerRecord(
-            call.name, stage_name(call.name), stride_of(call.output, x), (channels, height, width),
-            dilation.float().cpu(), () if fs is None else fs.bands, weights, taps_of(call)))
+        record = LayerRecord(
+            call.name, '', stride_of(call.output, x), (channels, height, width), dilation.float().cpu(),
+            () if fs is None else fs.bands, weights, taps_of(call), torch.zeros(batch))
+        record.change = _change(record, float(call.layer.dilation[0]))
+        records.append(record)
 
     run_watched(model, x, keep)
+    network = network_within(model, (r.name for r in records))
+    for r in records:
+        r.stage = stage_name(r.name, network)
     return records
 
 
@@ -147,11 +169,15 @@ def summarize(records: Sequence[LayerRecord], index: int = 0) -> List[StageSumma
         weights = dict(zip(labels, torch.stack(maps).mean(0).numpy())) if maps else {}
         ranges = {label: (min(w[i].min().item() for w in same), max(w[i].max().item() for w in same))
                   for i, label in enumerate(labels)}
-        last, names = rs[-1], [r.name for r in rs]
+        last, names = rs[-1], list(dict.fromkeys(r.name for r in rs))
+        lengths = [r.taps.offset[index].norm(dim=-1) for r in rs if r.taps is not None and not r.taps.attends]
+        moved = (sum(v.mean().item() for v in lengths) / len(lengths), max(v.max().item() for v in lengths)) \
+            if lengths else None
         widest = max(reversed(rs), key=lambda r: 0. if r.taps is None else r.dilation.max().item())
         taps = None if widest.taps is None else select_taps(widest.name, widest.taps, index)
         out.append(StageSummary(
-            stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges, taps))
+            stage, last.stride, last.shape, names, dilation, (low, high), weights, ranges, taps, moved,
+            max(r.change[index].item() for r in rs)))
     return out
 
 
@@ -159,16 +185,14 @@ def _is_constant(low: float, high: float) -> bool:
     return high - low < _CONSTANT
 
 
-def all_constant(stages: Sequence[StageSummary]) -> bool:
-    """Whether no map of any stage varies over the image, and no tap is moved, as in a model that starts as its base."""
-    maps = (m for s in stages for m in ((s.dilation,) if s.taps is None else ()) + tuple(s.weights.values()))
-    return (all(_is_constant(float(m.min()), float(m.max())) for m in maps)
-            and all(s.taps is None or _is_constant(0., s.taps.lengths[1]) for s in stages))
+def all_at_start(stages: Sequence[StageSummary]) -> bool:
+    """Whether all layers do what they did before any training: see `change` of the records."""
+    return all(s.change < _CONSTANT for s in stages)
 
 
 def table(stages: Sequence[StageSummary]) -> str:
     """The stages as a text table: layers, output, stride, mean dilation (its range over the layers), band weights. Of
-    deformable layers the offsets of the last one take the place of the dilation.
+    deformable layers the lengths of the offsets take the place of the dilation.
     """
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))
     rows = [['stage', 'layers', 'output', 'stride', 'dilation (min to max)', *(f'w {label}' for label in labels)]]
@@ -176,8 +200,8 @@ def table(stages: Sequence[StageSummary]) -> str:
         low, high = s.dilation_range
         rows.append([
             s.name, str(len(s.layers)), 'x'.join(map(str, s.shape)), str(s.stride),
-            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})' if s.taps is None or s.taps.attends else
-            f'offsets {s.taps.lengths[0]:.2f} (to {s.taps.lengths[1]:.2f})',
+            f'{s.dilation.mean():.2f} ({low:.2f} to {high:.2f})' if s.offset_lengths is None else
+            f'offsets {s.offset_lengths[0]:.2f} (to {s.offset_lengths[1]:.2f})',
             *(f'{s.weights[label].mean():.2f}' if label in s.weights else '-' for label in labels)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -281,9 +305,13 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     def colour_bar(mapped: Any, ax: Any, label: str, **kwargs: Any) -> None:
         drawn = fig.colorbar(mapped, cax=ax, orientation='horizontal', **kwargs)
-        drawn.set_label(label, fontsize=9.5, color=INK)
+        drawn.set_label('\n'.join(wrapped(label, 9.5, ax.get_position().width * fig_w)), fontsize=9.5, color=INK)
         drawn.ax.tick_params(labelsize=9, colors=INK)
         drawn.outline.set_visible(False)
+        if not isinstance(kwargs['ticks'], MaxNLocator):  # at both ends, where labels of two bars would touch
+            first, *_, last = drawn.ax.get_xticklabels()
+            first.set_horizontalalignment('left')
+            last.set_horizontalalignment('right')
 
     write(margin, 0.45, title, fitted(16, title, fig_w - 2 * margin, bold=True), INK, 'bold')
     for i, line in enumerate(lines):
@@ -299,10 +327,13 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
         ax.plot((-1, 1), (0, 0), (0, 0), (-1, 1), color='white', linewidth=0.8)
 
     # one scale for all weights, centred at 1
-    reach = max((float(np.percentile(abs(m - 1), 99)) for s in stages for m in s.weights.values()), default=0)
+    changes = [abs(m - 1) for s in stages for m in s.weights.values()]
+    reach = max((float(np.percentile(change, 99)) for change in changes), default=0)
     reach = min(1., max(0.1, math.ceil(reach * 10) / 10))
+    beyond = any(float(change.max()) > reach for change in changes)
     weights = None
     for column, s in enumerate(stages, 1):
+        ticks: Any = MaxNLocator(5) if s.taps is None else np.linspace(0, 2, 5)
         count = '1 layer' if len(s.layers) == 1 else f'average of {len(s.layers)} layers'
         if s.taps is None:
             ax = panel(column, head, f'{s.name}: dilation, stride {s.stride}',
@@ -310,7 +341,8 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
             mapped = over_photo(ax, s.dilation, 'viridis', *_colour_range(s.dilation))
             label, extend = 'dilation, pixels of the layer\'s input map', 'both'
         elif s.taps.attends:
-            ax = panel(column, head, f'{s.name}: neighbours, stride {s.stride}', f'{s.taps.layer}, of two positions')
+            positions = 'one position' if len(s.taps.rest) == 1 else f'{len(s.taps.rest)} positions'
+            ax = panel(column, head, f'{s.name}: neighbours, stride {s.stride}', f'{s.taps.layer}, of {positions}')
             ax.imshow(grey, cmap='gray', vmin=-0.3, vmax=1.3, extent=extent)
             mapped = draw_taps(ax, s.taps, photo.shape[1], photo.shape[0])
             label, extend = 'attention weight, times the number of neighbours', 'max'
@@ -321,7 +353,7 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
             mapped = draw_taps(ax, s.taps, photo.shape[1], photo.shape[0])
             label, extend = 'mask of the tap; line: its offset', 'neither'
         ax = axes(margin + column * (w + gap), head + caption + h + 0.12, w, 0.12)
-        colour_bar(mapped, ax, label, ticks=MaxNLocator(5), extend=extend)
+        colour_bar(mapped, ax, label, ticks=ticks, extend=extend)
         for row, label in enumerate(labels, 1):
             if label in s.weights:
                 ax = panel(column, rows[row], f'{s.name}: band {label}',
@@ -333,5 +365,5 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
         x = margin + w + gap
         colour_bar(weights, axes(x, fig_h - bar, len(stages) * (w + gap) - gap, 0.14),
                    'FreqSelect weight of the band: 1 leaves it as it is, 0 removes it, 2 doubles it',
-                   ticks=np.linspace(1 - reach, 1 + reach, 5))
+                   ticks=np.linspace(1 - reach, 1 + reach, 5), extend='both' if beyond else 'neither')
     return fig

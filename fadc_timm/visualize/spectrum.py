@@ -17,7 +17,7 @@ from ..layers import FADConv2d
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
 from ..ops.sampled_conv.arguments import sample_kernels
-from ._common import GREY, INK, fitted, run_watched, stage_name, wrapped
+from ._common import GREY, INK, fitted, network_within, run_watched, stage_name, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ class LayerSpectra:
 
     Attributes:
         name: Name of the layer in the model.
+        stage: The layer's name up to the first part with a digit.
         shape: (C, H, W) of its input.
         bands: The factors f of FreqSelect's bands, whose edges lie at 1/f of Nyquist; () without FreqSelect.
         features: (H, W), mean over images and channels of |DFT|^2 / (H*W) of the input.
@@ -44,6 +45,7 @@ class LayerSpectra:
             of an attention.
     """
     name: str
+    stage: str
     shape: Tuple[int, int, int]
     bands: Tuple[int, ...]
     features: np.ndarray
@@ -101,18 +103,21 @@ def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
         fs, c, h, w = call.layer.freq_select, *call.x.shape[1:]
         is_conv = isinstance(call.layer, FADConv2d)
         out.append(LayerSpectra(
-            call.name, (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
+            call.name, '', (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
             None if fs is None else _feature_spectrum(call.selected),
             _kernel_spectrum(call.layer.weight) if is_conv else None,
             None if call.layer.ada_kern is None or not is_conv else _kernel_spectrum(_adapted_kernels(call))))
 
     run_watched(model, x, keep)
+    network = network_within(model, (s.name for s in out))
+    for s in out:
+        s.stage = stage_name(s.name, network)
     return out
 
 
 def first_of_stages(spectra: Sequence[LayerSpectra]) -> List[LayerSpectra]:
     """The first layer of each stage: in most networks it is strided, aliases most and has the largest input."""
-    return list({stage_name(s.name): s for s in reversed(spectra)}.values())[::-1]
+    return list({s.stage: s for s in reversed(spectra)}.values())[::-1]
 
 
 def all_unchanged(spectra: Sequence[LayerSpectra]) -> bool:
@@ -179,10 +184,13 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
         A matplotlib Figure with the Agg canvas, as wide as its columns: 1600 pixels for three.
 
     Raises:
-        ValueError: There are no spectra.
+        ValueError: There are no spectra, or some are not finite.
     """
     if not spectra:
         raise ValueError('There are no spectra to draw.')
+    for s in spectra:
+        if not all(p is None or np.isfinite(p).all() for p in (s.features, s.selected, s.kernel, s.adapted)):
+            raise ValueError(f'{s.name} has a spectrum that is not finite.')
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

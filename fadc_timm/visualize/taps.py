@@ -1,6 +1,6 @@
 """Where the taps of deformable convolutions lie, or the neighbours that are attended to, for some output positions."""
 from dataclasses import dataclass
-from typing import Any, Optional, Tuple, cast
+from typing import Any, List, Optional, Tuple, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ..ops.neighborhood_attention import neighbours
 __all__ = ['LayerTaps', 'StageTaps', 'draw_taps', 'select_taps', 'taps_of']
 
 _COLUMNS, _ROWS = 3, 2  # the output positions that are drawn
-_WINDOWS = 2  # of an attention side by side, as its windows are large
+_WINDOWS = 2  # of an attention side by side, as its windows are large; one where two would overlap
 _REST = '#ffffff'
 
 
@@ -94,7 +94,9 @@ def taps_of(call: LayerCall) -> Optional[LayerTaps]:
 
 
 def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
-    """The taps for six output positions, spread over the map; for two of an attention; for fewer on smaller maps.
+    """The taps for six output positions, spread over the map; for fewer on smaller maps.
+
+    Of an attention they are the neighbours of two positions, or of one where the neighbours of two overlap.
 
     Places are scaled from the layer's input map to the image by the ratio of their sizes, as the dilation maps are.
 
@@ -104,9 +106,16 @@ def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
         index: Which image of the batch.
     """
     height, width = taps.rest.shape[:2]
-    down, across = (1, _WINDOWS) if taps.attends else (_ROWS, _COLUMNS)
-    rows = sorted({(2 * i + 1) * height // (2 * down) for i in range(down)})
-    cols = sorted({(2 * i + 1) * width // (2 * across) for i in range(across)})
+
+    def positions(down: int, across: int) -> Tuple[List[int], List[int]]:
+        return (sorted({(2 * i + 1) * height // (2 * down) for i in range(down)}),
+                sorted({(2 * i + 1) * width // (2 * across) for i in range(across)}))
+
+    rows, cols = positions(1, _WINDOWS) if taps.attends else positions(_ROWS, _COLUMNS)
+    if taps.attends:
+        windows = taps.rest[rows][:, cols].flatten(0, 2)
+        if len(windows.unique(dim=0)) < len(windows):
+            rows, cols = positions(1, 1)
     size = torch.tensor(taps.size, dtype=torch.float32)
 
     def scaled(places: Tensor) -> np.ndarray:
@@ -128,7 +137,7 @@ def select_taps(name: str, taps: LayerTaps, index: int = 0) -> StageTaps:
 
 def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
     """Draw taps as dots in the colour of their mask, each with a line from its place without the offset, or from the
-    position that attends.
+    position that attends, which has a ring.
 
     Args:
         ax: Axes of matplotlib that show the image.
@@ -145,7 +154,10 @@ def draw_taps(ax: Any, taps: StageTaps, width: float, height: float) -> Any:
     starts = np.tile(taps.rest * scale, (1, ends.shape[1] // taps.rest.shape[1], 1))
     lines = np.stack((starts, ends), axis=2).reshape(-1, 2, 2)
     ax.add_collection(LineCollection(list(lines), colors=_REST, linewidths=0.7, alpha=0.25 if taps.attends else 0.9))
-    ax.scatter(*(taps.rest * scale).reshape(-1, 2).T, s=3, color=_REST, linewidths=0)
+    rest = (taps.rest[:, :1] if taps.attends else taps.rest) * scale
+    ax.scatter(*rest.reshape(-1, 2).T, s=3, color=_REST, linewidths=0)
+    if taps.attends:
+        ax.scatter(*rest.reshape(-1, 2).T, s=110, facecolors='none', edgecolors=_REST, linewidths=1.6, zorder=3)
     dots = ax.scatter(
         *ends.reshape(-1, 2).T, c=taps.mask.reshape(-1), cmap='plasma', vmin=0, vmax=2, s=13, edgecolors='#222222',
         linewidths=0.3)

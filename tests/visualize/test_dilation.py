@@ -10,9 +10,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from fadc_timm import visualize
 from fadc_timm.layers import FADConv2d
+from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.visualize._common import stage_name
 from tests.support.small_model import MODEL, make_model
 
@@ -101,6 +103,53 @@ def test_stage_names(name, stage):
     assert stage_name(name) == stage
 
 
+def test_stages_of_a_network_within_another():
+    """A number in the name of what holds the network is no stage, where the stages have one size too."""
+    model = timm.create_model(MODEL, output_stride=8)
+    x = torch.randn(1, 3, 64, 64)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.resnet50 = model
+
+        def forward(self, x):
+            return self.resnet50(x)
+
+    for net, name in ((nn.Sequential(model, nn.ReLU()), '0.'), (Net(), 'resnet50.'), (model, '')):
+        stages = visualize.summarize(visualize.collect(net, x))
+        assert [s.name for s in stages] == [f'{name}layer{i}' for i in (2, 3, 4)]
+        assert [len(s.layers) for s in stages] == [2, 1, 2]
+        first = visualize.first_of_stages(visualize.collect_spectra(net, x))
+        assert [s.stage for s in first] == [s.name for s in stages]
+
+
+def test_a_network_that_runs_twice(model):
+    twice = nn.Sequential(OrderedDict(net=model))
+    twice.forward = lambda x: model(model(x)[:, :3, None, None].expand(-1, -1, 64, 64))
+    records = visualize.collect(twice, torch.randn(1, 3, 64, 64))
+    assert len(records) == 10 and [len(s.layers) for s in visualize.summarize(records)] == [2, 1, 2]
+
+
+@pytest.mark.parametrize('in_place', [False, True])
+def test_compiled(model, in_place):
+    """It calls no hooks once it was compiled; it runs without torch.compile here."""
+    x = torch.randn(1, 3, 64, 64)
+    expected = visualize.collect(model, x)
+    if in_place:
+        model.compile(backend='eager')
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend='eager')
+    with torch.no_grad():
+        compiled.eval()(x)
+    error = pytest.raises(ValueError, match='ran as a module: what torch.compile compiled before calls no hooks')
+    with error, watch_layers(compiled, print), torch.no_grad():
+        compiled(x)
+    for a, b in zip(visualize.collect(compiled, x), expected, strict=True):
+        assert a.stage == ('' if in_place else '_orig_mod.') + b.stage and torch.equal(a.dilation, b.dilation)
+
+
 def test_summarize_averages_a_stage(model):
     records = visualize.collect(model, torch.randn(2, 3, 64, 96))
     stages = {s.name: s for s in visualize.summarize(records, index=1)}
@@ -119,13 +168,24 @@ def test_summarize_averages_a_stage(model):
         min(r.weights[1, 0].min().item() for r in of_stage), max(r.weights[1, 0].max().item() for r in of_stage))
 
 
-def test_constant_maps():
-    start = visualize.summarize(visualize.collect(timm.create_model(MODEL), torch.randn(1, 3, 64, 64)))
-    # layers of different base dilations: the range of the stage is wide, and its map is constant
-    assert visualize.all_constant(start) and visualize.all_constant([replace(s, dilation_range=(1, 2)) for s in start])
-    varied = start[0].weights['1/2-1'].copy()
-    varied[0, 0] += 0.1
-    assert not visualize.all_constant([replace(start[0], weights={'1/2-1': varied}), *start[1:]])
+@pytest.mark.parametrize('kwargs', [{}, dict(output_stride=8), dict(lowfreq_att=True)], ids=str)
+def test_at_start(kwargs):
+    """Before any training, whatever the base dilation; not once a map is another, the same at each position or not."""
+    x = torch.randn(2, 3, 64, 64)
+    for part, index in ((None, None), ('ada_dr.conv', 0), ('freq_select.conv', -1)):
+        model = timm.create_model(MODEL, **kwargs)
+        if part:
+            with torch.no_grad():
+                model.layer3[0].conv2.get_submodule(part).bias[index] += 0.2
+        assert visualize.all_at_start(visualize.summarize(visualize.collect(model, x), 1)) == (part is None)
+
+
+def test_one_image_at_its_start(model):
+    records = visualize.collect(model, torch.randn(2, 3, 64, 64))
+    for r in records:
+        assert r.change.shape == (2,) and (r.change > 1e-3).all()
+        r.change[1] = 0
+    assert [visualize.all_at_start(visualize.summarize(records, i)) for i in range(2)] == [False, True]
 
 
 # --- the picture ---
@@ -138,6 +198,21 @@ def test_figure_of_constant_maps_says_so():
     assert sum('constant 1.00' in t for t in texts) == 3 * (1 + 3)  # three stages: dilation and three bands
     scales = [image.get_clim() for ax in fig.axes for image in ax.images if image.get_cmap().name == 'viridis']
     assert len(scales) == 3 and all(high - low > 0.5 for low, high in scales)
+
+
+def test_weights_beyond_the_bar(model):
+    """The bar has arrows where the largest weight lies beyond its ends, and its label has room under one stage too."""
+    stages = visualize.summarize(visualize.collect(model, torch.randn(1, 3, 64, 64)))[:1]
+    map_of = stages[0].weights['1/2-1']
+    for value, beyond in ((1.05, False), (2., True)):
+        map_of[:] = 1
+        map_of[0, 0] = value
+        fig = visualize.figure(np.zeros((64, 64, 3)), [replace(stages[0], weights={'1/2-1': map_of})])
+        bar = fig.axes[-1]
+        fig.canvas.draw()
+        assert bar.get_xlabel().replace('\n', ' ').endswith('2 doubles it') and len(bar.patches) == 2 * beyond
+        box = bar.xaxis.label.get_window_extent(fig.canvas.get_renderer())
+        assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0
 
 
 def test_figure_shows_the_maps(model):

@@ -47,16 +47,30 @@ def test_picture():
     assert [s.taps.layer for s in stages] == [
         'stages.1.blocks.0.attn', 'stages.2.blocks.1.attn', 'stages.3.blocks.0.attn']
     assert stages[1].dilation_range == (1, 2) and all(len(s.weights) == 3 for s in stages)
-    assert not visualize.all_constant(stages) and 'offsets' not in visualize.table(stages)
-    taps = stages[1].taps  # of a map of 6 x 8 pixels the positions (3, 2) and (3, 6), with rows and columns 2 apart
-    np.testing.assert_allclose(taps.rest[:, 4] * (8, 6) - 0.5, [[2, 3], [6, 3]])
-    np.testing.assert_allclose(taps.taps[0] * (8, 6) - 0.5, [[x, y] for y in (1, 3, 5) for x in (0, 2, 4)], atol=1e-5)
+    assert not visualize.all_at_start(stages) and 'offsets' not in visualize.table(stages)
+    taps = stages[1].taps  # of a map of 6 x 8 pixels the position (3, 4), with rows and columns 2 apart
+    np.testing.assert_allclose(taps.rest[:, 4] * (8, 6) - 0.5, [[4, 3]])
+    np.testing.assert_allclose(taps.taps[0] * (8, 6) - 0.5, [[x, y] for y in (1, 3, 5) for x in (2, 4, 6)], atol=1e-5)
     fig = visualize.figure(Image.new('RGB', (128, 96)), stages)
-    drawn = [c for ax in fig.axes for c in ax.collections if c.get_array() is not None and c.get_array().size == 18]
+    drawn = [c for ax in fig.axes for c in ax.collections if np.size(c.get_array()) in (9, 18)]
     for stage, dots in zip(stages, drawn, strict=True):
         np.testing.assert_allclose(dots.get_array(), stage.taps.mask.reshape(-1))
     fresh = timm.create_model('test_dinat_fadc')
-    assert visualize.all_constant(visualize.summarize(visualize.collect(fresh, torch.randn(1, 3, 96, 96))))
+    assert visualize.all_at_start(visualize.summarize(visualize.collect(fresh, torch.randn(1, 3, 96, 96))))
+
+
+@pytest.mark.parametrize('size, count', [((8, 16), 2), ((8, 13), 1), ((7, 7), 1)], ids=str)
+@torch.no_grad()
+def test_windows_that_overlap(size, count):
+    """Where one would hide the other, one position is drawn, in the middle."""
+    calls = []
+    layer = FADNeighborhoodAttention(8, 2, 7).eval()
+    with watch_layers(layer, calls.append):
+        layer(torch.randn(1, *size, 8))
+    taps = visualize.select_taps('attn', visualize.taps_of(calls[0]))
+    assert len(taps.taps) == count and len(np.unique(taps.taps.reshape(-1, 2), axis=0)) == count * 49
+    if count == 1:
+        np.testing.assert_allclose(taps.rest[0, 0] * size[::-1] - 0.5, [size[1] // 2, size[0] // 2], atol=1e-5)
 
 
 def test_spectra():

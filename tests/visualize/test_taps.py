@@ -110,11 +110,18 @@ def test_command(name, tmp_path, capsys):
         assert image.format == 'PNG' and image.width == 1600
 
 
-def test_constant_maps():
-    """A network that starts as its base moves no tap."""
-    model, x = timm.create_model('test_resnet_dcn_fadc'), torch.randn(1, 3, 64, 64)
-    assert visualize.all_constant(visualize.summarize(visualize.collect(model, x)))
-    for m in model.modules():
-        if isinstance(m, FADConv2d):
-            torch.nn.init.constant_(m.free_offsets.conv.bias[:1], 0.2)
-    assert not visualize.all_constant(visualize.summarize(visualize.collect(model, x)))
+def test_at_start():
+    """A network that starts as its base moves no tap of any layer, and weighs none; the table has all layers."""
+    x = torch.randn(1, 3, 64, 64)
+
+    def stages(change):
+        model = timm.create_model('test_resnet_dcn_fadc')
+        bias = model.layer2[0].conv1.free_offsets.conv.bias.data  # of the first of two layers
+        change(bias)
+        return visualize.summarize(visualize.collect(model, x))
+
+    assert visualize.all_at_start(stages(lambda bias: None))
+    moved = stages(lambda bias: bias[:18].fill_(3.))
+    assert not visualize.all_at_start(moved) and moved[0].offset_lengths[1] == pytest.approx(18 ** 0.5)
+    assert 'offsets 2.12 (to 4.24)' in visualize.table(moved)
+    assert not visualize.all_at_start(stages(lambda bias: bias[18:].fill_(3.)))
