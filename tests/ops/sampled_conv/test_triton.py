@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fadc_timm.ops import adaptive_dilated_conv2d, set_backend, settings, triton_support
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, set_backend, settings, triton_support
 from fadc_timm.ops.sampled_conv.triton import ACTS, dense, depthwise, operator, sums, two_step_conv2d
 from fadc_timm.ops.sampled_conv.triton.call import Call, Spec
 from fadc_timm.ops.sampled_conv.triton.operator import two_step_conv2d_backward
@@ -315,6 +315,30 @@ def test_pixels_beyond_int32():
         return Call(spec).constants[-1]
 
     assert index(2 ** 15 - 1) == tl.int32 and index(2 ** 15) == tl.int64
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('name', ['mask', 'offset'])
+def test_channels_beyond_int32(name, groups, device):
+    """Those of masks and offsets lie far apart on large contiguous maps: the last ones beyond 2**31 elements."""
+    dtype = torch.float16
+    x = torch.randn(1, 4, 3, 3, device=device, dtype=dtype)
+    weight = torch.randn(4, 4 // groups, 3, 3, device=device, dtype=dtype)
+    near = {'mask': torch.rand(1, 36, 3, 3, device=device, dtype=dtype),
+            'offset': torch.randn(1, 72, 3, 3, device=device, dtype=dtype)}
+    channels = near[name].shape[1]
+    apart = 2 ** 31 // (channels * 3 // 4) + 1  # so that the last step group begins there
+    storage = torch.empty((channels - 1) * apart + 9, device=device, dtype=dtype)  # most of it is never touched
+    far = {**near, name: storage.as_strided(near[name].shape, (len(storage), apart, 3, 1)).copy_(near[name])}
+
+    def results(tensors):
+        mask, offset = (tensors[key].detach().requires_grad_() for key in ('mask', 'offset'))
+        y = deform_conv2d(x, weight, offset, mask, padding=1, groups=groups, backend='triton')
+        return y, *torch.autograd.grad(y.float().square().sum(), (mask, offset))
+
+    for a, b in zip(results(far), results(near), strict=True):
+        assert torch.equal(a, b)
 
 
 # the operator of torch

@@ -26,7 +26,7 @@ from .sampling import corners, dilation_slope, dilations, pixels, sample, scatte
 
 __all__ = [
     'add_slopes', 'channels_of', 'columns', 'combine', 'gain', 'gain_gradient', 'gains_gradient', 'pack', 'place',
-    'samples', 'sampling_gradient', 'scatter_columns', 'spread', 'steps_of', 'unpack']
+    'samples', 'sampling_gradient', 'scatter_columns', 'spread', 'steps_of', 'unpack', 'wide']
 
 
 @triton.jit
@@ -106,6 +106,13 @@ def channels_of(block, step_width, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def wide(s_c, s_w, m_c, m_w):
+    """Strides of the steps and of the mask whose products with channels and columns may leave 32 bits."""
+    # Triton makes an argument of 1 a plain number
+    return tl.cast(s_c, tl.int64), tl.cast(s_w, tl.int64), tl.cast(m_c, tl.int64), tl.cast(m_w, tl.int64)
+
+
+@triton.jit
 def steps_of(steps, b, group, i, j, s_b, s_c, s_h, s_w, K: tl.constexpr, OFFSETS: tl.constexpr):
     """Addresses of the dilations, or of the first offsets, of a step group at some positions."""
     if OFFSETS:
@@ -177,6 +184,7 @@ def columns(
     """
     b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
+    s_c, s_w, m_c, m_w = wide(s_c, s_w, m_c, m_w)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
     pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
@@ -310,6 +318,7 @@ def scatter_columns(
     """
     b, q, row_of_tile, alive = place(tl.program_id(0), first_sample, first, count, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
+    s_c, s_w, m_c, m_w = wide(s_c, s_w, m_c, m_w)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
     pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...triton_math import jit_of_any_size, round_to
-from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of
+from .dense_kernels import add_slopes, channels_of, gain, gain_gradient, place, samples, steps_of, wide
 from .sampling import dilations, sample, scatter
 
 __all__ = ['backward', 'forward', 'kernel_gradient', 'pack', 'products', 'unpack']
@@ -82,6 +82,7 @@ def forward(
     """Write the output y. Grid: blocks of positions, blocks of channels."""
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
+    s_c, s_w, m_c, m_w = wide(s_c, s_w, m_c, m_w)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
     pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
@@ -121,6 +122,7 @@ def backward(
     """
     b, q, p, alive = place(tl.program_id(0), 0, 0, out_h * out_w, BLOCK_P)
     group, c, c_live = channels_of(tl.program_id(1), step_width, BLOCK_C)
+    s_c, s_w, m_c, m_w = wide(s_c, s_w, m_c, m_w)
     live = alive[:, None] & c_live[None, :]
     i, j = q // out_w, q % out_w
     pixel_row, pixel_col = i * stride_h + start_h, j * stride_w + start_w
@@ -173,6 +175,7 @@ def products(
     """
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group, c, c_live = channels_of(tl.program_id(2), step_width, BLOCK_C)
+    s_c, s_w, m_c, m_w = wide(s_c, s_w, m_c, m_w)
     x += b * height * width * channels
     mask += b * m_b + group * (K * K) * m_c
     area = out_h * out_w
