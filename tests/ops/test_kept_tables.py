@@ -4,7 +4,12 @@ import threading
 import pytest
 import torch
 
+from fadc_timm.ops.band_mix import fused
+from fadc_timm.ops.band_mix.triton.tables import tables_of
 from fadc_timm.ops.kept_tables import KeptTables
+from fadc_timm.ops.neighborhood_attention import windows
+from fadc_timm.ops.sampled_conv.gather import table
+from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
 
 CUDA = torch.device('cuda', 0)
@@ -32,6 +37,35 @@ def test_tables_that_a_graph_reads_are_kept(monkeypatch):
         capturing = True
         assert tables(4, CUDA) is second  # a second graph of that size
     assert list(tables.captured.values()) == [second]
+
+
+FLOATS = (torch.float32, CUDA)
+
+
+@pytest.mark.parametrize('tables, args', [
+    (fused._axis, (8, (2, 4), *FLOATS)), (fused._opposites, (1, *FLOATS)), (tables_of, (8, 8, (2, 4), *FLOATS)),
+    (table._line, (3, 1, -1, (3,), *FLOATS)), (table._first_rows, (2, 2, 9, 1, torch.int32, CUDA)),
+    (windows._tables_of, (4, 6, 1, 3, *FLOATS))])
+def test_tables_of_operators(tables, args, monkeypatch):
+    """None that a capture makes is found by a later call."""
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    with no_copies():
+        assert tables(*args) is not None and args not in tables.kept and args not in tables.captured
+
+
+@needs_dynamo
+def test_tables_of_bands_are_made_with_a_graph():
+    """The first run of what torch.compile makes may be one in which nothing may be kept."""
+    made = []
+
+    def backend(graph, inputs):
+        made.extend(fused._axis.kept)
+        return graph.forward
+
+    x, steps = torch.randn(1, 4, 37, 39), torch.randn(1, 3, 37, 39)
+    with torch.no_grad():
+        torch.compile(fused.mix_low_passes, fullgraph=True, backend=backend)(x, steps, [2, 4])
+    assert {n for n, *_ in made} >= {37, 39}
 
 
 def test_second_graph_reads_the_tables_of_the_first(monkeypatch):

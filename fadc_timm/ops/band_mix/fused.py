@@ -5,13 +5,13 @@ analysis onto the cosines and sines of the widest filter, of which a quarter rem
 synthesis step, along the rows, applies the weights, so no low-pass map is stored.
 """
 import sys
-from functools import lru_cache
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
+from ..kept_tables import KeptTables, prepare
 from ..runtime import empty_map, exact_products, nhwc
 from .frequencies import frequencies
 from .low_pass import edges, low_pass
@@ -34,22 +34,21 @@ class _Axis(NamedTuple):
     one_sided: List[Tuple[int, int]]
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
+def _make_axis(n: int, factors: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Axis:
     basis, kept, one_sided = frequencies(n, factors, device)
     synthesis = [(basis[:, :len(k)] * (k / n)).to(dtype).to(device) for k in kept]
     return _Axis(basis.t().contiguous().to(dtype).to(device), synthesis, one_sided)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _opposites(sign: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_opposites(sign: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a pair of one-sided frequencies adds of the opposite product, (2, 2, 1): see :meth:`_Plan.couple`."""
     out = torch.full((2, 2, 1), sign, dtype=dtype, device=device)
     for i in range(2):
         out[i, i].fill_(-sign)
     return out
+
+
+_axis, _opposites = KeptTables(_make_axis), KeptTables(_make_opposites)
 
 
 class _Plan:
@@ -69,6 +68,8 @@ class _Plan:
         self.row_bytes = self.w * self.c * x.element_size()
         # tiles are for a CPU's cache: on a GPU each of them is a dozen launches
         self.tile_bytes = _TILE_BYTES if x.device.type in ('cpu', 'meta') else sys.maxsize
+        sides = [side * side2 for (_, side), (_, side2) in zip(self.rows.one_sided, self.cols.one_sided)]
+        self.opposites = [_opposites(side, x.dtype, x.device) if side else None for side in sides]
         # where each filter's columns lie, side by side
         widths = [s.shape[1] for s in self.cols.synthesis]
         self.columns = [slice(sum(widths[:i]), sum(widths[:i + 1])) for i in self.filters]
@@ -101,14 +102,13 @@ class _Plan:
         """
         n, m = self.rows.synthesis[i].shape[1], self.cols.synthesis[i].shape[1]
         kept = coefficients[:, :n, :m]
-        (k, side), (k2, side2) = self.rows.one_sided[i], self.cols.one_sided[i]
-        if side * side2 == 0:
+        (k, _), (k2, _), opposites = self.rows.one_sided[i], self.cols.one_sided[i], self.opposites[i]
+        if opposites is None:
             return kept
         # of the pair, cosine before sine on either axis, each product takes up its opposite
         pair = slice(2 * k - 1, 2 * k + 1), slice(2 * k2 - 1, 2 * k2 + 1)
-        sign = _opposites(side * side2, coefficients.dtype, coefficients.device)
         kept = kept.clone()
-        kept[:, pair[0], pair[1]].addcmul_(coefficients[:, pair[0], pair[1]].flip(1, 2), sign)
+        kept[:, pair[0], pair[1]].addcmul_(coefficients[:, pair[0], pair[1]].flip(1, 2), opposites)
         return kept
 
     def synthesise_columns(self, kept: List[Tensor], rows: slice) -> Tensor:
@@ -171,6 +171,7 @@ def mix_low_passes(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
 
 @mix_low_passes.register_fake
 def _(x, steps, factors):
+    prepare(x, x.shape[2:], lambda: _Plan(x, factors))
     return empty_map(x)
 
 

@@ -1,12 +1,12 @@
 """Neighbourhood attention by torch's flex_attention, which is compiled to one kernel on CUDA. Not measured yet, so no
 call takes it by itself."""
-from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..kept_tables import KeptTables
 from ..runtime import is_transformed
 from .arguments import AttentionArgs
 from .neighbours import neighbours
@@ -33,10 +33,36 @@ def _residues_first(length: int, dilation: int, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(r, length, dilation, device=device) for r in range(dilation)])
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _plan(size: Tuple[int, int], kernel: Tuple[int, int], dilation: Tuple[int, int], device: torch.device) -> Any:
-    """The order (H*W,) of the tokens, their rows and columns, the first neighbours of these, and the block mask."""
+class _Plan(NamedTuple):
+    """What calls of one size, window and dilation share.
+
+    order, rows, cols: (H*W,) the tokens in their order, and their rows and columns.
+    mask: The block mask.
+    compiled: flex_attention, compiled for these calls alone.
+    """
+    order: Tensor
+    rows: Tensor
+    cols: Tensor
+    mask: Any
+    compiled: Any
+
+
+def _compile() -> Any:
+    """flex_attention compiled by itself.
+
+    torch compiles a code object eight times. Beyond that flex_attention would compute all scores, neighbours or not.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        return flex_attention(*args, **kwargs)
+
+    attention.__code__ = attention.__code__.replace()
+    return torch.compile(attention, dynamic=False)
+
+
+def _make_plan(
+        size: Tuple[int, int], kernel: Tuple[int, int], dilation: Tuple[int, int], device: torch.device) -> _Plan:
     from torch.nn.attention.flex_attention import create_block_mask
     orders = [_residues_first(n, d, device) for n, d in zip(size, dilation)]
     rows, cols = (t.flatten() for t in torch.meshgrid(*orders, indexing='ij'))
@@ -49,20 +75,18 @@ def _plan(size: Tuple[int, int], kernel: Tuple[int, int], dilation: Tuple[int, i
                 & (across >= 0) & (across < kernel[1] * dilation[1]) & (across % dilation[1] == 0))
 
     n = size[0] * size[1]
-    return rows * size[1] + cols, rows, cols, create_block_mask(is_neighbour, None, None, n, n, device=device)
+    mask = create_block_mask(is_neighbour, None, None, n, n, device=device)
+    return _Plan(rows * size[1] + cols, rows, cols, mask, _compile())
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=False)
+_plan = KeptTables(_make_plan, 64)
 
 
 def forward(args: AttentionArgs) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
     (kh, kw), (dh, dw), bias = args.kernel_size, args.dilation, args.bias
     h, w = args.q.shape[2:4]
-    order, rows, cols, mask = _plan((h, w), args.kernel_size, args.dilation, args.q.device)
+    order, rows, cols, mask, compiled = _plan((h, w), args.kernel_size, args.dilation, args.q.device)
 
     def add_bias(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         down = (rows[key] - rows[query]).div(dh, rounding_mode='floor') + (kh - 1)
@@ -71,6 +95,6 @@ def forward(args: AttentionArgs) -> Tensor:
         return score + bias[head, down.clamp(0, 2 * kh - 2), across.clamp(0, 2 * kw - 2)]  # type: ignore[index]
 
     q, k, v = (t.flatten(2, 3).index_select(2, order) for t in (args.q, args.k, args.v))
-    function = _compiled() if q.is_cuda else flex_attention
+    function = compiled if q.is_cuda else flex_attention
     y = function(q, k, v, score_mod=None if bias is None else add_bias, block_mask=mask)
     return y.index_select(2, torch.argsort(order)).unflatten(2, (h, w))

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d, set_backend
-from fadc_timm.ops.neighborhood_attention import backends, neighbours, reference, tiles, windows
+from fadc_timm.ops.neighborhood_attention import backends, flex, neighbours, reference, tiles, windows
+from fadc_timm.ops.neighborhood_attention.arguments import AttentionArgs
 from tests.support.cases import error
 from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
@@ -91,6 +92,28 @@ def test_flex(case):
     args = q, k, v, kernel_size, dilation, bias[0] if bias else None
     expected = neighborhood_attention2d(*args, 'reference')
     assert error(neighborhood_attention2d(*args, 'flex'), expected) < 2e-6
+
+
+@needs_dynamo
+def test_flex_is_compiled_for_each_size(monkeypatch):
+    """Also beyond torch's limit of eight for one function, from where on it would compute all scores."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+    for side in range(3, 13):
+        q = torch.randn(1, 1, side, side, 4)
+        args = AttentionArgs(q, q, q, (3, 3), (1, 1), None)
+        plan = flex._make_plan((side, side), (3, 3), (1, 1), q.device)
+        with torch.no_grad():
+            expected = flex.forward(args)
+            q, k, v = (t.flatten(2, 3)[:, :, plan.order] for t in (q, q, q))
+            y = plan.compiled(q, k, v, score_mod=None, block_mask=plan.mask)
+        assert error(y[:, :, plan.order.argsort()].unflatten(2, (side, side)), expected) < 2e-6
+        assert len(graphs) == side - 2
 
 
 def test_reference_is_attention():

@@ -5,12 +5,12 @@ weights. The taps of a square kernel under one scalar dilation are separable: st
 each axis, k of them instead of k*k. Everything is laid out with the output positions innermost, where elementwise work
 runs at full width, and brought into the order of the table at the end.
 """
-from functools import lru_cache
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ...kept_tables import KeptTables
 from ..arguments import step_groups
 
 __all__ = ['SamplingTable']
@@ -27,19 +27,19 @@ class _Axis(NamedTuple):
     inside: Tensor  # 1 or 0, in the dtype of weight
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _line(n: int, step: int, start: int, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_line(
+        n: int, step: int, start: int, shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """start, start + step, ...: n of them, in this shape. Small and wanted at every call, so kept."""
     return (torch.arange(n, dtype=dtype, device=device) * step + start).view(shape)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _first_rows(b: int, batch: int, pixels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_first_rows(b: int, batch: int, pixels: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Where each sample's groups start in its table of pixels: (B, G, 1, 1)."""
     samples = torch.arange(b, dtype=dtype, device=device) % batch * (pixels * groups)
     return (samples[:, None] + torch.arange(groups, dtype=dtype, device=device))[:, :, None, None]
+
+
+_line, _first_rows = KeptTables(_make_line), KeptTables(_make_first_rows)
 
 
 def _tap_steps(steps: Tensor, kernel_size: int, spacing: List[int]) -> Tensor:
