@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models._checkpoint import why_unreadable
 from ..models._family import architecture_of, fadc_keys, family_of
-from .official import convert_checkpoint
+from .official import convert_checkpoint, refuse_caffe, rename_stem
 
 __all__ = [
     'AUTHORS', 'Checkpoint', 'Converted', 'OPENMMLAB', 'RELEASES', 'TIMM', 'convert', 'pretrained_cfg',
@@ -32,9 +32,13 @@ RELEASES = {'december2024': 'abs', 'april2024': 'relu'}
 # Where training scripts keep the weights, the averaged ones first.
 _EMA, _RAW = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
 
-# Where mmsegmentation's TIMMBackbone and segmentation_models_pytorch keep a model of timm's.
-_WITHIN = ('backbone.timm_model.', 'encoder.model.')
+# Where mmsegmentation's TIMMBackbone and segmentation_models_pytorch keep a model of timm's, and mmdetection and
+# mmsegmentation one of their own.
+_OWN = 'backbone.'
+_WITHIN = ('backbone.timm_model.', 'encoder.model.', _OWN)
 
+# Names within the layers of the authors and of mmcv.
+_LAYERS = re.compile(r'conv\d*_offset\.|\.conv_mask\.|\.OMNI_ATT|\.FS\.')
 
 # Who wrote a checkpoint.
 TIMM, AUTHORS, OPENMMLAB = 'timm', "the authors' code", 'mmdetection or mmsegmentation'
@@ -47,16 +51,23 @@ class Checkpoint(NamedTuple):
     entry: The file's key that the tensors were under; empty where the file holds the tensors themselves.
     left: The file's other keys.
     meta: What the file says about itself under `meta`, as mmdetection and mmsegmentation do.
+    within: Where the file has the tensors of a backbone, which need not have the last norm and the classifier; empty
+        where it holds a whole network.
     """
     state_dict: StateDict
     entry: str
     left: List[str]
     meta: Mapping[str, Any] = {}
+    within: str = ''
 
     @property
     def official(self) -> bool:
-        """Whether the authors' code, mmdetection or mmsegmentation wrote it: they have this prefix, timm never has."""
-        return any(key.startswith('backbone.') for key in self.state_dict)
+        """Whether it has layers of the authors' code, or of mmcv's deformable convolution."""
+        return _is_official(self.state_dict)
+
+
+def _is_official(state_dict: StateDict) -> bool:
+    return any(key.startswith(_OWN) and _LAYERS.search(key) for key in state_dict)
 
 
 class Converted(NamedTuple):
@@ -128,12 +139,14 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     others = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
     rest = [f'{k}.*' if isinstance(v, Mapping) else k for k, v in content.items() if k != entry]
     left = rest if entry else others
-    prefix = next((p for p in _WITHIN if any(k.startswith(p) for k in state_dict)), None)
-    if prefix is not None:
+    prefix = next((p for p in _WITHIN if any(k.startswith(p) for k in state_dict)), '')
+    if prefix == _OWN and _is_official(state_dict):
+        prefix = ''
+    if prefix:
         left += [k for k in state_dict if not k.startswith(prefix)]
         state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     meta = content.get('meta')
-    return Checkpoint(state_dict, entry, left, meta if entry and isinstance(meta, Mapping) else {})
+    return Checkpoint(state_dict, entry, left, meta if entry and isinstance(meta, Mapping) else {}, prefix)
 
 
 def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
@@ -154,6 +167,34 @@ def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
     return found
 
 
+def _as_whole(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """The tensors of a backbone by the names that they have in a whole network, with what it lacks as the model has it.
+
+    timm's features_only makes names such as `stages_1`. Other code for segmentation has a norm of its own behind each
+    stage, which is left out, and a stem in the names of mmsegmentation.
+    """
+    children = dict(model.named_children())
+    deep = isinstance(children.get('conv1'), nn.Sequential)
+    out = {}
+    for key, value in state_dict.items():
+        head, _, rest = key.partition('.')
+        flat = re.fullmatch(r'(.+)_(\d+)', head)
+        if head not in children and flat and flat[1] in children:
+            key = f'{flat[1]}.{flat[2]}.{rest}'
+        elif head == 'stem' and 'conv1' in children:
+            key = rename_stem(key, deep)
+        elif head not in children and re.fullmatch(r'norm\d', head):
+            continue
+        out[key] = value
+    norm = family_of(model).head_norm
+    if norm is not None:
+        # in the names of ConvNeXt's authors it does not stand in the head
+        theirs = norm.rpartition('.')[2] if any(key.startswith('downsample_layers.') for key in out) else norm
+        for name, value in model.get_submodule(norm).state_dict().items():
+            out.setdefault(f'{theirs}.{name}', value)
+    return out
+
+
 def _adapt(checkpoint: Checkpoint, model: nn.Module) -> Tuple[StateDict, Dict[str, Set[str]]]:
     """The model's state dict from a checkpoint, and for each of its keys the checkpoint's keys that it was made of.
 
@@ -165,7 +206,9 @@ def _adapt(checkpoint: Checkpoint, model: nn.Module) -> Tuple[StateDict, Dict[st
         if checkpoint.official:
             out = convert_checkpoint(dict(state_dict=leaves, meta=checkpoint.meta), model)
         else:
-            out = family_of(model).checkpoint_filter_fn(dict(leaves), model)
+            refuse_caffe(checkpoint.meta)
+            whole = _as_whole(leaves, model) if checkpoint.within else dict(leaves)
+            out = family_of(model).checkpoint_filter_fn(whole, model)
         origins = {k: _origins(v, names) for k, v in out.items()}
     return {k: v.detach() for k, v in out.items()}, origins
 
@@ -208,8 +251,8 @@ def convert(
     """Lift a checkpoint into an FADC model with as many classes as the checkpoint has.
 
     Args:
-        checkpoint: Of timm's base or FADC model, of the authors' code; or, for a model with deformable convolutions,
-            of mmdetection or mmsegmentation with such.
+        checkpoint: Of timm's base or FADC model, alone or within a network for segmentation or detection; of the
+            authors' code; or, for a model with deformable convolutions, of mmdetection or mmsegmentation with such.
         name: A model of this package, such as `<arch>_fadc` or `<arch>_dcn.<tag>`.
         model_args: Arguments of `timm.create_model`.
         release: Which release of the authors' code wrote the checkpoint; ignored for timm's.
@@ -221,9 +264,12 @@ def convert(
     """
     official = checkpoint.official
     args = dict(model_args or {})
-    writer = TIMM if not official else OPENMMLAB if _is_deformable(name, args) else AUTHORS
+    if official:
+        writer = OPENMMLAB if _is_deformable(name, args) else AUTHORS
+    else:
+        writer = OPENMMLAB if checkpoint.within == _OWN else TIMM
     if writer == AUTHORS:
-        args = dict(padding_mode='replicate', dilation_act=RELEASES[release], **args)
+        args = {'padding_mode': 'replicate', 'dilation_act': RELEASES[release], **args}
     norm = 'batchnorm2d' if writer == AUTHORS else _ada_kern_norm(checkpoint.state_dict)
     if norm is not None and architecture_of(name) is not None:
         args.setdefault('ada_kern_norm', norm)

@@ -20,7 +20,7 @@ from ..layers import FADConv2d
 from ..models._family import fadc_keys
 from ..ops.runtime import is_depthwise
 
-__all__ = ['convert_checkpoint', 'convert_layer', 'load_layer']
+__all__ = ['convert_checkpoint', 'convert_layer', 'load_layer', 'refuse_caffe', 'rename_stem']
 
 _logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _strip(state_dict: Mapping[str, Any]) -> Tuple[StateDict, int]:
     return backbone, len(tensors) - len(backbone)
 
 
-def _rename_stem(key: str, conv1_is_deep: bool) -> str:
+def rename_stem(key: str, conv1_is_deep: bool) -> str:
     """mmsegmentation's deep stem is one Sequential: convolutions at 0, 3, 6; timm's last norm stands apart as bn1."""
     index, _, rest = key.removeprefix('stem.').partition('.')
     if not conv1_is_deep:
@@ -266,11 +266,14 @@ def _rename_stem(key: str, conv1_is_deep: bool) -> str:
     return f'bn1.{rest}' if index == '7' else f'conv1.{index}.{rest}'
 
 
-def _is_caffe(state_dict: Mapping[str, Any]) -> bool:
-    """Whether the configuration in a checkpoint of mmdetection says that the strides are in the 1x1 convolutions."""
-    meta = state_dict.get('meta')
+def refuse_caffe(meta: Any) -> None:
+    """Raise NotImplementedError where the `meta` of a checkpoint of mmdetection says that its strides are in 1x1
+    convolutions."""
     texts = [meta[k] for k in ('config', 'cfg') if isinstance(meta.get(k), str)] if isinstance(meta, Mapping) else []
-    return any(re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) for text in texts)
+    if any(re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) for text in texts):
+        raise NotImplementedError(
+            "The checkpoint has style='caffe', strides in its 1x1 convolutions; timm's networks have them in the 3x3 "
+            "convolutions, as style='pytorch'.")
 
 
 def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -292,10 +295,7 @@ def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> State
         NotImplementedError: The checkpoint's configuration says `style='caffe'`.
         RuntimeError: Keys are missing or left over, or offsets have another number; the message names them.
     """
-    if _is_caffe(state_dict):
-        raise NotImplementedError(
-            "The checkpoint has style='caffe', strides in its 1x1 convolutions; timm's networks have them in the 3x3 "
-            "convolutions, as style='pytorch'.")
+    refuse_caffe(state_dict.get('meta'))
     backbone, heads = _strip(state_dict)
     _logger.info('Ignored %d tensors outside of the backbone.', heads)
     own = model.state_dict()
@@ -313,7 +313,7 @@ def convert_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> State
             raise RuntimeError(f'{name}: {e}') from None
         out.update({f'{name}.{k}': v for k, v in converted.items()})
     for key, value in backbone.items():
-        out[_rename_stem(key, conv1_is_deep) if key.startswith('stem.') else key] = value
+        out[rename_stem(key, conv1_is_deep) if key.startswith('stem.') else key] = value
     classifier = [k for k in own if k not in out and k.startswith('fc.')]
     if classifier:
         _logger.info('The classifier keeps its values: %s.', ', '.join(classifier))

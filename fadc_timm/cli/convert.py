@@ -21,13 +21,14 @@ _CONVERT = '''Lift a local checkpoint to an FADC model, in a folder for `timm.cr
     fadc-timm convert faster_rcnn_r50_dconv_c3-c5.pth --model resnet50_dcn --model-kwargs modulated=False --out dcn
 
 SOURCE is a checkpoint of timm's base or FADC model (.safetensors, or a pickle such as timm's train script writes, of
-which the averaged weights are taken), of mmsegmentation or segmentation_models_pytorch with such a backbone, or an
-mmsegmentation checkpoint of the authors' code. For a model with deformable convolutions it may be a checkpoint of
-mmdetection or mmsegmentation with `dcn=dict(type='DCNv2')`, or of `type='DCN'`, for `modulated=False`. The command
-accounts for every key: taken (with its name in the model), added (at its initial value: FADC as the identity), or left.
-It prints how many, and writes all of them into a file beside the folder. A model name with a tag says that the weights
-are that tag's, and its licence and labels go into config.json; without a tag only its preprocessing does. --mean,
---std, --img-size, --crop-pct, --labels and --license record what your own weights were trained with.
+which the averaged weights are taken), of mmdetection, mmsegmentation or segmentation_models_pytorch with such a
+backbone, or an mmsegmentation checkpoint of the authors' code. For a model with deformable convolutions it may be a
+checkpoint of mmdetection or mmsegmentation with `dcn=dict(type='DCNv2')`, or of `type='DCN'`, for `modulated=False`.
+The command accounts for every key: taken (with its name in the model), added (at its initial value: FADC as the
+identity), or left. It prints how many, and writes all of them into a file beside the folder. A model name with a tag
+says that the weights are that tag's, and its licence and labels go into config.json; without a tag only its
+preprocessing does. --mean, --std, --img-size, --crop-pct, --labels and --license record what your own weights were
+trained with.
 
 Exit status: 0, or 2 where the checkpoint cannot be converted; the folder that was there is then as it was.'''
 

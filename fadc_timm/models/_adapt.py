@@ -56,15 +56,16 @@ def _explain(missing: List[str], unexpected: List[str], model: nn.Module, stages
         k in absent or k.endswith('num_batches_tracked') for k in added if k.startswith(f'{layer}.'))}
 
     def names(layers: Set[str]) -> str:
+        """The stages with some layers; empty where these are of no stage, as in a checkpoint by other names."""
         return ', '.join(s for s in stages if any(layer.startswith(f'{s}.') for layer in layers))
 
     sentences = []
     if batch_there or batch_here:
         sentences.append(f'AdaKern has a BatchNorm in the {"weights" if batch_there else "model"}, and another norm in '
                          f'the {"model" if batch_there else "weights"}: see the option ada_kern_norm.')
-    if plain_here:
+    if names(plain_here):
         sentences.append(f'The weights have FADC in {names(plain_here)}, where the model has none: see fadc_stages.')
-    if plain_there:
+    if names(plain_there):
         sentences.append(f'The model has FADC in {names(plain_there)}, where the weights have none: see fadc_stages.')
     for name, part in _PARTS.items():
         here = {layer for layer, p in extra if p == name} - plain_here

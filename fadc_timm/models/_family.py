@@ -117,7 +117,8 @@ class Family(NamedTuple):
     place: Where FADC is, as the model card has it: 'in place of the 3x3 convolutions'.
     citation: BibTeX entry of the paper on the base.
     headless_tags: Pretrained tags whose weights end before the head.
-    head_norm: Name of the module before the classifier that these weights lack too, or None.
+    head_norm: Name of the norm before the classifier that these weights, and those of a backbone alone, lack too, or
+        None.
     variants: What is lifted into each base.
     options: Options of the layers.
     owner: Whose models the bases are.

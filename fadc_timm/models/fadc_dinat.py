@@ -52,6 +52,7 @@ _family = Family(
     feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
     place='in the neighbourhood attention',
     citation=_CITATION,
+    head_norm='norm',
     variants=(FADC_ATTENTION,),
     options=ATTENTION_OPTIONS,
     owner='Our',

@@ -29,7 +29,7 @@ def convert(capsys):
         out, err = capsys.readouterr()
         if status:
             return status, out + err
-        assert len(out.splitlines()) <= 6 and not err
+        assert len(out.splitlines()) <= 7 and not err
         return status, Path(re.search('Wrote (.*): every key', out)[1]).read_text()
     return call
 
@@ -61,21 +61,80 @@ def train_checkpoint(state, ema):
 
 
 @pytest.mark.parametrize('prefix', ['backbone.timm_model.', 'encoder.model.'])
+@pytest.mark.parametrize('name', ['test_resnet_fadc', 'test_convnext_fadc', 'test_dinat_fadc', 'test_convnext'])
 @torch.no_grad()
-def test_backbone_of_a_segmentation_network(prefix, convert, tmp_path):
-    """As mmsegmentation and segmentation_models_pytorch keep it: features_only, without a classifier."""
-    backbone = timm.create_model('test_resnet_fadc', features_only=True).eval()
+def test_backbone_of_a_segmentation_network(name, prefix, convert, tmp_path):
+    """As mmsegmentation and segmentation_models_pytorch keep it: features_only, without last norm and classifier."""
+    backbone = timm.create_model(name, features_only=True).eval()
     for p in backbone.parameters():
         p.copy_(torch.randn_like(p) * 0.1)
     state = {f'{prefix}{k}': v for k, v in backbone.state_dict().items()}
     torch.save(dict(meta=dict(iter=40), state_dict={**state, 'decode_head.weight': torch.zeros(3)}), tmp_path / 'a.pth')
-    status, out = convert(tmp_path / 'a.pth', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out')
+    base = name.removesuffix('_fadc')
+    status, out = convert(tmp_path / 'a.pth', '--model', f'{base}_fadc', '--out', tmp_path / 'out')
     assert status == 0, out
     taken, added, left = lines(out)
-    assert set(taken) == set(backbone.state_dict()) and not added and 'decode_head.weight' in left
+    assert set(taken.values()) == set(backbone.state_dict()) and left == {'decode_head.weight', 'meta.*'}
+    assert {k for k in added if not FADC_KEY.search(k)} == {
+        'test_resnet': set(), 'test_convnext': {'head.norm.weight', 'head.norm.bias'},
+        'test_dinat': {'norm.weight', 'norm.bias'}}[base]
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
     for a, b in zip(model(photos()), backbone(photos()), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) if name.endswith('_fadc') else error(a, b) < LOSSLESS
+
+
+FADC_KEY = re.compile(r'\.(ada_dr|ada_kern|freq_select)\.')
+
+
+def in_the_names_of_mmsegmentation(base):
+    """The backbone of a base as mmsegmentation, or its authors' code for segmentation, names it."""
+    state = {}
+    for key, value in timm.create_model(base).state_dict().items():
+        if base == 'test_resnet':
+            stem = re.sub(r'^conv1\.', 'stem.', re.sub(r'^bn1\.', 'stem.7.', key))
+            key = None if key.startswith('fc.') else stem
+        elif base == 'test_convnext':
+            key = None if key.startswith('head.') else key.replace('stem.', 'downsample_layers.0.')
+            if key and '.downsample.' in key:
+                key = key.replace('stages', 'downsample_layers').replace('.downsample', '')
+            for a, b in (('.blocks.', '.'), ('conv_dw', 'dwconv'), ('mlp.fc', 'pwconv')):
+                key = key and key.replace(a, b)
+            value = value.flatten(1) if key and 'pwconv' in key and key.endswith('weight') else value
+        else:
+            key = None if key.startswith(('head.', 'norm.')) else key
+            key = key and re.sub(r'^stages\.(\d+)\.downsample', lambda f: f'levels.{int(f[1]) - 1}.downsample', key)
+            key = key and re.sub(r'ls([12])\.gamma', r'gamma\1', re.sub(r'^stages\.', 'levels.', key))
+            key = key and re.sub(r'patch_embed\.conv([12])', lambda f: f'patch_embed.proj.{int(f[1]) - 1}', key)
+        if key is not None:
+            state[f'backbone.{key}'] = torch.randn_like(value) * 0.1 if value.is_floating_point() else value
+    if base != 'test_resnet':  # a norm behind each stage, for the decoder
+        state.update({f'backbone.norm{i}.{p}': torch.ones(8) for i in range(4) for p in ('weight', 'bias')})
+    return {k: v.abs() if k.endswith('running_var') else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize('base', ['test_resnet', 'test_convnext', 'test_dinat'])
+@torch.no_grad()
+def test_backbone_without_fadc_of_mmsegmentation(base, convert, tmp_path):
+    """It is lifted as the base is."""
+    torch.manual_seed(0)
+    state = in_the_names_of_mmsegmentation(base)
+    file, args = tmp_path / 'a.pth', ['--model', f'{base}_fadc', '--out', tmp_path / 'out']
+    torch.save(dict(meta=dict(config="style='pytorch'"), state_dict={**state, 'decode_head.x': torch.ones(1)}), file)
+    status, out = convert(file, *args)
+    assert status == 0, out
+    taken, added, left = lines(out)
+    norms = {k.removeprefix('backbone.') for k in state if re.search(r'\.norm\d\.', k) and k.count('.') == 2}
+    assert left == {'meta.*', 'decode_head.x', *norms}
+    assert set(taken.values()) == {k.removeprefix('backbone.') for k in state} - norms
+    model, config = folder_of(tmp_path / 'out')
+    assert config['pretrained_cfg']['mean'] == [0.485, 0.456, 0.406] and config['num_classes'] == 0
+    plain = timm.create_model(base, num_classes=0).eval()
+    missing = plain.load_state_dict({k: v for k, v in model.state_dict().items() if not FADC_KEY.search(k)})
+    assert not missing.missing_keys and error(model(photos()), plain(photos())) < LOSSLESS
+    torch.save(dict(meta=dict(config="style='caffe'"), state_dict=state), file)
+    status, out = convert(file, *args)
+    assert status == 2 and "style='caffe'" in out
+
 
 
 @pytest.mark.parametrize('form', ['safetensors', 'pth', 'ema', 'no-ema', 'fadc'])
@@ -258,6 +317,11 @@ def test_checkpoint_of_the_authors(convert, tmp_path):
         k for k in state if k.endswith(('dilated_offset', 'OMNI_ATT2.bn.num_batches_tracked'))}
     status, _ = convert(source, '--out', out, *options, '--release', 'april2024')
     assert status == 0 and folder_of(out)[1]['model_args']['dilation_act'] == 'relu'
+    # what the command line gives goes before what the release says
+    status, _ = convert(source, '--out', out, *options, 'dilation_act=relu', 'padding_mode=zeros')
+    assert status == 0
+    assert {k: folder_of(out)[1]['model_args'][k] for k in ('dilation_act', 'padding_mode')} == {
+        'dilation_act': 'relu', 'padding_mode': 'zeros'}
 
 
 class Payload:
