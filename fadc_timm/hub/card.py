@@ -106,6 +106,15 @@ import fadc_timm
 
 image = Image.open(Path(fadc_timm.__file__).parent / 'data' / '{image}').convert('RGB')  # or any other
 '''
+# for images of other than three channels, which no picture of the package has
+_RANDOM = '''import timm
+import torch
+
+import fadc_timm
+
+x = torch.randn({shape})  # or images, normalised as config.json says
+'''
+_IMAGE = 'transform(image).unsqueeze(0)'
 _TRANSFORM = '''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 '''
 _CLASSES = '''model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()
@@ -131,13 +140,14 @@ with torch.inference_mode():
 '''
 
 
-def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shapes: Optional[str],
-          image: str = 'coffee.jpg') -> str:
+def usage(repository: str, num_classes: int, input_size: Tuple[int, ...], embedding: str, unpooled: str,
+          shapes: Optional[str], image: str = 'coffee.jpg') -> str:
     """The chapter on the usage, whose code runs as it stands.
 
     Args:
         repository: `owner/name`.
         num_classes: Number of classes; without any there is no section on classification.
+        input_size: (C, H, W).
         embedding: Shape of the pooled features, as a text.
         unpooled: Shape of the features before pooling.
         shapes: A comment with the shape of each feature map; None for a network without feature maps.
@@ -148,13 +158,17 @@ def usage(repository: str, num_classes: int, embedding: str, unpooled: str, shap
         sections.insert(0 if num_classes else 1, ('Feature Map Extraction', _MAPS))
     if num_classes:
         sections.insert(0, ('Image Classification', _CLASSES))
+    opens, transform = _OPEN, _TRANSFORM
+    if input_size[0] != 3:
+        opens, transform = _RANDOM.replace('{shape}', ', '.join(map(str, (1, *input_size)))), ''
     values = dict(repository=repository, num_classes=num_classes, top=min(5, num_classes), embedding=embedding,
                   unpooled=unpooled, shapes=shapes, image=image)
     text = ('## Model Usage\n\n'
             'The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.\n')
     for i, (title, code) in enumerate(sections):
-        code = code.replace('{transform}\n', '\n' if i else f'{_TRANSFORM}\n')
-        code = code if i else f'{_OPEN}\n{code}'
+        code = code.replace('{transform}\n', '\n' if i else f'{transform}\n')
+        code = code if i else f'{opens}\n{code}'
+        code = code if transform else code.replace(_IMAGE, 'x')
         for name, value in values.items():
             code = code.replace('{' + name + '}', str(value))
         text += f'\n### {title}\n```python\n{code}```\n'
@@ -236,7 +250,7 @@ def _details(config: HubConfig, built: Built, cost: Cost, cfg: Dict[str, Any]) -
         lines += [f'- **Arguments:** `{config.model_args}`']
     labels = cfg.get('label_names')
     if labels:
-        lines += ['- **Classes:** ' + ', '.join(labels)]
+        lines += ['- **Classes:** ' + '; '.join(labels)]
     return '\n'.join(lines)
 
 
@@ -268,7 +282,7 @@ def build_card(config: HubConfig, built: Built) -> str:
         f'{variant.effect}. How it was made: {config.made}.',
         f'## Model Details\n{_details(config, built, cost, cfg)}',
         *(['## Limits\n' + '\n'.join(f'- {limit}' for limit in config.limits)] if config.limits else []),
-        usage(config.repository, cfg['num_classes'], f'(1, {features})', f'(1, {features}, H, W)', shapes,
+        usage(config.repository, cfg['num_classes'], size, f'(1, {features})', f'(1, {features}, H, W)', shapes,
               config.image),
         f'## Model Comparison\n{_comparison(config, cost, base_cost, built.error)}',
         citation_chapter(*(paper.citation for paper in variant.papers), family.citation),

@@ -126,14 +126,14 @@ def folder_card(
     if cfg.get('origin_url'):
         details.append(f'- **Original weights of the base:** {cfg["origin_url"]}')
     if cfg.get('label_names'):
-        details.append(f'- **Classes:** {", ".join(cfg["label_names"])}')
+        details.append(f'- **Classes:** {"; ".join(cfg["label_names"])}')
     details += [f'- **Paper:** {paper.title}: {paper.address}' for paper in variant.papers]
     title = f'---\n{data.to_yaml()}\n---\n# Model card for {repository.rpartition("/")[2]}'
     summary = f'`{base}` with {variant.name} in {"" if attends else "place of "}some of its {kind}: {variant.effect}.'
     return '\n\n'.join([
         title, summary, *([about.strip()] if about.strip() else []),
         '## Model Details\n' + '\n'.join(details),
-        usage(repository, num_classes, _shape(embedding(x)), _shape(embedding.forward_features(x)),
+        usage(repository, num_classes, size, _shape(embedding(x)), _shape(embedding.forward_features(x)),
               _feature_shapes(folder, x)),
         citation_chapter(*(paper.citation for paper in variant.papers), *_of_base(model)),
     ]) + '\n'

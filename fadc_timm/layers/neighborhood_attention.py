@@ -8,12 +8,11 @@ from inspect import signature
 from typing import Any, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops.neighborhood_attention import BACKENDS, neighborhood_attention2d
-from ..ops.neighborhood_attention.functional import window_means
+from ..ops.neighborhood_attention.functional import cut, filled, window_means
 from ..ops.neighborhood_attention.written_out import attention, attention_weights
 from .ada_kern import AdaKern, NormLayer
 from .fad_conv import reset_parts
@@ -119,17 +118,11 @@ class NeighborhoodAttention(nn.Module):
             high = torch.ones_like(low) if high is None and low is not None else high
             assert low is not None and high is not None
             y = y * high[:, None, None].to(y.dtype) + mean * (low - high)[:, None, None].to(y.dtype)
-        if y.shape[1] != h or y.shape[2] != w:
-            y = y[:, :h, :w]
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(cut(y, h, w)))
 
     def _padded(self, x: Tensor) -> Tensor:
         """x (B, H, W, C) with as many rows and columns as a window spans, at least."""
-        down = self.kernel_size * self.dilation[0] - x.shape[1]
-        across = self.kernel_size * self.dilation[1] - x.shape[2]
-        if down > 0 or across > 0:
-            return F.pad(x, [0, 0, 0, max(across, 0), 0, max(down, 0)])
-        return x
+        return filled(x, self.kernel_size * self.dilation[0], self.kernel_size * self.dilation[1])
 
     @torch.jit.unused
     def attention_weights(self, x: Tensor) -> Tensor:

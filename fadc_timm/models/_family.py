@@ -256,6 +256,11 @@ def _build_lifted(
     if type(model) is not family.base_cls:
         raise TypeError(f'timm builds {base} as {type(model).__name__}, not as {family.base_cls.__name__}.')
     model.__class__ = family.fadc_cls
+    parent = family.stages[0].rpartition('.')[0]
+    built = len(list(model.get_submodule(parent).children())) if parent else len(family.stages)
+    if built != len(family.stages):
+        raise ValueError(f'{arch.name} has {len(family.stages)} stages, got {built}. For another network: lift_model '
+                         f'on {base}.')
     if stages:
         lift_model(model, stages, **options)
     return model

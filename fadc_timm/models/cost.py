@@ -23,7 +23,8 @@ class Cost(NamedTuple):
 
     params: Parameters in millions.
     gmacs: Multiply-adds of convolutions and matrix products, in 1e9.
-    activations: Elements that convolutions and linear layers put out, in millions, as in timm's model cards.
+    activations: Elements that convolutions and linear layers put out, in millions, as in timm's model cards; on other
+        devices than meta some convolutions are products that put out more.
     """
     params: float
     gmacs: float

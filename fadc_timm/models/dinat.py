@@ -160,10 +160,10 @@ class DiNATStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def _per_block(dilations: Optional[Sequence[Any]], depths: Sequence[int]) -> List[List[int]]:
+def _per_block(dilations: Any, depths: Sequence[int]) -> List[List[int]]:
     """The dilation of every block, by stages."""
-    if dilations is None:
-        return [[1] * depth for depth in depths]
+    if dilations is None or isinstance(dilations, int):
+        return [[1 if dilations is None else dilations] * depth for depth in depths]
     found = [list(stage) if isinstance(stage, (list, tuple)) else [stage] * depth
              for stage, depth in zip(dilations, depths)]
     if len(dilations) != len(depths) or [len(stage) for stage in found] != list(depths):

@@ -1,4 +1,6 @@
 """The card of a folder says where FADC is, and what it does there."""
+import re
+
 import pytest
 import timm
 
@@ -22,6 +24,16 @@ def test_place(name, network, place, tmp_path):
     assert network in text and place in text
     assert ('predict their dilation' in text) == (name == 'test_resnet')
     assert ('neighborhood-attention' in text) == (name != 'test_resnet')
+
+
+@pytest.mark.parametrize('channels', [1, 6])
+def test_code_for_other_channels(channels, tmp_path):
+    """It runs as it stands; the picture of the package has three channels."""
+    model = timm.create_model('test_resnet_fadc', num_classes=2, in_chans=channels)
+    folder = fadc_timm.save(model, tmp_path / 'model', pretrained_cfg=dict(input_size=(channels, 64, 64)))
+    blocks = re.findall(r'```python\n(.*?)```', folder_card(folder, 'me/model', licence='mit'), re.DOTALL)
+    assert len(blocks) == 3
+    exec('\n'.join(blocks).replace('hf-hub:me/model', f'local-dir:{folder}'), {})
 
 
 @pytest.mark.parametrize('options, says, says_not', [

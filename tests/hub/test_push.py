@@ -70,7 +70,7 @@ def test_push(hub, client, push, name, tmp_path):
     assert (data.license, data.datasets, data.base_model) == ('mit', ['me/roofs'], 'timm/plain')
     cost = module_cost(fadc_timm.load(folder).to('meta').eval(), (3, 96, 64))
     for line in (f'**Params (M):** {cost.params:.2f}', f'**GMACs:** {cost.gmacs:.2f}', '3 x 96 x 64', 'top-1 is 12.3 %',
-                 'Edited by hand.', '`import fadc_timm`', *([', '.join(labels)] if labels else [])):
+                 'Edited by hand.', '`import fadc_timm`', *(['; '.join(labels)] if labels else [])):
         assert line in text, line
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     assert len(blocks) == (3 if labels else 2) and all(f"'hf-hub:{ours}'" in block for block in blocks)

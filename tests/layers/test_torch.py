@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fadc_timm import AdaDR, AdaKern, FADConv2d, FreeOffsets, FreqSelect, lift_model
+from fadc_timm.layers import FADNeighborhoodAttention, NeighborhoodAttention
 from fadc_timm.losses import high_frequency_power
 from fadc_timm.ops import list_backends
 from fadc_timm.ops.band_mix import functional
@@ -197,6 +198,21 @@ def test_trace(cfg):
         y, expected = traced(x), m(x)
         assert_same((y, *grads(y, list(m.parameters()))), (expected, *grads(expected, list(m.parameters()))), 2e-6)
     assert graphs[0] == graphs[1]
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit.trace. is deprecated')
+@pytest.mark.parametrize('side', [6, 12])
+@pytest.mark.parametrize('cfg', [None, dict(), dict(freq_select_for='v')], ids=ids)
+@torch.no_grad()
+def test_trace_of_attention(cfg, side):
+    """Traced on a map that is smaller than the window, or not, it takes both."""
+    plain = NeighborhoodAttention(16, 4, 5, 2)
+    m = (plain if cfg is None else off_identity(
+        FADNeighborhoodAttention(16, 4, 5, 2, kernel_decompose='both', **cfg))).eval()
+    traced = torch.jit.trace(m, torch.randn(1, side, side, 16))
+    for size in ((20, 17), (6, 6), (5, 13), (12, 12)):
+        x = torch.randn(2, *size, 16)
+        assert_same((traced(x),), (m(x),), 1e-6)  # 0
 
 
 # what people put on the submodules

@@ -206,6 +206,11 @@ def test_transforms():
     assert timm.create_model('dinat_tiny', device='meta', dtype=torch.bfloat16)(x).shape == (2, 1000)
 
 
+def test_one_dilation_for_all():
+    model = timm.create_model('test_dinat', dilations=2)
+    assert {tuple(block.attn.dilation) for stage in model.stages for block in stage.blocks} == {(2, 2)}
+
+
 def test_init_weights():
     model = timm.create_model('test_dinat', layer_scale_init_value=0.5)
     with torch.no_grad():
@@ -218,11 +223,12 @@ def test_init_weights():
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(dilations=((1, 2),)), r'dilations must have a dilation for each block, \[1, 1, 2, 1\]'),
-    (dict(dilations=(1, 1, (1, 2, 3), 1)), 'dilations must'),
+    (dict(dilations=(1, 1, (1, 2, 3), 1)), 'dilations must'), (dict(dilations='2'), 'dilations must'),
     (dict(num_heads=(1, 2)), 'num_heads must have one number for each of 4 stages'),
     (dict(num_heads=(3, 3, 3, 3)), 'num_heads=3 does not divide dim=32'),
     (dict(kernel_size=4), 'kernel_size must be an odd integer, got 4'),
     (dict(dilations=(0, 1, 1, 1)), 'dilation must be an integer of at least 1'),
+    (dict(dilations=0), 'dilation must be an integer of at least 1'),
 ], ids=str)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -24,6 +24,15 @@ def attentions(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, FADNeighborhoodAttention)}
 
 
+@pytest.mark.parametrize('depths', [(1, 1, 1), (1, 1, 1, 1, 1)], ids=str)
+def test_number_of_stages(depths):
+    """None is left without FADC in silence."""
+    args = dict(depths=depths, num_heads=(2,) * len(depths), dilations=1)
+    timm.create_model('test_dinat', **args)
+    with pytest.raises(ValueError, match=f'test_dinat_fadc has 4 stages, got {len(depths)}. For another network: lift'):
+        timm.create_model('test_dinat_fadc', **args)
+
+
 @pytest.mark.parametrize('options', [{}, dict(freq_select_for='v'), ALL, dict(freq_select=False, **ALL)], ids=str)
 @pytest.mark.parametrize('name', ['mini', 'layer_scale_k5'])
 def test_lossless(name, options):

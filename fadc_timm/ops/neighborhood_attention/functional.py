@@ -3,7 +3,7 @@
 Papers: `Neighborhood Attention Transformer` - https://arxiv.org/abs/2204.07143, and
 `Dilated Neighborhood Attention Transformer` - https://arxiv.org/abs/2209.15001
 """
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .arguments import AttentionArgs
 from .backends import BACKENDS, choose_backend
 from .neighbours import neighbours
 
-__all__ = ['neighborhood_attention2d', 'neighborhood_mean2d', 'padding_of', 'window_means']
+__all__ = ['cut', 'filled', 'neighborhood_attention2d', 'neighborhood_mean2d', 'window_means']
 
 IntOrPair = Union[int, Tuple[int, int]]
 
@@ -36,11 +36,31 @@ def _window(kernel_size: Any, dilation: Any) -> Tuple[Tuple[int, int], Tuple[int
     return kernel, spacing
 
 
-def padding_of(size: Sequence[int], kernel_size: IntOrPair, dilation: IntOrPair = 1) -> Tuple[int, int]:
-    """Rows and columns that a map of a size (H, W) lacks: it must have kernel size times dilation of each."""
-    kernel, spacing = _window(kernel_size, dilation)
-    rows, cols = (max(k * d - n, 0) if n < k * d else 0 for n, k, d in zip(size, kernel, spacing, strict=True))
-    return rows, cols
+def _filled(x: Tensor, rows: int, cols: int) -> Tensor:
+    """x (..., H, W, c) with at least so many rows and columns, zeros below and to the right."""
+    down, across = rows - x.shape[-3], cols - x.shape[-2]
+    if down > 0 or across > 0:
+        return F.pad(x, [0, 0, 0, max(across, 0), 0, max(down, 0)])
+    return x
+
+
+_filled_at_any_size = torch.jit.script_if_tracing(_filled)
+
+
+def filled(x: Tensor, rows: int, cols: int) -> Tensor:
+    """x (..., H, W, c) with at least so many rows and columns; what is traced decides at each call."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+            return _filled_at_any_size(x, rows, cols)
+    return _filled(x, rows, cols)
+
+
+def cut(y: Tensor, h: int, w: int) -> Tensor:
+    """The first rows and columns of y (..., H, W, c), which are mostly all of it."""
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing() and y.shape[-3] == h and y.shape[-2] == w:
+            return y
+    return y[..., :h, :w, :]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, kernel: Tuple[int, int], bias: Optional[Tensor], dropout_p: float) -> None:
@@ -67,6 +87,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, kernel: Tuple[int, int], bias: Optio
             raise TypeError(f'bias must have the dtype of q, {q.dtype}, or float32, got {bias.dtype}.')
         if bias.device != q.device:
             raise ValueError(f'bias is on {bias.device} and q is on {q.device}, they must be on one device.')
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f'dropout_p must be a number, got {dropout_p!r}.')
     if not 0 <= dropout_p < 1:
         raise ValueError(f'dropout_p must be at least 0 and less than 1, got {dropout_p!r}.')
 
@@ -116,9 +138,7 @@ def neighborhood_attention2d(
                    for t in (q, k, v))
     _check(q, k, v, kernel, bias, dropout_p)
     h, w = q.shape[2:4]
-    down, across = padding_of((h, w), kernel, spacing)
-    if down or across:
-        q, k, v = (F.pad(t, (0, 0, 0, across, 0, down)) for t in (q, k, v))
+    q, k, v = (filled(t, kernel[0] * spacing[0], kernel[1] * spacing[1]) for t in (q, k, v))
     args = AttentionArgs(q, k, v, kernel, spacing, bias, dropout_p)
     if backend is None and named_backend() == 'reference':  # the only name that the convolution has too
         backend = 'reference'
@@ -133,7 +153,7 @@ def neighborhood_attention2d(
             raise NotImplementedError(f'The backend {backend!r} cannot run this call: {reason}.')
     with without_autocast(q):
         y = BACKENDS[backend].forward(args)
-    return y[:, :, :h, :w] if down or across else y
+    return cut(y, h, w)
 
 
 def neighborhood_mean2d(x: Tensor, kernel_size: IntOrPair, dilation: IntOrPair = 1) -> Tensor:
@@ -154,7 +174,7 @@ def neighborhood_mean2d(x: Tensor, kernel_size: IntOrPair, dilation: IntOrPair =
         ValueError: The map is smaller than a window.
     """
     kernel, spacing = _window(kernel_size, dilation)
-    if any(padding_of(x.shape[1:3], kernel, spacing)):
+    if any(n < k * d for n, k, d in zip(x.shape[1:3], kernel, spacing, strict=True)):
         raise ValueError(f'x (B, H, W, C) must have at least kernel size {kernel} times dilation {spacing} rows and '
                          f'columns, got {tuple(x.shape)}.')
     return window_means(x, list(kernel), list(spacing))

@@ -39,7 +39,7 @@ def attention_weights(
         score = (_gather(k, rows[:, i], cols) @ query).squeeze(-1)
         if bias is not None:
             of_row = bias.index_select(1, row_places[:, i]).index_select(2, col_places.flatten())
-            score = score + of_row.reshape(of_row.shape[0], of_row.shape[1], -1, kw).to(score.dtype)
+            score = score + of_row.reshape(of_row.shape[0], of_row.shape[1], col_places.shape[0], kw).to(score.dtype)
         scores.append(score)
     return torch.cat(scores, dim=-1).softmax(dim=-1)
 

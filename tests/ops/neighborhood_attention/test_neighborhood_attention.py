@@ -444,6 +444,12 @@ def test_dropout():
             neighborhood_attention2d(q, k, v, 5, backend=backend, dropout_p=0.25)
 
 
+@pytest.mark.parametrize('backend', ['windows', 'written_out', 'reference'])
+def test_no_heads(backend):
+    q, bias = torch.zeros(2, 0, 9, 8, 4), torch.zeros(0, 5, 5)
+    assert neighborhood_attention2d(q, q, q, 3, bias=bias, backend=backend).shape == q.shape
+
+
 @pytest.mark.parametrize('change, exception, message', [
     (dict(q=[1]), TypeError, 'q must be a tensor.*list'),
     (dict(q=torch.zeros(2, 2, 8, 8)), ValueError, r'q must have shape \(B, heads, H, W, c\), got \(2, 2, 8, 8\)'),
@@ -459,6 +465,7 @@ def test_dropout():
     (dict(bias=torch.zeros(2, 5, 5).half()), TypeError, 'bias must have the dtype of q, torch.float32'),
     (dict(backend='natten'), ValueError, "no backend 'natten'.*reference, windows"),
     (dict(dropout_p=1.), ValueError, 'dropout_p must be'),
+    (dict(dropout_p='a'), TypeError, "dropout_p must be a number, got 'a'"),
 ], ids=str)
 def test_bad_input(change, exception, message):
     q = torch.zeros(2, 2, 8, 8, 4)
