@@ -53,12 +53,15 @@ class Checkpoint(NamedTuple):
     meta: What the file says about itself under `meta`, as mmdetection and mmsegmentation do.
     within: Where the file has the tensors of a backbone, which need not have the last norm and the classifier; empty
         where it holds a whole network.
+    normalisation: The `mean` and `std` of the images that it was trained with, where the file has them, as those of
+        this project's training scripts do.
     """
     state_dict: StateDict
     entry: str
     left: List[str]
     meta: Mapping[str, Any] = {}
     within: str = ''
+    normalisation: Mapping[str, Tuple[float, ...]] = {}
 
     @property
     def official(self) -> bool:
@@ -145,8 +148,11 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     if prefix:
         left += [k for k in state_dict if not k.startswith(prefix)]
         state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    meta = content.get('meta')
-    return Checkpoint(state_dict, entry, left, meta if entry and isinstance(meta, Mapping) else {}, prefix)
+    meta, config = content.get('meta'), content.get('config')
+    said = config if isinstance(config, Mapping) and {'backbone', 'variant'} <= config.keys() else {}
+    normalisation = {key: tuple(said[key]) for key in ('mean', 'std') if said.get(key)}
+    return Checkpoint(
+        state_dict, entry, left, meta if entry and isinstance(meta, Mapping) else {}, prefix, normalisation)
 
 
 def _origins(tensor: Tensor, names: Mapping[int, str]) -> Set[str]:
@@ -289,9 +295,9 @@ def convert(
         [k for k in checkpoint.state_dict if k not in used], writer)
 
 
-def pretrained_cfg(name: str, converted: Converted) -> Dict[str, Any]:
+def pretrained_cfg(name: str, checkpoint: Checkpoint, converted: Converted) -> Dict[str, Any]:
     """What config.json says of converted weights. It claims a tag only if the name has one and timm wrote them."""
-    out: Dict[str, Any] = {}
+    out: Dict[str, Any] = dict(checkpoint.normalisation)
     if converted.writer != TIMM or '.' not in name:
         out.update(dict.fromkeys(('tag', 'license', 'paper_ids', 'origin_url', 'description', 'notes', 'label_names')))
     if converted.writer != TIMM:

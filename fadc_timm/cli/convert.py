@@ -101,7 +101,7 @@ def _convert(args: argparse.Namespace) -> int:
             raise RuntimeError('loaded again, the model computes something else')
 
     own = _own_cfg(args, int(converted.model.num_classes), size[0])  # type: ignore[arg-type]
-    cfg = {**pretrained_cfg(args.model, converted), **own}
+    cfg = {**pretrained_cfg(args.model, checkpoint, converted), **own}
     text = '\n'.join(report(checkpoint, converted)) + '\n'
     try:
         write_folder(converted.model, args.out, pretrained_cfg=cfg, model_args=converted.model_args, check=check)

@@ -137,6 +137,20 @@ def test_backbone_without_fadc_of_mmsegmentation(base, convert, tmp_path):
 
 
 
+def test_normalisation_of_a_training(convert, tmp_path):
+    """A checkpoint of this project's training scripts says what its images were normalised with."""
+    state = {f'encoder.model.{k}': v for k, v in trained('test_resnet').items()}
+    config = dict(backbone='test_resnet', variant='plain', mean=[0.1, 0.2, 0.3], std=[1.0, 0.5, 0.25])
+    torch.save(dict(model=state, config=config, step=2), tmp_path / 'last.pt')
+    args = tmp_path / 'last.pt', '--model', 'test_resnet_fadc', '--out', tmp_path / 'out'
+    assert convert(*args)[0] == 0
+    cfg = folder_of(tmp_path / 'out')[1]['pretrained_cfg']
+    assert (cfg['mean'], cfg['std']) == (config['mean'], config['std'])
+    assert convert(*args, '--mean', '0', '0', '0')[0] == 0  # what is given goes before
+    cfg = folder_of(tmp_path / 'out')[1]['pretrained_cfg']
+    assert (cfg['mean'], cfg['std']) == ([0, 0, 0], config['std'])
+
+
 @pytest.mark.parametrize('form', ['safetensors', 'pth', 'ema', 'no-ema', 'fadc'])
 @pytest.mark.parametrize('base', TINY)
 @torch.no_grad()
