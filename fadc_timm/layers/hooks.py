@@ -10,7 +10,7 @@ from ..ops.sampled_conv.arguments import NO_GAINS, Gains
 from .fad_conv import PARTS, FADConv2d
 from .neighborhood_attention import FADNeighborhoodAttention
 
-__all__ = ['LayerCall', 'watch_layers']
+__all__ = ['LayerCall', 'layers_of', 'watch_layers']
 
 
 class LayerCall(NamedTuple):
@@ -37,6 +37,11 @@ class LayerCall(NamedTuple):
     mask: Optional[Tensor] = None
 
 
+def layers_of(model: nn.Module) -> Dict[str, Any]:
+    """The FADConv2d and FADNeighborhoodAttention of a model, by their names."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (FADConv2d, FADNeighborhoodAttention))}
+
+
 @contextmanager
 def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iterator[None]:
     """Call back after every call of an FADConv2d or a FADNeighborhoodAttention inside of the `with` block.
@@ -51,7 +56,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
     Raises:
         ValueError: The model has no such layer; or, at the end of the block, none of them ran.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (FADConv2d, FADNeighborhoodAttention))}
+    layers = layers_of(model)
     if not layers:
         raise ValueError(
             f'{type(model).__name__} has no FADConv2d layer, nor another with FADC: nothing to collect')
@@ -94,5 +99,5 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError(f'none of the {len(layers)} FADC layers of {type(model).__name__} ran as a module: what '
-                         'torch.compile compiled before calls no hooks, so run the model that it was given')
+        raise ValueError(f'none of the {len(layers)} FADC layers of {type(model).__name__} ran. (A model that was '
+                         'compiled before calls no hooks: run the one from before torch.compile.)')

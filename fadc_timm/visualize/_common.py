@@ -4,13 +4,13 @@ import os
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Union
 
 import torch
 from torch import nn
 
 from .._writing import write_atomically
-from ..layers.hooks import LayerCall, watch_layers
+from ..layers.hooks import LayerCall, layers_of, watch_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,14 +19,12 @@ INK, GREY = '#222222', '#666666'
 
 
 def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall], Any]) -> None:
-    """Run a model once, in eval mode and without gradients, with a callback for each call of an FADConv2d.
+    """Run a model once, in eval mode, without gradients or torch.compile, with a callback for each FADConv2d.
 
     Args:
         model: Its training flags are restored afterwards.
         x: (B, C, H, W) input on the model's device, already normalised.
         callback: See :func:`fadc_timm.layers.hooks.watch_layers`.
-
-    A compiled model runs without `torch.compile`.
 
     Raises:
         ValueError: x is empty, or the model has no FADConv2d layer, or none of them ran.
@@ -43,26 +41,32 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
             m.training = training
 
 
-def network_within(model: nn.Module, layers: Iterable[str]) -> str:
-    """The name of the network of timm's within a model that has all of some layers; '' if the model is that itself."""
-    layers = list(layers)
-    inside = [name for name, m in model.named_modules() if hasattr(m, 'feature_info')
-              and all(layer.startswith(f'{name}.') for layer in layers)]
-    return max(inside, key=len, default='')
+def _network_of(model: nn.Module, layer: str) -> str:
+    """The name of the network within a model that a layer is of; '' if the model is that itself."""
+    inside = [name for name, m in model.named_modules() if hasattr(m, 'feature_info') and layer.startswith(f'{name}.')]
+    if inside:  # of timm
+        return max(inside, key=len)
+    convs = [name.split('.')[:-1] for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    return '.'.join(os.path.commonprefix(convs))
 
 
 def stage_name(layer: str, network: str = '') -> str:
-    """A layer's name up to the first part with a digit.
+    """A layer's name up to the first part with a digit, other than those of the network's own name.
 
     Args:
         layer: The layer's name in the model.
-        network: Name of the network that has the layer, see :func:`network_within`; digits in it do not count.
+        network: Name of the network that has the layer.
     """
     outer = len(network.split('.')) if network else 0
     parts = layer.split('.')
     first = next((i for i, part in enumerate(parts) if i >= outer and re.search(r'\d', part)), 0)
     # a flat trunk (`features.3`) has no stages: all its layers at one size then count as one
     return '.'.join(parts[:first + 1] if first + 1 < len(parts) else parts[:-1]) or layer
+
+
+def stages_of(model: nn.Module) -> Dict[str, str]:
+    """The stage of each layer with FADC, by the layer's name."""
+    return {layer: stage_name(layer, _network_of(model, layer)) for layer in layers_of(model)}
 
 
 def stride_of(output: torch.Tensor, x: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from ..layers.hooks import LayerCall
-from ._common import GREY, INK, fitted, network_within, run_watched, stage_name, stride_of, wrapped
+from ._common import GREY, INK, fitted, run_watched, stages_of, stride_of, wrapped
 from .images import to_rgb
 from .taps import LayerTaps, StageTaps, draw_taps, select_taps, taps_of
 
@@ -39,15 +39,15 @@ class LayerRecord:
 
     Attributes:
         name: Name of the layer in the model.
-        stage: The layer's name up to the first part with a digit.
+        stage: The layer's name up to the first part with a digit, except in the name of the network that has it.
         stride: Stride of the layer's output with respect to the model's input.
         shape: (C, H', W') of the layer's output.
         dilation: (B, G, H', W') in pixels of the layer's input map; the layer's base dilation where it has no AdaDR.
         bands: FreqSelect's frequency bands, () where the layer has no FreqSelect.
         weights: (B, M, S, H, W) FreqSelect band weights at the layer's input, or None.
         taps: Where the taps of a deformable layer or of an attention lie, or None.
-        change: (B,) how far the layer is from its start at most: the dilation from its base, the band weights and the
-            masks of taps from 1, the offsets from 0.
+        change: (B,) how far the layer is from its start at most: the dilation from its base, the band weights, the
+            masks of taps and AdaKern's gains from 1, the offsets from 0.
     """
     name: str
     stage: str
@@ -88,13 +88,15 @@ class StageSummary:
     change: float
 
 
-def _change(record: LayerRecord, base: float) -> torch.Tensor:
-    """`change` of a record of a layer with a base dilation."""
-    values = [record.dilation - base]
-    if record.weights is not None:
-        values.append(record.weights - 1)
-    if record.taps is not None and not record.taps.attends:
-        values += [record.taps.offset, record.taps.mask - 1]
+def _change(
+        call: LayerCall, dilation: torch.Tensor, weights: Optional[torch.Tensor], taps: Optional[LayerTaps],
+) -> torch.Tensor:
+    """`change` of a record."""
+    values = [dilation - call.layer.dilation[0], *(g.float().cpu() - 1 for g in call.gains if g is not None)]
+    if weights is not None:
+        values.append(weights - 1)
+    if taps is not None and not taps.attends:
+        values += [taps.offset, taps.mask - 1]
     return torch.stack([v.abs().flatten(1).amax(1) for v in values]).amax(0)
 
 
@@ -117,25 +119,20 @@ def collect(model: nn.Module, x: torch.Tensor) -> List[LayerRecord]:
     Raises:
         ValueError: The model has no FADC layer, or none of them ran.
     """
-    records = []
+    records, stages = [], stages_of(model)
 
     def keep(call: LayerCall) -> None:
         batch, channels, height, width = call.output.shape
-        dilation = call.dilation
-        if dilation is None:
-            dilation = torch.full((batch, 1, height, width), float(call.layer.dilation[0]))
+        dilation = torch.full((batch, 1, height, width), float(call.layer.dilation[0])) \
+            if call.dilation is None else call.dilation.float().cpu()
         fs = call.layer.freq_select
         weights = None if fs is None else fs.band_weights(call.x).float().cpu()
-        record = LayerRecord(
-            call.name, '', stride_of(call.output, x), (channels, height, width), dilation.float().cpu(),
-            () if fs is None else fs.bands, weights, taps_of(call), torch.zeros(batch))
-        record.change = _change(record, float(call.layer.dilation[0]))
-        records.append(record)
+        taps = taps_of(call)
+        records.append(LayerRecord(
+            call.name, stages[call.name], stride_of(call.output, x), (channels, height, width), dilation,
+            () if fs is None else fs.bands, weights, taps, _change(call, dilation, weights, taps)))
 
     run_watched(model, x, keep)
-    network = network_within(model, (r.name for r in records))
-    for r in records:
-        r.stage = stage_name(r.name, network)
     return records
 
 
@@ -266,9 +263,9 @@ def figure(image: Any, stages: Sequence[StageSummary], title: str = 'FADC', note
 
     photo = _pixels(image)
     for s in stages:
-        maps = [*s.weights.values(), *([s.dilation] if s.taps is None else [])]
+        maps = [*s.weights.values(), *([s.dilation] if s.taps is None else [s.taps.taps, s.taps.mask])]
         if not all(np.isfinite(m).all() for m in maps):
-            raise ValueError(f'{s.name} has dilations or band weights that are not finite.')
+            raise ValueError(f'{s.name} has dilations, taps or band weights that are not finite.')
     grey = photo if photo.ndim == 2 else photo @ (0.299, 0.587, 0.114)
     extent = (0, photo.shape[1], photo.shape[0], 0)
     labels = list(dict.fromkeys(label for s in stages for label in s.weights))

@@ -17,7 +17,7 @@ from ..layers import FADConv2d
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
 from ..ops.sampled_conv.arguments import sample_kernels
-from ._common import GREY, INK, fitted, network_within, run_watched, stage_name, wrapped
+from ._common import GREY, INK, fitted, run_watched, stages_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ class LayerSpectra:
 
     Attributes:
         name: Name of the layer in the model.
-        stage: The layer's name up to the first part with a digit.
+        stage: The layer's name up to the first part with a digit, except in the name of the network that has it.
         shape: (C, H, W) of its input.
         bands: The factors f of FreqSelect's bands, whose edges lie at 1/f of Nyquist; () without FreqSelect.
         features: (H, W), mean over images and channels of |DFT|^2 / (H*W) of the input.
@@ -97,21 +97,18 @@ def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:
     Raises:
         ValueError: The model has no FADC layer, or none of them ran.
     """
-    out = []
+    out, stages = [], stages_of(model)
 
     def keep(call: LayerCall) -> None:
         fs, c, h, w = call.layer.freq_select, *call.x.shape[1:]
         is_conv = isinstance(call.layer, FADConv2d)
         out.append(LayerSpectra(
-            call.name, '', (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
+            call.name, stages[call.name], (c, h, w), () if fs is None else fs.bands, _feature_spectrum(call.x),
             None if fs is None else _feature_spectrum(call.selected),
             _kernel_spectrum(call.layer.weight) if is_conv else None,
             None if call.layer.ada_kern is None or not is_conv else _kernel_spectrum(_adapted_kernels(call))))
 
     run_watched(model, x, keep)
-    network = network_within(model, (s.name for s in out))
-    for s in out:
-        s.stage = stage_name(s.name, network)
     return out
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
-from fadc_timm import visualize
+from fadc_timm import lift_model, visualize
 from fadc_timm.layers import FADConv2d
 from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.visualize._common import stage_name
@@ -76,7 +77,7 @@ def test_nothing_to_draw(model):
     with pytest.raises(ValueError, match='no pixels'):
         visualize.figure(np.zeros((0, 0, 3)), stages)
     stages[0] = replace(stages[0], dilation=stages[0].dilation * np.nan)
-    with pytest.raises(ValueError, match=f'{stages[0].name} has dilations or band weights that are not finite'):
+    with pytest.raises(ValueError, match=f'{stages[0].name} has dilations, taps or band weights that are not finite'):
         visualize.figure(np.zeros((8, 8, 3)), stages)
 
 
@@ -116,6 +117,19 @@ def test_stages_of_a_network_within_another():
         def forward(self, x):
             return self.resnet50(x)
 
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net1, self.net2 = model, timm.create_model(MODEL, output_stride=8)
+
+        def forward(self, x):
+            return self.net1(x) + self.net2(x)
+
+    two = visualize.summarize(visualize.collect(Two(), x))
+    assert [s.name for s in two] == [f'net{n}.layer{i}' for n in (1, 2) for i in (2, 3, 4)]
+    other = nn.Sequential(torchvision.models.resnet18())  # not timm's
+    lift_model(other, ['0.layer2', '0.layer3', '0.layer4'])
+    assert [s.name for s in visualize.summarize(visualize.collect(other, x))] == ['0.layer2', '0.layer3', '0.layer4']
     for net, name in ((nn.Sequential(model, nn.ReLU()), '0.'), (Net(), 'resnet50.'), (model, '')):
         stages = visualize.summarize(visualize.collect(net, x))
         assert [s.name for s in stages] == [f'{name}layer{i}' for i in (2, 3, 4)]
@@ -143,7 +157,7 @@ def test_compiled(model, in_place):
         compiled = torch.compile(model, backend='eager')
     with torch.no_grad():
         compiled.eval()(x)
-    error = pytest.raises(ValueError, match='ran as a module: what torch.compile compiled before calls no hooks')
+    error = pytest.raises(ValueError, match='A model that was compiled before calls no hooks')
     with error, watch_layers(compiled, print), torch.no_grad():
         compiled(x)
     for a, b in zip(visualize.collect(compiled, x), expected, strict=True):
@@ -172,7 +186,7 @@ def test_summarize_averages_a_stage(model):
 def test_at_start(kwargs):
     """Before any training, whatever the base dilation; not once a map is another, the same at each position or not."""
     x = torch.randn(2, 3, 64, 64)
-    for part, index in ((None, None), ('ada_dr.conv', 0), ('freq_select.conv', -1)):
+    for part, index in ((None, None), ('ada_dr.conv', 0), ('freq_select.conv', -1), ('ada_kern.high', 0)):
         model = timm.create_model(MODEL, **kwargs)
         if part:
             with torch.no_grad():

@@ -125,3 +125,5 @@ def test_at_start():
     assert not visualize.all_at_start(moved) and moved[0].offset_lengths[1] == pytest.approx(18 ** 0.5)
     assert 'offsets 2.12 (to 4.24)' in visualize.table(moved)
     assert not visualize.all_at_start(stages(lambda bias: bias[18:].fill_(3.)))
+    with pytest.raises(ValueError, match='layer2 has dilations, taps or band weights that are not finite'):
+        visualize.figure(np.zeros((64, 64, 3)), stages(lambda bias: bias[:18].fill_(float('nan')))[:1])
