@@ -184,20 +184,23 @@ class CocoImages(Dataset[Sample]):
             np.array([labels[a['category_id']] for a in alone], np.int64), tuple(annotations))
 
     @classmethod
-    def unlabelled(cls, folder: Path, output: Path, classes: Sequence[str]) -> 'CocoImages':
+    def unlabelled(cls, folder: Path, written: Iterable[Path], classes: Sequence[str]) -> 'CocoImages':
         """The images below a folder, without annotations; the ids of the classes and of the images are 1, 2, ...
 
         Args:
             folder: Of the images.
-            output: Where what is made of them will go.
+            written: Files or folders that will be written.
             classes: Names of the classes.
 
         Raises:
-            DataError: There is no such folder, no image in it, or a file that is none; an image cannot be read; or the
-                output lies in the folder.
+            DataError: There is no such folder, no image in it, or a file that is none or cannot be read; or what will
+                be written lies in it, or it in that.
         """
-        files = images_in(folder, output).values()
-        sizes = [open_image(path).size for path in files]
+        files = images_in(folder, written).values()
+        sizes = []
+        for path in files:
+            with Image.open(path) as image:
+                sizes.append(image.size)
         made = object.__new__(cls)
         made.file, made.folder, made.left_out, made.with_masks = folder, folder, 0, False
         made.categories = dict(enumerate(classes, start=1))
@@ -274,14 +277,18 @@ class CocoImages(Dataset[Sample]):
             masks[i] = mask.decode(coded)
         return masks
 
+    def content(self, annotations: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """The content of a file in COCO's format, with these annotations of the images."""
+        return {
+            'info': {}, 'categories': [{'id': number, 'name': name} for number, name in self.categories.items()],
+            'images': [{'id': e.id, 'width': e.width, 'height': e.height,
+                        'file_name': e.path.relative_to(self.folder).as_posix()} for e in self.entries],
+            'annotations': list(annotations)}
+
     def ground_truth(self) -> Any:
         """The annotations as pycocotools wants them."""
         coco = import_coco().coco.COCO()
-        coco.dataset = {
-            'info': {}, 'categories': [{'id': number, 'name': name} for number, name in self.categories.items()],
-            'images': [{'id': e.id, 'width': e.width, 'height': e.height, 'file_name': e.path.name}
-                       for e in self.entries],
-            'annotations': [a for e in self.entries for a in e.annotations]}
+        coco.dataset = self.content(a for e in self.entries for a in e.annotations)
         coco.createIndex()
         return coco
 

@@ -108,6 +108,45 @@ def coco_scores(split: CocoImages, detections: list[Detection], kind: str = 'bbo
     return scores, printed.getvalue().rstrip()
 
 
+def detect_all(
+        model: nn.Module,
+        split: CocoImages,
+        world: World,
+        batch: int,
+        autocast: Callable[[], AbstractContextManager],
+        folder: Path | None = None,
+        pictures: int = 0,
+        least_score: float = 0.5,
+        known: bool = True,
+) -> list[Detection]:
+    """Detect the objects in all images of a split; each process takes every `world.size`-th one.
+
+    Args:
+        model: The detector.
+        split: The images.
+        world: This process.
+        batch: Images at once.
+        autocast: Context of the detector's calls.
+        folder: Where pictures go.
+        pictures: Their number, spread over the split.
+        least_score: Of the detections in pictures.
+        known: Pictures have the true boxes beside the detections.
+
+    Returns:
+        The detections in COCO's format, of all processes, in the order of the images.
+    """
+    chosen = spread(pictures, len(split))
+    own = []
+    for i, found in detect(model, split, world.device, range(world.rank, len(split), world.size), batch, autocast):
+        own += found
+        if folder is not None and i in chosen:
+            name = split.name(i)
+            write_detections(folder / f'{name}.png', name, split.read(i), split.entries[i] if known else None,
+                             [d for d in found if d['score'] >= least_score], split.categories)
+    order = {entry.id: place for place, entry in enumerate(split.entries)}
+    return sorted((d for part in world.gather(own) for d in part), key=lambda d: order[d['image_id']])
+
+
 def evaluate(
         model: nn.Module,
         split: CocoImages,
@@ -136,19 +175,9 @@ def evaluate(
         In the first process `images`, `boxes`, `detections` (their numbers), `SCORES` in percent and `lines`,
         pycocotools' summary; with masks also `masks`, the same of them. In other processes nothing.
     """
-    chosen = spread(pictures, len(split))
-    own = []
-    for i, found in detect(model, split, world.device, range(world.rank, len(split), world.size), batch, autocast):
-        own += found
-        if folder is not None and i in chosen:
-            name = split.name(i)
-            write_detections(folder / f'{name.replace("/", "_")}.png', name, split.read(i), split.entries[i], [
-                d for d in found if d['score'] >= least_score], split.categories)
-    parts = world.gather(own)
+    detections = detect_all(model, split, world, batch, autocast, folder, pictures, least_score)
     if not world.main:
         return {}
-    order = {entry.id: place for place, entry in enumerate(split.entries)}
-    detections = sorted((d for part in parts for d in part), key=lambda d: order[d['image_id']])
     if file is not None:
         write_atomically(file, lambda part: part.write_text(json.dumps(detections) + '\n'))
     scores, lines = coco_scores(split, detections)

@@ -29,7 +29,7 @@ from scripts.detection.data import DATA_SETS, open_data
 from scripts.detection.data import folder as folder_layout
 from scripts.detection.evaluation import evaluate
 from scripts.detection.model import DETECTORS, Built, build
-from scripts.detection.predict import predict
+from scripts.detection.predict import predict, unlabelled
 from scripts.detection.recipe import OPTIMIZERS, PRESETS, Objective, Recipe, usual_milestones, usual_rate
 from scripts.detection.transforms import TrainTransform, collate
 from scripts.training.batches import Samples
@@ -200,7 +200,7 @@ def run_eval(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     import_coco()
     folder = args.output or args.eval.parent
     if args.predict is not None:
-        images = CocoImages.unlabelled(args.predict, folder, classes_of(args.eval, config))
+        images = unlabelled(args.predict, folder, classes_of(args.eval, config))
         predict(trained_network(state, world), images, world, args.eval_batch,
                 partial(autocast, world.device, config['amp']), folder, args.draw, args.draw_score)
         return None

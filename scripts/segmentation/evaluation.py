@@ -52,7 +52,7 @@ def evaluate(
         counted.update(labels.numpy(), mask.numpy())
         if folder is not None and i in chosen:
             name = images.name(i)
-            write_prediction(folder / f'{name.replace("/", "_")}.png', name, images[i][0], mask.numpy(),
+            write_prediction(folder / f'{name}.png', name, images[i][0], mask.numpy(),
                              labels.numpy(), data.classes, data.palette)
     matrix = torch.from_numpy(counted.matrix)
     if world.size > 1:

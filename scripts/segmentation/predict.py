@@ -16,20 +16,23 @@ from scripts.segmentation.transforms import EvalTransform
 from scripts.training.images import colours, images_in, read_image, spread
 from scripts.training.world import World
 
+PREDICTIONS, OVERLAYS = 'predictions', 'overlays_predictions'  # folders in that of the output
+
 
 class Unlabelled(Dataset[Sample]):
     """The images below a folder, with masks in which no pixel is labelled.
 
     Args:
         folder: Of the images.
-        output: Where the predictions will go.
+        output: Of :func:`predict`.
 
     Raises:
-        DataError: There is no such folder, no image in it, or a file that is none; or the output lies in it.
+        DataError: There is no such folder, no image in it, or a file that is none or cannot be read; or what will be
+            written lies in it, or it in that.
     """
 
     def __init__(self, folder: Path, output: Path) -> None:
-        self.files = images_in(folder, output)
+        self.files = images_in(folder, [output / PREDICTIONS, output / OVERLAYS])
         self.names = tuple(self.files)
 
     def __len__(self) -> int:
@@ -52,8 +55,9 @@ def predict(
 ) -> None:
     """Write the label of each pixel; each process takes every `world.size`-th image.
 
-    `predictions/NAME.png` has the numbers of the classes, 0 for the first, and their colours as a palette;
-    `predictions/classes.txt` has their names and colours, as the layout `folder` of data sets wants them.
+    `predictions/masks/NAME.png` has the numbers of the classes, 0 for the first, and colours for them as a palette;
+    `predictions/classes.txt` has their names and these colours. Both are as the layout `folder` of data sets wants
+    them. The colours follow from the number of classes, as a checkpoint has none.
 
     Args:
         model: The network.
@@ -61,25 +65,23 @@ def predict(
         classes: Names of the classes.
         transform: What prepares an image.
         world: This process.
-        folder: Where `predictions` is made, and for pictures `overlays_predictions`.
+        folder: Of the output.
         overlays: Number of pictures, image beside prediction, spread over the images.
         **kwargs: Of `slide.slide`.
-
-    Raises:
-        DataError: An image cannot be read; it is named.
     """
     palette, chosen = colours(len(classes)), spread(overlays, len(images))
     names = ''.join(f'{name}\t#{bytes(colour).hex()}\n' for name, colour in zip(classes, palette))
-    masks = folder / 'predictions'
+    made = folder / PREDICTIONS
     if world.main:
-        write_atomically(masks / 'classes.txt', lambda part: part.write_text(names, encoding='utf-8'))
+        write_atomically(made / 'classes.txt', lambda part: part.write_text(names, encoding='utf-8'))
     for i, labels, _ in predictions(
             model, images, transform, world.device, range(world.rank, len(images), world.size), **kwargs):
         name = images.names[i]
         mask = Image.fromarray(labels.numpy().astype(np.uint8))
         mask.putpalette(palette.tobytes())
-        write_atomically(masks / f'{name}.png', partial(mask.save, format='PNG'))
+        write_atomically(made / 'masks' / f'{name}.png', partial(mask.save, format='PNG'))
         if i in chosen:
-            write_prediction(folder / 'overlays_predictions' / f'{name.replace("/", "_")}.png', name, images[i][0],
-                             None, labels.numpy(), classes, palette)
-    world.say(f'{len(images)} images of {len(classes)} classes: {masks}')
+            write_prediction(
+                folder / OVERLAYS / f'{name}.png', name, images[i][0], None, labels.numpy(), classes, palette)
+    world.gather(None)  # all have written theirs
+    world.say(f'{len(images)} images of {len(classes)} classes: {made}')

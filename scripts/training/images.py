@@ -63,7 +63,7 @@ def files_in(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
         DataError: If the folder is missing, or holds a file of another kind or two that differ in their suffix only.
     """
     if not folder.is_dir():
-        raise DataError(f'{folder}: no such folder')
+        raise DataError(f'{folder}: {"a file; wanted is a folder" if folder.exists() else "no such folder"}')
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob('*')):
         inside = path.relative_to(folder)
@@ -78,24 +78,32 @@ def files_in(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def images_in(folder: Path, output: Path) -> dict[str, Path]:
-    """All images below a folder, as :func:`files_in`.
+def images_in(folder: Path, written: Iterable[Path]) -> dict[str, Path]:
+    """All images below a folder, as :func:`files_in`, each of which can be read.
+
+    Args:
+        folder: The folder.
+        written: Files or folders that will be written.
 
     Raises:
-        DataError: There are none, or the folder for what is made of them lies among them.
+        DataError: There are none, one cannot be read, or what will be written lies among them, or they in it.
     """
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f'the output folder {output} lies in {folder}, all of whose files are taken for images: give '
-                        'another --output')
+    for path in written:
+        inner, outer = path.resolve(), folder.resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise DataError(f'{path} will be written, and the images are those in {folder}: give another --output')
     found = files_in(folder, IMAGE_SUFFIXES)
     if not found:
         raise DataError(f'{folder}: no images')
+    for image in found.values():
+        open_image(image)
     return found
 
 
 def spread(count: int, total: int) -> set[int]:
     """The places of some images, at most `count`, spread over `total` of them."""
-    return {round(i * (total - 1) / max(count - 1, 1)) for i in range(min(count, total))}
+    n = min(count, total)
+    return {round(i * (total - 1) / max(n - 1, 1)) for i in range(n)}
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -196,26 +196,33 @@ def test_predict(folder, tmp_path, capsys):
     for i in range(2):
         put(photos / f'of{i}' / f'{i}.bmp', np.asarray(Image.open(folder / 'val' / 'images' / f'{i}.png')))
     predict = ['--eval', checkpoint, '--predict', photos, '--device', 'cpu']
-    assert main(*predict, '--overlays', 1, '--output', tmp_path / 'out') == 0
+    assert main(*predict, '--overlays', 8, '--output', tmp_path / 'out') == 0
     assert '2 images of 2 classes' in capsys.readouterr().out
     made = sorted(p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file())
-    assert made == ['overlays_predictions/of0_0.png', 'predictions/classes.txt', 'predictions/of0/0.png',
-                    'predictions/of1/1.png']
+    assert made == ['overlays_predictions/of0/0.png', 'overlays_predictions/of1/1.png', 'predictions/classes.txt',
+                    'predictions/masks/of0/0.png', 'predictions/masks/of1/1.png']
     # as masks of a data set they are right everywhere
     data = tmp_path / 'made'
     for part in ('train', 'val'):
         for i in range(2):
             put(data / part / 'images' / f'of{i}' / f'{i}.png', np.asarray(Image.open(photos / f'of{i}' / f'{i}.bmp')))
-            shutil.copytree(tmp_path / 'out' / 'predictions', data / part / 'masks', dirs_exist_ok=True)
-            (data / part / 'masks' / 'classes.txt').rename(data / 'classes.txt')
+        shutil.copytree(tmp_path / 'out' / 'predictions' / 'masks', data / part / 'masks')
+    shutil.copy(tmp_path / 'out' / 'predictions' / 'classes.txt', data)
     assert main('--eval', checkpoint, '--root', data, '--device', 'cpu', '--anyway') == 0
     assert json.loads((tmp_path / 'run' / 'eval.json').read_text())['accuracy'] == 100
-    # what is made is not taken for images, and what is no image is named
-    assert main(*predict, '--output', photos / 'out') == 1
-    assert 'all of whose files are taken for images' in capsys.readouterr().err
-    (photos / 'notes.txt').write_text('')
-    assert main(*predict) == 1
-    assert 'notes.txt: unexpected file' in capsys.readouterr().err
+    # what is made is not taken for images, nor written over them, and what is no image is named
+    before = (tmp_path / 'out' / 'predictions' / 'masks' / 'of0' / '0.png').read_bytes()
+    for images, output in ((photos, photos / 'out'), (tmp_path / 'out' / 'predictions' / 'masks', tmp_path / 'out')):
+        assert main('--eval', checkpoint, '--predict', images, '--output', output, '--device', 'cpu') == 1
+        assert 'will be written, and the images are those in' in capsys.readouterr().err
+    assert (tmp_path / 'out' / 'predictions' / 'masks' / 'of0' / '0.png').read_bytes() == before
+    assert main('--eval', checkpoint, '--predict', checkpoint, '--device', 'cpu') == 1
+    assert 'last.pt: a file; wanted is a folder' in capsys.readouterr().err
+    for name, message in (('a.png', 'a.png: the image cannot be read'), ('notes.txt', 'notes.txt: unexpected file')):
+        (photos / name).write_text('')
+        assert main(*predict) == 1
+        assert message in capsys.readouterr().err
+        (photos / name).unlink()
 
 
 @pytest.mark.sweep
