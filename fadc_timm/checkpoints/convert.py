@@ -1,7 +1,7 @@
 """Convert local checkpoints to FADC models, and account for every key.
 
-They are of a base, of an FADC model, of the authors' code, or of mmdetection or mmsegmentation with deformable
-convolutions.
+They are of a base or of an FADC model, alone or within another network, of the authors' code, or of mmdetection or
+mmsegmentation with deformable convolutions.
 """
 import argparse
 import pickle
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..models._checkpoint import why_unreadable
 from ..models._family import architecture_of, fadc_keys, family_of
-from .official import convert_checkpoint, refuse_caffe, rename_stem
+from .official import convert_checkpoint, refuse_caffe, refuse_dilated, rename_stem
 
 __all__ = [
-    'AUTHORS', 'Checkpoint', 'Converted', 'OPENMMLAB', 'RELEASES', 'TIMM', 'convert', 'pretrained_cfg',
+    'AUTHORS', 'Checkpoint', 'Converted', 'OPENMMLAB', 'OTHER', 'RELEASES', 'TIMM', 'convert', 'pretrained_cfg',
     'read_checkpoint', 'report', 'summary', 'what_was_blocked']
 
 StateDict = Dict[str, Tensor]
@@ -41,18 +41,22 @@ _WITHIN = ('backbone.timm_model.', 'encoder.model.', _OWN)
 _LAYERS = re.compile(r'conv\d*_offset\.|\.conv_mask\.|\.OMNI_ATT|\.FS\.')
 
 # Who wrote a checkpoint.
-TIMM, AUTHORS, OPENMMLAB = 'timm', "the authors' code", 'mmdetection or mmsegmentation'
+TIMM, AUTHORS, OPENMMLAB, OTHER = (
+    'timm', "the authors' code", 'mmdetection or mmsegmentation', 'a network around the backbone')
+
+# Modules of networks in mmdetection and mmsegmentation, and of the code for segmentation that is made for these.
+_OPENMMLAB_NAMES = ('stem.', 'downsample_layers.', 'levels.')
 
 
 class Checkpoint(NamedTuple):
     """What a file holds.
 
-    state_dict: Tensors by their names, without the prefixes of wrappers. From a segmentation network only the backbone.
+    state_dict: Tensors by their names, without the prefixes of wrappers. Of a backbone within another network they are
+        the backbone's, by its own names; not where it has layers of the authors or of mmcv.
     entry: The file's key that the tensors were under; empty where the file holds the tensors themselves.
     left: The file's other keys.
     meta: What the file says about itself under `meta`, as mmdetection and mmsegmentation do.
-    within: Where the file has the tensors of a backbone, which need not have the last norm and the classifier; empty
-        where it holds a whole network.
+    within: The prefix of such a backbone, which need not have the last norm and the classifier; else empty.
     normalisation: The `mean` and `std` of the images that it was trained with, where the file has them, as those of
         this project's training scripts do.
     """
@@ -183,6 +187,7 @@ def _as_whole(state_dict: StateDict, model: nn.Module) -> StateDict:
     deep = isinstance(children.get('conv1'), nn.Sequential)
     out = {}
     for key, value in state_dict.items():
+        key = key.replace('.depthwise_conv.', '.dwconv.').replace('.pointwise_conv', '.pwconv')  # of mmpretrain
         head, _, rest = key.partition('.')
         flat = re.fullmatch(r'(.+)_(\d+)', head)
         if head not in children and flat and flat[1] in children:
@@ -264,16 +269,22 @@ def convert(
         release: Which release of the authors' code wrote the checkpoint; ignored for timm's.
 
     Raises:
-        NotImplementedError: The checkpoint's configuration says what no model of timm computes.
+        NotImplementedError: The checkpoint's configuration says what no model of timm computes, or that its network is
+            dilated where `model_args` have no `output_stride`.
         RuntimeError: Keys are missing or left over, or shapes differ; the message names them.
         ValueError: `name` is no FADC model.
     """
     official = checkpoint.official
     args = dict(model_args or {})
+    if 'output_stride' not in args:
+        refuse_dilated(checkpoint.meta)
     if official:
         writer = OPENMMLAB if _is_deformable(name, args) else AUTHORS
     else:
-        writer = OPENMMLAB if checkpoint.within == _OWN else TIMM
+        writer = TIMM
+        if checkpoint.within == _OWN:
+            named = any(key.startswith(_OPENMMLAB_NAMES) for key in checkpoint.state_dict)
+            writer = OPENMMLAB if named or checkpoint.meta else OTHER
     if writer == AUTHORS:
         args = {'padding_mode': 'replicate', 'dilation_act': RELEASES[release], **args}
     norm = 'batchnorm2d' if writer == AUTHORS else _ada_kern_norm(checkpoint.state_dict)
@@ -300,7 +311,7 @@ def pretrained_cfg(name: str, checkpoint: Checkpoint, converted: Converted) -> D
     out: Dict[str, Any] = dict(checkpoint.normalisation)
     if converted.writer != TIMM or '.' not in name:
         out.update(dict.fromkeys(('tag', 'license', 'paper_ids', 'origin_url', 'description', 'notes', 'label_names')))
-    if converted.writer != TIMM:
+    if converted.writer in (AUTHORS, OPENMMLAB):
         # these backbones see images normalised as timm's default does
         out.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     if converted.writer == AUTHORS:

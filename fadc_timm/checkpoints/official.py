@@ -20,7 +20,7 @@ from ..layers import FADConv2d
 from ..models._family import fadc_keys
 from ..ops.runtime import is_depthwise
 
-__all__ = ['convert_checkpoint', 'convert_layer', 'load_layer', 'refuse_caffe', 'rename_stem']
+__all__ = ['convert_checkpoint', 'convert_layer', 'load_layer', 'refuse_caffe', 'refuse_dilated', 'rename_stem']
 
 _logger = logging.getLogger(__name__)
 
@@ -266,11 +266,27 @@ def rename_stem(key: str, conv1_is_deep: bool) -> str:
     return f'bn1.{rest}' if index == '7' else f'conv1.{index}.{rest}'
 
 
+def _configuration(meta: Any) -> str:
+    """The configuration in the `meta` of a checkpoint of mmdetection or mmsegmentation."""
+    texts = [meta.get(k) for k in ('config', 'cfg')] if isinstance(meta, Mapping) else []
+    return '\n'.join(text for text in texts if isinstance(text, str))
+
+
+def refuse_dilated(meta: Any) -> None:
+    """Raise NotImplementedError where the `meta` of a checkpoint says that its backbone has dilations for strides."""
+    found = re.search(
+        r"""\bdilations['"]?\s*[=:]\s*[(\[]\s*1,\s*1,\s*(1,\s*2|2,\s*4)\s*,?\s*[)\]]""", _configuration(meta))
+    if found:
+        stride = 8 if found[1].startswith('2') else 16
+        raise NotImplementedError(
+            f"The checkpoint's configuration says {' '.join(found[0].split())}: its backbone has an output stride of "
+            f'{stride}. Give output_stride={stride}, or another one to have another network.')
+
+
 def refuse_caffe(meta: Any) -> None:
     """Raise NotImplementedError where the `meta` of a checkpoint of mmdetection says that its strides are in 1x1
     convolutions."""
-    texts = [meta[k] for k in ('config', 'cfg') if isinstance(meta.get(k), str)] if isinstance(meta, Mapping) else []
-    if any(re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) for text in texts):
+    if re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", _configuration(meta)):
         raise NotImplementedError(
             "The checkpoint has style='caffe', strides in its 1x1 convolutions; timm's networks have them in the 3x3 "
             "convolutions, as style='pytorch'.")

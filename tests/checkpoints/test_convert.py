@@ -112,12 +112,15 @@ def in_the_names_of_mmsegmentation(base):
     return {k: v.abs() if k.endswith('running_var') else v for k, v in state.items()}
 
 
-@pytest.mark.parametrize('base', ['test_resnet', 'test_convnext', 'test_dinat'])
+@pytest.mark.parametrize('base', ['test_resnet', 'test_convnext', 'test_convnext of mmpretrain', 'test_dinat'])
 @torch.no_grad()
 def test_backbone_without_fadc_of_mmsegmentation(base, convert, tmp_path):
     """It is lifted as the base is."""
     torch.manual_seed(0)
+    base, _, mmpretrain = base.partition(' ')
     state = in_the_names_of_mmsegmentation(base)
+    if mmpretrain:
+        state = {k.replace('dwconv', 'depthwise_conv').replace('pwconv', 'pointwise_conv'): v for k, v in state.items()}
     file, args = tmp_path / 'a.pth', ['--model', f'{base}_fadc', '--out', tmp_path / 'out']
     torch.save(dict(meta=dict(config="style='pytorch'"), state_dict={**state, 'decode_head.x': torch.ones(1)}), file)
     status, out = convert(file, *args)
@@ -134,6 +137,20 @@ def test_backbone_without_fadc_of_mmsegmentation(base, convert, tmp_path):
     torch.save(dict(meta=dict(config="style='caffe'"), state_dict=state), file)
     status, out = convert(file, *args)
     assert status == 2 and "style='caffe'" in out
+    torch.save(dict(meta=dict(cfg='strides=(1, 2, 1, 1), dilations=(1, 1,\n 2, 4)'), state_dict=state), file)
+    status, out = convert(file, *args)
+    assert status == 2 and 'says dilations=(1, 1, 2, 4): its backbone has an output stride of 8. Give' in out
+    status, out = convert(file, *args, '--model-kwargs', 'output_stride=8')
+    assert status == 0, out
+
+
+def test_backbone_of_another_network(convert, tmp_path, capsys):
+    """That has a prefix and no more of mmsegmentation says nothing of the images that it was trained with."""
+    torch.save({f'backbone.{k}': v for k, v in trained('test_resnet').items()}, tmp_path / 'a.pth')
+    assert main(['convert', str(tmp_path / 'a.pth'), '--model', 'test_resnet_fadc', '--out', str(tmp_path / 'o')]) == 0
+    assert 'A checkpoint of a network around the backbone' in capsys.readouterr().out
+    model, config = folder_of(tmp_path / 'o')
+    assert config['pretrained_cfg']['mean'] == [0.5, 0.5, 0.5] and 'license' not in config['pretrained_cfg']
 
 
 
