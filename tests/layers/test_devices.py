@@ -8,6 +8,7 @@ import torch
 from fadc_timm import losses, visualize
 from fadc_timm.ops import low_pass, set_backend
 from fadc_timm.ops.band_mix import fused
+from fadc_timm.ops.kept_tables import KeptTables
 from tests.support.layer_cases import FAD_CONV, ids, make
 from tests.support.off_identity import off_identity
 from tests.support.play_device import DEVICE, PlayTensor, play_device
@@ -16,11 +17,10 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture
-def device():
-    fused._axis.cache_clear()
+def device(monkeypatch):
+    monkeypatch.setattr(fused, '_axis', KeptTables(fused._make_axis))
     with play_device():
         yield DEVICE
-    fused._axis.cache_clear()
 
 
 def test_the_device_is_one(device):
