@@ -83,6 +83,9 @@ class Shop:
                 for i in range(32):
                     picture = rng.integers(0, 60, (72, 64, 3), dtype=np.uint8) + np.uint8(40 * (i % 4))
                     segmentation_cases.put(self.folder / 'DATA' / split / f'class{i % 4}' / f'{i}.png', picture)
+        elif name == 'IMAGES':
+            for i in range(2):
+                segmentation_cases.put(self.folder / name / f'{i}.png', segmentation_cases.picture_of(i, 48, 64))
         elif re.fullmatch(r'[\w-]+\.pth(\.tar)?', name) and not (self.folder / name).exists():
             torch.save(self.checkpoint(name), self.folder / name)
         elif name == 'names.txt':

@@ -169,7 +169,8 @@ def test_init_official(tmp_path):
         called.update(name=name, args=args, release=release)
         return type('Converted', (), {'model': full})
 
-    torch.save({'state_dict': {'backbone.x': torch.zeros(1)}}, tmp_path / 'theirs.pth')
+    state = {'backbone.layer2.0.conv1.conv_offset.weight': torch.zeros(1)}
+    torch.save({'state_dict': state}, tmp_path / 'theirs.pth')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, 'convert', convert)
         built = build('test_resnet_fadc', 5, init=str(tmp_path / 'theirs.pth'), fadc={'dilation_act': 'relu'})
