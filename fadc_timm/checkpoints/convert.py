@@ -69,12 +69,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def official(self) -> bool:
-        """Whether it has layers of the authors' code, or of mmcv's deformable convolution."""
-        return _is_official(self.state_dict)
-
-
-def _is_official(state_dict: StateDict) -> bool:
-    return any(key.startswith(_OWN) and _LAYERS.search(key) for key in state_dict)
+        """Whether it has layers of the authors' code, or of mmcv's deformable convolution: these keep the prefix."""
+        return any(key.startswith(_OWN) for key in self.state_dict)
 
 
 class Converted(NamedTuple):
@@ -147,7 +143,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     rest = [f'{k}.*' if isinstance(v, Mapping) else k for k, v in content.items() if k != entry]
     left = rest if entry else others
     prefix = next((p for p in _WITHIN if any(k.startswith(p) for k in state_dict)), '')
-    if prefix == _OWN and _is_official(state_dict):
+    if prefix == _OWN and any(key.startswith(_OWN) and _LAYERS.search(key) for key in state_dict):
         prefix = ''
     if prefix:
         left += [k for k in state_dict if not k.startswith(prefix)]

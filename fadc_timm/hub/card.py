@@ -114,19 +114,18 @@ import fadc_timm
 
 x = torch.randn({shape})  # or images, normalised as config.json says
 '''
-_IMAGE = 'transform(image).unsqueeze(0)'
 _TRANSFORM = '''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 '''
 _CLASSES = '''model = timm.create_model('hf-hub:{repository}', pretrained=True).eval()
 {transform}
 with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)  # (1, {num_classes})
+    probabilities = model({x}).softmax(dim=1)  # (1, {num_classes})
 top_probabilities, top_classes = probabilities.topk({top})
 '''
 _MAPS = '''backbone = timm.create_model('hf-hub:{repository}', pretrained=True, features_only=True).eval()
 
 with torch.inference_mode():
-    features = backbone(transform(image).unsqueeze(0))
+    features = backbone({x})
 for feature in features:
     print(tuple(feature.shape))
 {shapes}
@@ -134,9 +133,9 @@ for feature in features:
 _EMBEDDINGS = '''model = timm.create_model('hf-hub:{repository}', pretrained=True, num_classes=0).eval()
 {transform}
 with torch.inference_mode():
-    embedding = model(transform(image).unsqueeze(0))  # {embedding}
+    embedding = model({x})  # {embedding}
     # or, before pooling
-    unpooled = model.forward_features(transform(image).unsqueeze(0))  # {unpooled}
+    unpooled = model.forward_features({x})  # {unpooled}
 '''
 
 
@@ -158,17 +157,16 @@ def usage(repository: str, num_classes: int, input_size: Tuple[int, ...], embedd
         sections.insert(0 if num_classes else 1, ('Feature Map Extraction', _MAPS))
     if num_classes:
         sections.insert(0, ('Image Classification', _CLASSES))
-    opens, transform = _OPEN, _TRANSFORM
+    opens, transform, x = _OPEN, _TRANSFORM, 'transform(image).unsqueeze(0)'
     if input_size[0] != 3:
-        opens, transform = _RANDOM.replace('{shape}', ', '.join(map(str, (1, *input_size)))), ''
+        opens, transform, x = _RANDOM, '', 'x'
     values = dict(repository=repository, num_classes=num_classes, top=min(5, num_classes), embedding=embedding,
-                  unpooled=unpooled, shapes=shapes, image=image)
+                  unpooled=unpooled, shapes=shapes, image=image, x=x, shape=', '.join(map(str, (1, *input_size))))
     text = ('## Model Usage\n\n'
             'The architecture is not part of timm: `import fadc_timm` (package `fadc-timm`) registers it.\n')
     for i, (title, code) in enumerate(sections):
         code = code.replace('{transform}\n', '\n' if i else f'{transform}\n')
         code = code if i else f'{opens}\n{code}'
-        code = code if transform else code.replace(_IMAGE, 'x')
         for name, value in values.items():
             code = code.replace('{' + name + '}', str(value))
         text += f'\n### {title}\n```python\n{code}```\n'

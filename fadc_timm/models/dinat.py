@@ -162,8 +162,10 @@ class DiNATStage(nn.Module):
 
 def _per_block(dilations: Any, depths: Sequence[int]) -> List[List[int]]:
     """The dilation of every block, by stages."""
-    if dilations is None or isinstance(dilations, int):
-        return [[1 if dilations is None else dilations] * depth for depth in depths]
+    if dilations is None:
+        dilations = 1
+    if isinstance(dilations, int):
+        return [[dilations] * depth for depth in depths]
     found = [list(stage) if isinstance(stage, (list, tuple)) else [stage] * depth
              for stage, depth in zip(dilations, depths)]
     if len(dilations) != len(depths) or [len(stage) for stage in found] != list(depths):

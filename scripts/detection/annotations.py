@@ -197,10 +197,7 @@ class CocoImages(Dataset[Sample]):
                 be written lies in it, or it in that.
         """
         files = images_in(folder, written).values()
-        sizes = []
-        for path in files:
-            with Image.open(path) as image:
-                sizes.append(image.size)
+        sizes = [open_image(path).size for path in files]
         made = object.__new__(cls)
         made.file, made.folder, made.left_out, made.with_masks = folder, folder, 0, False
         made.categories = dict(enumerate(classes, start=1))

@@ -13,7 +13,7 @@ from scripts.segmentation.pairs import IGNORE, Sample
 from scripts.segmentation.pictures import write_prediction
 from scripts.segmentation.slide import predictions
 from scripts.segmentation.transforms import EvalTransform
-from scripts.training.images import colours, images_in, read_image, spread
+from scripts.training.images import colours, images_in, open_image, read_image, spread
 from scripts.training.world import World
 
 PREDICTIONS, OVERLAYS = 'predictions', 'overlays_predictions'  # folders in that of the output
@@ -34,6 +34,8 @@ class Unlabelled(Dataset[Sample]):
     def __init__(self, folder: Path, output: Path) -> None:
         self.files = images_in(folder, [output / PREDICTIONS, output / OVERLAYS])
         self.names = tuple(self.files)
+        for path in self.files.values():  # for its errors, before any image is predicted
+            open_image(path)
 
     def __len__(self) -> int:
         return len(self.names)

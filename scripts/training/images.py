@@ -79,14 +79,14 @@ def files_in(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
 
 
 def images_in(folder: Path, written: Iterable[Path]) -> dict[str, Path]:
-    """All images below a folder, as :func:`files_in`, each of which can be read.
+    """All images below a folder, as :func:`files_in`.
 
     Args:
         folder: The folder.
         written: Files or folders that will be written.
 
     Raises:
-        DataError: There are none, one cannot be read, or what will be written lies among them, or they in it.
+        DataError: There are none, or what will be written lies among them, or they in it.
     """
     for path in written:
         inner, outer = path.resolve(), folder.resolve()
@@ -95,8 +95,6 @@ def images_in(folder: Path, written: Iterable[Path]) -> dict[str, Path]:
     found = files_in(folder, IMAGE_SUFFIXES)
     if not found:
         raise DataError(f'{folder}: no images')
-    for image in found.values():
-        open_image(image)
     return found
 
 

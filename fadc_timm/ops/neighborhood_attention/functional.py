@@ -47,10 +47,15 @@ def _filled(x: Tensor, rows: int, cols: int) -> Tensor:
 _filled_at_any_size = torch.jit.script_if_tracing(_filled)
 
 
+def _is_traced() -> bool:
+    """Whether the call is traced, for maps of all sizes; ONNX's older exporter, which traces too, is for one."""
+    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+
+
 def filled(x: Tensor, rows: int, cols: int) -> Tensor:
     """x (..., H, W, c) with at least so many rows and columns; what is traced decides at each call."""
     if not torch.jit.is_scripting():
-        if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        if _is_traced():
             return _filled_at_any_size(x, rows, cols)
     return _filled(x, rows, cols)
 
@@ -58,7 +63,7 @@ def filled(x: Tensor, rows: int, cols: int) -> Tensor:
 def cut(y: Tensor, h: int, w: int) -> Tensor:
     """The first rows and columns of y (..., H, W, c), which are mostly all of it."""
     if not torch.jit.is_scripting():
-        if not torch.jit.is_tracing() and y.shape[-3] == h and y.shape[-2] == w:
+        if not _is_traced() and y.shape[-3] == h and y.shape[-2] == w:
             return y
     return y[..., :h, :w, :]
 
