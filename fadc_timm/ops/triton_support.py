@@ -4,15 +4,17 @@ Triton is optional. Of the operators only this module and the modules of kernels
 """
 import functools
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from threading import get_ident
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'index_type', 'is_default_on', 'is_interpreted', 'launch', 'types_of',
-    'unavailable', 'why_not', 'why_not_on']
+    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'current_device', 'current_stream', 'index_type', 'is_default_on',
+    'is_interpreted', 'launch', 'launch_now', 'observers', 'relaunch_of', 'types_of', 'unavailable', 'why_not',
+    'why_not_on']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -158,12 +160,20 @@ class Launch:
         self.kept: Dict[Tuple[Any, ...], Callable[..., None]] = {}
 
 
+# By thread: what takes a launch and its tensors in place of :func:`launch`.
+observers: Dict[int, Callable[[Launch, Tuple[Optional[Tensor], ...]], None]] = {}
+
 # torch.cuda.current_device, without its questions about the state of CUDA. torch without CUDA has only the latter.
-_current_device = getattr(torch._C, '_cuda_getDevice', torch.cuda.current_device)
+current_device = getattr(torch._C, '_cuda_getDevice', torch.cuda.current_device)
 
 
-def _relaunch(this: Launch, compiled: Any, device: int) -> Callable[..., None]:
-    """What launches a compiled kernel again, on the addresses of tensors like those of its first launch.
+def current_stream(device: int) -> int:
+    """The current stream of a CUDA device, as a number."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def _relaunch(this: Launch, compiled: Any) -> Callable[..., None]:
+    """What launches a compiled kernel again, on a stream and the addresses of tensors like those of its first launch.
 
     It calls the kernel's launcher itself. `compiled[grid]` first prepares what launch hooks are told. It is called if
     there are launch hooks, and in versions of Triton whose kernels have no such launcher.
@@ -172,34 +182,23 @@ def _relaunch(this: Launch, compiled: Any, device: int) -> Callable[..., None]:
     as_triton, numbers = compiled[this.grid], (*this.numbers, *this.constants)
     run: Any = getattr(compiled, 'run', None)
     function, metadata = (getattr(compiled, name, None) for name in ('function', 'packed_metadata'))
-    stream_of: Any = getattr(torch._C, '_cuda_getCurrentRawStream', None)
-    if None in (run, function, metadata, stream_of):
-        return lambda *addresses: as_triton(*addresses, *numbers)
+    if None in (run, function, metadata):
+        return lambda stream, *addresses: as_triton(*addresses, *numbers)
     x, y, z = this.grid
 
-    def relaunch(*addresses: Optional[int]) -> None:
+    def relaunch(stream: int, *addresses: Optional[int]) -> None:
         # a chain of hooks, one hook, or None
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
             as_triton(*addresses, *numbers)
         else:
-            run(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *numbers)
+            run(x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers)
 
     return relaunch
 
 
-def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
-    """Launch a kernel on the current stream of the tensors' device. All launches go through this function."""
-    tensors = first, *others
-    if is_interpreted():
-        this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
-        return
-    device = _current_device()
-    if first.get_device() != device:
-        with torch.cuda.device(first.device):
-            launch(this, first, *others)
-        return
-    # The launcher would ask the driver about each tensor. It need not be asked again about tensors of the same device.
+def _addresses(tensors: Sequence[Optional[Tensor]]) -> Tuple[List[Optional[int]], Tuple[Any, ...]]:
+    """Addresses of tensors; and what determines, with their shapes, which compiled kernel is theirs."""
     addresses: List[Optional[int]] = []
     key: List[Any] = []
     for t in tensors:
@@ -210,11 +209,45 @@ def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
             address = t.data_ptr()
             addresses.append(address)
             key += t.dtype, t.get_device(), address & 15
-    relaunch = this.kept.get(tuple(key))
+    return addresses, tuple(key)
+
+
+def relaunch_of(this: Launch, tensors: Sequence[Optional[Tensor]]) -> Optional[Callable[..., None]]:
+    """What launches again on a stream and the addresses of tensors like these, if it is known."""
+    return this.kept.get(_addresses(tensors)[1])
+
+
+def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
+    """Launch a kernel on the current stream of the tensors' device.
+
+    All launches go through this function, except for those of a call that is replayed (:mod:`.recorded`).
+    """
+    if observers:
+        observer = observers.get(get_ident())
+        if observer is not None:
+            observer(this, (first, *others))
+            return
+    launch_now(this, first, *others)
+
+
+def launch_now(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
+    """:func:`launch` where nothing takes its place."""
+    tensors = first, *others
+    if is_interpreted():
+        this.kernel[this.grid](*tensors, *this.numbers, *this.constants)
+        return
+    device = current_device()
+    if first.get_device() != device:
+        with torch.cuda.device(first.device):
+            launch_now(this, first, *others)
+        return
+    # The launcher would ask the driver about each tensor. It need not be asked again about tensors of the same device.
+    addresses, key = _addresses(tensors)
+    relaunch = this.kept.get(key)
     if relaunch is not None:
-        relaunch(*addresses)
+        relaunch(current_stream(device), *addresses)
         return
     compiled = this.kernel[this.grid](
         *tensors, *this.numbers, *this.constants, num_warps=this.num_warps, num_stages=this.num_stages)
     if compiled is not None:  # it is None if a hook of Triton's compiler took the call
-        this.kept[tuple(key)] = _relaunch(this, compiled, device)
+        this.kept[key] = _relaunch(this, compiled)

@@ -169,7 +169,8 @@ class Kernel:
 def test_launch_asks_triton_once(monkeypatch):
     """For the dtypes and alignments of the tensors; what was compiled takes the same arguments, tensors by address."""
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(triton_support, '_current_device', lambda: -1)  # the number of a CPU
+    monkeypatch.setattr(triton_support, 'current_device', lambda: -1)  # the number of a CPU
+    monkeypatch.setattr(triton_support, 'current_stream', lambda device: 0)
     kernel = Kernel()
     this = Launch(kernel, (5, 2), (3, 0.5), (True, 16), num_warps=2)
     x = torch.zeros(16)
@@ -187,7 +188,7 @@ def test_launch_on_the_device_of_the_tensors(monkeypatch):
     """Whatever the current device, which is the same again afterwards."""
     current = [1]
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(triton_support, '_current_device', lambda: current[-1])
+    monkeypatch.setattr(triton_support, 'current_device', lambda: current[-1])
     seen = []
 
     @contextmanager
@@ -197,6 +198,7 @@ def test_launch_on_the_device_of_the_tensors(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, 'device', device)
+    monkeypatch.setattr(triton_support, 'current_stream', lambda device: 0)
     kernel = Kernel()
     this = Launch(kernel, (1,), (), ())
     for _ in range(2):
@@ -221,9 +223,9 @@ class CompiledKernel(Kernel):
 def test_launch_again_calls_the_launcher(monkeypatch):
     """On the stream that is current then; but Triton is asked if a launch hook is set."""
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
-    monkeypatch.setattr(triton_support, '_current_device', lambda: -1)
-    streams = iter((7, 8, 9))
-    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: next(streams), raising=False)
+    monkeypatch.setattr(triton_support, 'current_device', lambda: -1)
+    streams = iter((7, 8, 0, 0, 0, 0, 9))
+    monkeypatch.setattr(triton_support, 'current_stream', lambda device: next(streams))
     kernel, x = CompiledKernel(), torch.zeros(16)
     this = Launch(kernel, (5, 2), (3, 0.5), (True, 16))
     for _ in range(3):

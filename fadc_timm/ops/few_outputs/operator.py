@@ -161,9 +161,9 @@ def forward(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
 ) -> Tuple[Tensor, Tensor]:
     """F.conv2d of x in its dtype, whatever dtype weight and bias have.
 
@@ -204,9 +204,9 @@ def gradient(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
         into: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; that of no bias is empty.

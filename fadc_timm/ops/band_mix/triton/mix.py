@@ -3,7 +3,7 @@
 The products write to tensors that they are given. Autocast leaves such products alone.
 """
 import functools
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Spec(NamedTuple):
     tf32: bool
 
 
-def spec_of(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Spec:
+def spec_of(x: Tensor, maps: Tensor, factors: Sequence[int], act: bool) -> Spec:
     tf32 = x.dtype == torch.float32 and x.device.type == 'cuda' and allows_tf32()
     bands, groups = maps.shape[1:3]
     return Spec(tuple(x.shape), x.dtype, x.device, bands, groups, maps.stride(), tuple(factors), act, tf32)

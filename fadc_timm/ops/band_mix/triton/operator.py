@@ -1,5 +1,5 @@
 """The band mix in Triton as an operator of torch, and its gradient."""
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def _empty_means(x: Tensor) -> Tensor:
     return torch.empty(mix.means_shape(*x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
-def forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, maps: Tensor, factors: Sequence[int], act: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`mix_bands` in Triton.
 
     Args:
@@ -40,13 +40,13 @@ def forward(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Ten
 mix_bands_triton = torch.library.custom_op('fadc_timm::mix_bands_triton', forward, mutates_args=())
 
 
-def _count(n: int, factors: List[int]) -> int:
+def _count(n: int, factors: Sequence[int]) -> int:
     """Number of frequencies that the tables have on an axis of n points."""
     ends = [edges(n, f) for f in factors]
     return padded(max([2 * max(-low, high - 1, 0) + 1 for low, high in ends], default=1))
 
 
-def _empty_coefficients(x: Tensor, factors: List[int]) -> Tensor:
+def _empty_coefficients(x: Tensor, factors: Sequence[int]) -> Tensor:
     b, c, h, w = x.shape
     return x.new_empty((b, _count(h, factors), _count(w, factors), c))
 
@@ -63,7 +63,7 @@ def gradient(
         x: Tensor,
         maps: Tensor,
         coefficients: Tensor,
-        factors: List[int],
+        factors: Sequence[int],
         act: bool,
 ) -> Tuple[Tensor, Tensor]:
     """Gradients of :func:`mix_bands_triton` for x and maps. The low-passes are self-adjoint."""
@@ -120,6 +120,6 @@ class _Eager(torch.autograd.Function):
         return _backward_with(gradient, ctx, grad, grad_means)
 
 
-def call(x: Tensor, maps: Tensor, factors: List[int], act: bool) -> Tuple[Tensor, Tensor]:
+def call(x: Tensor, maps: Tensor, factors: Sequence[int], act: bool) -> Tuple[Tensor, Tensor]:
     """The first two results of :func:`mix_bands_triton`."""
     return form_of_call(mix_bands_triton, _Eager, forward, (x, maps))(x, maps, factors, act)[:2]

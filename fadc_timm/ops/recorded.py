@@ -1,0 +1,471 @@
+"""Functions of tensors that are recorded once, and then replayed without the Python that they are written in.
+
+In eager mode a GPU waits for Python: a layer's call is some launches and products, and four times as many small tensors
+and views that lead to them. All of these follow from shapes, strides and dtypes. So the first call of a kind runs as it
+is written, the second is recorded, and from the third on the recorded launches and operators of torch are called on the
+memory of the new tensors. Tensors in between share one block of memory for each dtype.
+"""
+from threading import Lock, get_ident
+from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from . import triton_support
+
+__all__ = ['Program', 'Programs', 'Tensors', 'addresses_of', 'record']
+
+Tensors = Sequence[Optional[Tensor]]
+Function = Callable[..., Tensors]
+
+_aten = torch.ops.aten
+# What gives a tensor that is not filled.
+_EMPTY = {
+    _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default}
+# torch's functions for recorded operators, which take a third of the time of a call of the operator itself.
+_FAST: Dict[Any, Callable[..., Any]] = {
+    _aten.mm.out: torch.mm, _aten.bmm.out: torch.bmm, _aten.mm.default: torch.mm, _aten.bmm.default: torch.bmm,
+    _aten.native_batch_norm.default: torch.native_batch_norm, _aten.addmm_.default: Tensor.addmm_,
+    _aten.baddbmm_.default: Tensor.baddbmm_, _aten.add_.Tensor: Tensor.add_, _aten.zero_.default: Tensor.zero_,
+    _aten.convolution.default: torch.convolution, _aten.sum.dim_IntList: torch.sum}
+for _multiply in ('mm', 'bmm'):  # with a dtype for the result, from torch 2.8 on
+    if hasattr(getattr(_aten, _multiply), 'dtype'):
+        _FAST[getattr(_aten, _multiply).dtype] = getattr(torch, _multiply)
+# Parts of a block of memory start at multiples of so many bytes, as a tensor of its own does.
+_ALIGNED = 512
+# A tensor of more bytes is dropped as soon as no later step reads it.
+_LARGE = 2 ** 20
+
+
+class _Base:
+    """Memory that recorded tensors are in.
+
+    kind: 'input', 'empty' for what was not filled when it was made, 'result' of an operator, or 'constant' for what was
+        there before. tensor: Of a constant. size, stride, offset: Of the tensor that was there first.
+    """
+
+    def __init__(self, kind: str, t: Tensor) -> None:
+        self.kind, self.dtype, self.device = kind, t.dtype, t.device
+        self.size, self.stride, self.offset = tuple(t.shape), t.stride(), int(t.storage_offset())
+        self.elements = t.untyped_storage().nbytes() // t.element_size()
+        self.tensor = t if kind == 'constant' else None
+
+
+class _Part(NamedTuple):
+    """A recorded tensor: its base, its size and strides, and how many elements of the base are before it."""
+    base: int
+    size: Tuple[int, ...]
+    stride: Tuple[int, ...]
+    offset: int
+
+
+class _Step(NamedTuple):
+    """A recorded call. call: A Launch or an operator of torch. results: The bases that it makes."""
+    call: Any
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+    results: Tuple[Optional[int], ...]
+    relaunch: Optional[Callable[..., None]]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the launches and the operators of the calls inside it, of this thread."""
+
+    def __init__(self, inputs: Tensors) -> None:
+        super().__init__()
+        self.bases: List[_Base] = []
+        self.steps: List[_Step] = []
+        self.obstacle: Optional[str] = None
+        self._known: Dict[int, int] = {}
+        self._storages: List[Any] = []
+        for t in inputs:
+            if t is None:
+                self.bases.append(_Base('constant', torch.empty(0)))
+            elif t.untyped_storage()._cdata in self._known:
+                self.obstacle = 'two inputs share their memory'
+            else:
+                self._add('input', t)
+
+    def __enter__(self) -> '_Recorder':
+        triton_support.observers[get_ident()] = self.launch
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        del triton_support.observers[get_ident()]
+        super().__exit__(*error)
+
+    def _add(self, kind: str, t: Tensor) -> int:
+        storage = t.untyped_storage()
+        # while there is a weak reference, no other storage has the address
+        self._storages.append(torch.multiprocessing.reductions.StorageWeakRef(storage))
+        self._known[storage._cdata] = len(self.bases)
+        self.bases.append(_Base(kind, t))
+        return len(self.bases) - 1
+
+    def part(self, t: Tensor) -> _Part:
+        index = self._known.get(t.untyped_storage()._cdata)
+        if index is None:
+            index = self._add('constant', t)
+        base = self.bases[index]
+        if t.dtype != base.dtype:
+            self.obstacle = f'{t.dtype} in memory of {base.dtype}'
+        return _Part(index, tuple(t.shape), t.stride(), int(t.storage_offset()) - base.offset)
+
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.part(a)
+        if isinstance(a, (list, tuple)) and any(isinstance(x, Tensor) for x in a):
+            self.obstacle = 'a list of tensors'
+        return a
+
+    def launch(self, this: triton_support.Launch, tensors: Tuple[Any, ...]) -> None:
+        args = tuple([self._argument(t) for t in tensors])
+        with _disable_current_modes():  # the interpreter's kernels call operators
+            triton_support.launch_now(this, *tensors)
+        relaunch = triton_support.relaunch_of(this, tensors)
+        if relaunch is None and not triton_support.is_interpreted():
+            self.obstacle = 'a kernel that was not kept'
+        self.steps.append(_Step(this, args, {}, (), relaunch))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        kwargs = kwargs or {}
+        recorded = tuple([self._argument(a) for a in args]), {k: self._argument(a) for k, a in kwargs.items()}
+        output = func(*args, **kwargs)
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        if not all(t is None or isinstance(t, Tensor) for t in outputs):
+            if any(isinstance(a, _Part) for a in recorded[0]):  # not so for what compares dtypes
+                self.obstacle = f'{func} gives a number'
+            return output
+        new = [t is not None and t.untyped_storage()._cdata not in self._known for t in outputs]
+        if func in _EMPTY:
+            self._add('empty', output)
+        elif func is _aten.zeros.default:
+            self._add('empty', output)
+            self.steps.append(_Step(_aten.zero_.default, (self.part(output),), {}, (None,), None))
+        elif func._schema.is_mutable or any(new):
+            results = tuple([self._add('result', t) if n else None for t, n in zip(outputs, new)])
+            self.steps.append(_Step(func, *recorded, results, None))
+        return output
+
+
+# A step of a replay: it reads and writes the values, and their addresses.
+_Action = Callable[[List[Any], List[int]], None]
+
+
+class _Values:
+    """The values of a replay by number, and the steps that make them: inputs, blocks of memory, results, views."""
+
+    def __init__(self, recorder: _Recorder, inputs: int) -> None:
+        self.bases, self.count = recorder.bases, inputs
+        self.steps: List[_Action] = []
+        self.inputs = inputs
+        self.slot: Dict[int, int] = {i: i for i in range(inputs)}  # of a base: its value
+        self.shift: Dict[int, int] = {}  # of a base: the elements of its value before it
+        self.constants: List[Tuple[int, Tensor]] = []
+        self._views: Dict[_Part, int] = {}
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def block(self, dtype: torch.dtype, device: torch.device, size: Any, stride: Any = None) -> int:
+        slot = self.add()
+
+        def allocate(values: List[Any], at: List[int]) -> None:
+            t = torch.empty(size, dtype=dtype, device=device) if stride is None else torch.empty_strided(
+                size, stride, dtype=dtype, device=device)
+            values[slot], at[slot] = t, t.data_ptr()
+
+        self.steps.append(allocate)
+        return slot
+
+    def own(self, index: int) -> None:
+        base = self.bases[index]
+        self.slot[index] = self.block(base.dtype, base.device, base.size, base.stride)
+
+    def is_whole(self, part: _Part) -> bool:
+        """Whether a tensor is a value itself, and not a view of it."""
+        base = self.bases[part.base]
+        return part.base not in self.shift and part[1:] == (base.size, base.stride, 0)
+
+    def tensor(self, part: _Part) -> int:
+        """The value that is a tensor, for which there is a step if need be."""
+        slot = self._slot(part.base)
+        if self.is_whole(part):
+            return slot
+        constant = self.bases[part.base].tensor
+        if part not in self._views and constant is not None:
+            self._views[part] = self._constant(
+                constant.as_strided(part.size, part.stride, constant.storage_offset() + part.offset))
+        elif part not in self._views:
+            view = self._views[part] = self.add()
+            size, stride, offset = part.size, part.stride, part.offset + self.shift.get(part.base, 0)
+
+            def make(values: List[Any], at: List[int]) -> None:
+                values[view] = values[slot].as_strided(size, stride, offset)
+
+            def make_of_input(values: List[Any], at: List[int]) -> None:
+                t = values[slot]
+                values[view] = t.as_strided(size, stride, t.storage_offset() + offset)
+
+            is_part = part.base in self.shift
+            self.steps.append(make if is_part else make_of_input)
+        return self._views[part]
+
+    def address(self, part: _Part) -> Tuple[int, int]:
+        """The value that a tensor is in, and the bytes of it before the tensor."""
+        base = self.bases[part.base]
+        return self._slot(part.base), (part.offset + self.shift.get(part.base, 0)) * base.dtype.itemsize
+
+    def _slot(self, index: int) -> int:
+        if index not in self.slot:
+            tensor = self.bases[index].tensor
+            assert tensor is not None
+            self.slot[index] = self._constant(tensor)
+        return self.slot[index]
+
+    def _constant(self, t: Tensor) -> int:
+        slot = self.add()
+        self.constants.append((slot, t))
+        return slot
+
+
+def _lifetimes(steps: Sequence[_Step]) -> Dict[int, Tuple[int, int]]:
+    """Of each base: the first and the last step that has it."""
+    found: Dict[int, Tuple[int, int]] = {}
+    for i, step in enumerate(steps):
+        for a in (*step.args, *step.kwargs.values()):
+            if isinstance(a, _Part):
+                found[a.base] = found.get(a.base, (i, i))[0], i
+    return found
+
+
+def _place(sizes: Dict[int, int], lifetimes: Dict[int, Tuple[int, int]]) -> Tuple[Dict[int, int], int]:
+    """Where bases of so many bytes start in one block, and its size. Bases that are not there together may overlap."""
+    placed: Dict[int, int] = {}
+    for index in sorted(sizes, key=lambda i: -sizes[i]):
+        first, last = lifetimes[index]
+        taken = sorted((placed[i], placed[i] + sizes[i]) for i in placed
+                       if lifetimes[i][0] <= last and first <= lifetimes[i][1])
+        start = 0
+        for low, high in taken:
+            if start + sizes[index] <= low:
+                break
+            start = max(start, high)
+        placed[index] = start
+    return placed, max([placed[i] + sizes[i] for i in placed], default=0)
+
+
+def _fast(step: _Step) -> Tuple[Callable[..., Any], Tuple[Any, ...], Dict[str, Any]]:
+    """A function that does what an operator does in less time, and its arguments."""
+    if step.call is _aten._to_copy.default and set(step.kwargs) == {'dtype'}:
+        return Tensor.to, (*step.args, step.kwargs['dtype']), {}
+    return _FAST.get(step.call, step.call), step.args, step.kwargs
+
+
+def _call_step(values: _Values, step: _Step) -> None:
+    function, args_, kwargs_ = _fast(step)
+    args = tuple([(values.tensor(a), True) if isinstance(a, _Part) else (a, False) for a in args_])
+    kwargs = {k: (values.tensor(a), True) if isinstance(a, _Part) else (a, False) for k, a in kwargs_.items()}
+    slots = tuple([None if r is None else values.add() for r in step.results])
+    for result, slot in zip(step.results, slots):
+        if result is not None and slot is not None:
+            values.slot[result] = slot
+    if set(kwargs) == {'out'} and len(args) == 2 and all(is_value for _, is_value in args):
+        (a, _), (b, _), (out, _) = *args, kwargs['out']
+
+        def multiply(v: List[Any], at: List[int]) -> None:
+            function(v[a], v[b], out=v[out])
+
+        values.steps.append(multiply)
+        return
+    single, slot = len(slots) == 1, slots[0] if slots else None
+
+    def call(v: List[Any], at: List[int]) -> None:
+        output = function(*[v[a] if is_value else a for a, is_value in args],
+                          **{k: v[a] if is_value else a for k, (a, is_value) in kwargs.items()})
+        if single:
+            if slot is not None:
+                v[slot], at[slot] = output, output.data_ptr()
+        else:
+            for t, s in zip(output, slots):
+                if s is not None:
+                    v[s], at[s] = t, t.data_ptr()
+
+    values.steps.append(call)
+
+
+def _launch_step(values: _Values, step: _Step) -> None:
+    this, relaunch = step.call, step.relaunch
+    if relaunch is None:
+        found = [None if a is None else values.tensor(a) for a in step.args]
+
+        def launch(v: List[Any], at: List[int]) -> None:
+            tensors: Any = [None if i is None else v[i] for i in found]
+            triton_support.launch(this, *tensors)
+
+        values.steps.append(launch)
+        return
+    places = tuple([(-1, 0) if a is None else values.address(a) for a in step.args])
+
+    def launch_again(v: List[Any], at: List[int]) -> None:
+        relaunch(at[-1], *[at[i] + n if i >= 0 else None for i, n in places])
+
+    values.steps.append(launch_again)
+
+
+def _drop(slots: Sequence[int]) -> _Action:
+    def drop(values: List[Any], at: List[int]) -> None:
+        for slot in slots:
+            values[slot] = None
+    return drop
+
+
+class Program:
+    """A recorded function.
+
+    saved: Number of tensors that hold those outputs that need no memory of their own, besides the inputs.
+    programs: For functions that read these, as a backward pass does.
+    """
+
+    def __init__(self, recorder: _Recorder, inputs: Tensors, outputs: Sequence[Optional[_Part]], own: int) -> None:
+        values, bases = _Values(recorder, len(inputs)), recorder.bases
+        lifetimes = _lifetimes(recorder.steps)
+        owned = {p.base for p in outputs[:own] if p is not None}
+        kept = {p.base for p in outputs[own:] if p is not None} - owned
+        blocks: Dict[Tuple[torch.dtype, torch.device, bool], Dict[int, int]] = {}
+        for i, base in enumerate(bases):
+            if base.kind == 'empty' and i not in owned and (i in lifetimes or i in kept):
+                size = -(-base.elements * base.dtype.itemsize // _ALIGNED) * _ALIGNED
+                blocks.setdefault((base.dtype, base.device, i in kept), {})[i] = size
+        always = 0, len(recorder.steps)
+        for (dtype, device, is_kept), sizes in blocks.items():
+            starts, size = _place(sizes, dict.fromkeys(sizes, always) if is_kept else lifetimes)
+            slot = values.block(dtype, device, (size // dtype.itemsize,))
+            for i, start in starts.items():
+                values.slot[i], values.shift[i] = slot, start // dtype.itemsize
+        for i in owned:
+            if bases[i].kind == 'empty':
+                values.own(i)
+        stays = owned | kept
+        for n, step in enumerate(recorder.steps):
+            (_launch_step if isinstance(step.call, triton_support.Launch) else _call_step)(values, step)
+            done = [i for i, (_, last) in lifetimes.items() if last == n and bases[i].kind == 'result'
+                    and i not in stays and bases[i].elements * bases[i].dtype.itemsize > _LARGE]
+            if done:
+                values.steps.append(_drop(
+                    [values.slot[i] for i in done] + [s for p, s in values._views.items() if p.base in done]))
+        self.outputs = [None if p is None else values.tensor(p) for p in outputs[:own]]
+        self._saved = sorted({values._slot(p.base) for p in outputs[own:] if p is not None} - set(range(len(inputs))))
+        # of the other outputs: the input or the saved tensor that they are in, and where
+        self._others: List[Optional[Tuple[int, _Part, bool]]] = []
+        for p in outputs[own:]:
+            if p is None:
+                self._others.append(None)
+                continue
+            slot = values._slot(p.base)
+            at = slot if slot < len(inputs) else len(inputs) + self._saved.index(slot)
+            part = p._replace(offset=p.offset + values.shift.get(p.base, 0))
+            self._others.append((at, part, values.is_whole(p)))
+        self.saved = len(self._saved)
+        self.programs = Programs()
+        self._steps, self._constants = values.steps, values.constants
+        self._blank: List[Any] = [None] * (values.count - len(inputs))
+        self._zeros = [0] * (values.count - len(inputs) + 1)  # the last is the stream
+        devices = [t.get_device() for t in inputs if t is not None and t.is_cuda]
+        self._device = devices[0] if devices else None
+        for slot, t in self._constants:
+            self._blank[slot - len(inputs)] = t
+            self._zeros[slot - len(inputs)] = t.data_ptr()
+
+    def __call__(self, inputs: Tensors, addresses: Sequence[int]) -> Tuple[List[Optional[Tensor]], List[Tensor]]:
+        """The outputs that have memory of their own; and the tensors from which :meth:`others` makes the others.
+
+        Args:
+            inputs: Tensors of the shapes, strides, dtypes and devices of those of the recorded call.
+            addresses: Their :func:`addresses_of`, each as many bytes after a multiple of 16 as then.
+        """
+        values: List[Any] = [*inputs, *self._blank]
+        at = [*addresses, *self._zeros]
+        if self._device is not None:
+            at[-1] = triton_support.current_stream(self._device)
+        for step in self._steps:
+            step(values, at)
+        return [None if i is None else values[i] for i in self.outputs], [values[i] for i in self._saved]
+
+    def others(self, inputs: Tensors, saved: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        """The outputs that have no memory of their own."""
+        all_of = [*inputs, *saved]
+        made: List[Optional[Tensor]] = []
+        for found in self._others:
+            if found is None:
+                made.append(None)
+                continue
+            at, part, is_whole = found
+            t = all_of[at]
+            assert t is not None
+            made.append(t if is_whole else t.as_strided(part.size, part.stride, t.storage_offset() + part.offset))
+        return made
+
+
+def record(function: Function, inputs: Tensors, own: int) -> Tuple[List[Optional[Tensor]], Optional[Program]]:
+    """Call a function, and record the call.
+
+    Args:
+        function: It makes no decision that depends on values or on anything but shapes, strides and dtypes.
+        inputs: Its arguments.
+        own: So many of its results, the first ones, have memory of their own.
+
+    Returns:
+        The results, and their program, or None where a call cannot be replayed.
+    """
+    with _Recorder(inputs) as recorder:
+        results = list(function(*inputs))
+    outputs = [None if t is None else recorder.part(t) for t in results]
+    if any(p is not None and recorder.bases[p.base].kind in ('input', 'constant') for p in outputs[:own]):
+        recorder.obstacle = 'a result is in the memory of an input'
+    return results, None if recorder.obstacle else Program(recorder, inputs, outputs, own)
+
+
+def addresses_of(tensors: Tensors) -> List[int]:
+    """The addresses of tensors, 0 for None."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+_SEEN, _PLAIN = 'seen', 'plain'
+
+
+class Programs:
+    """Programs of a function by the kind of its calls."""
+
+    def __init__(self, most: int = 512) -> None:
+        """most: How many are kept. The oldest go first."""
+        self.most = most
+        self._kept: Dict[Hashable, Any] = {}
+        self._lock = Lock()
+
+    def _keep(self, kind: Hashable, program: Any) -> None:
+        with self._lock:
+            while len(self._kept) >= self.most and kind not in self._kept:
+                del self._kept[next(iter(self._kept))]
+            self._kept[kind] = program
+
+    def find(self, kind: Hashable) -> Optional[Program]:
+        """The program of a kind of calls, if there is one."""
+        program = self._kept.get(kind)
+        return program if type(program) is Program else None
+
+    def run(self, kind: Hashable, function: Function, inputs: Tensors, own: int) -> List[Optional[Tensor]]:
+        """The results of a function for a kind of calls that has no program. The second such call makes one."""
+        state = self._kept.get(kind)
+        if state is None:
+            self._keep(kind, _SEEN)
+        elif state is _SEEN:
+            self._keep(kind, _PLAIN)  # so that no other thread records it too
+            results, program = record(function, inputs, own)
+            if program is not None:
+                self._keep(kind, program)
+            return results
+        return list(function(*inputs))
