@@ -146,16 +146,16 @@ def _host(args: Namespace) -> list[Command]:
 
 # In the order of running. What a stage leaves of its time goes to those after it.
 STAGES = (
-    Stage('device', 3, _device),
-    Stage('tests', 28, _tests),
-    Stage('model', 18, _model('no', today=True)),
+    Stage('device', 6, _device),
+    Stage('tests', 32, _tests),
+    Stage('model', 24, _model('no', today=True)),
     Stage('graph', 12, _model('graph')),
     Stage('reduce-overhead', 16, _model('reduce-overhead')),
     Stage('op', 8, _op),
     Stage('bands', 5, _bands),
     Stage('profile', 6, _profile),
     Stage('backends', 4, _backends),
-    Stage('host', 3, _host),
+    Stage('host', 8, _host),
 )
 
 

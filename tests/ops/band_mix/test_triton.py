@@ -69,8 +69,16 @@ def results(f, x, weights, *args):
     return y.detach(), *torch.autograd.grad(y, (x, weights), grad.to(y.dtype))
 
 
-# largest error measured, relative to the largest number: 1.5e-7, 5.6e-16
+# largest error measured in the interpreter, relative to the largest number: 1.5e-7, 5.6e-16
 TOLERANCES = {torch.float32: 5e-7, torch.float64: 2e-15}
+
+
+def tolerance(case, dtype):
+    """A GPU adds up one number after another, and the error of such a sum grows as the root of its length.
+
+    On an H200 it is 5.8e-7 for float32 at 14x64 pixels, where numpy's sums of the interpreter have 1.5e-7.
+    """
+    return TOLERANCES[dtype] * max(1., max(case.h, case.w) / 16) ** 0.5
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -79,7 +87,7 @@ def test_definition(case, dtype, device):
     x, weights = case.inputs(dtype, device)
     actual = results(mix_bands, x.to(dtype), weights.to(dtype), list(case.factors), 'triton')
     assert all(t.dtype == dtype for t in actual)
-    check(actual, results(definition, x, weights, case.factors), TOLERANCES[dtype])
+    check(actual, results(definition, x, weights, case.factors), tolerance(case, dtype))
 
 
 @pytest.mark.sweep
