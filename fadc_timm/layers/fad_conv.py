@@ -256,8 +256,10 @@ class FADConv2d(nn.Conv2d):
                 return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(f'FADConv2d wants (B, {self.in_channels}, H, W), got {list(x.shape)}.')
-        if not torch.jit.is_scripting() and self._is_fused(x):
-            return self._fused(x)
+        if not torch.jit.is_scripting():
+            y = self._by_kernels(x)
+            if y is not None:
+                return y
         if self.freq_select is not None:
             x = self.freq_select(x, self.backend)
         gains: Gains = (None, None, None, None)
@@ -278,17 +280,20 @@ class FADConv2d(nn.Conv2d):
         return self._operator(x, dilation, mask, gains, padding)
 
     @torch.jit.unused
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether the operators compute the activations of AdaDR and AdaKern too. Hooks on these want their outputs."""
-        return (self.sampling != 'fixed' and takes_predictions(x, self.backend)
-                and not has_hooks(self.ada_dr) and not has_hooks(self.ada_kern))
+    def _by_kernels(self, x: Tensor) -> Optional[Tensor]:
+        """The output where the Triton backend computes all parts, or None."""
+        if self.sampling == 'fixed' or not takes_predictions(x, self.backend):
+            return None
+        cast = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
+        y = in_one_call(self, cast) if self.sampling == 'dilation' else None
+        if y is not None:
+            return match_layout(y, cast)
+        # hooks on AdaDR and AdaKern want their outputs, whose activations are in the kernels here
+        return None if has_hooks(self.ada_dr, self.ada_kern) else self._fused(cast)
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        x = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
-        y = in_one_call(self, x) if self.ada_dr is not None else None
-        if y is not None:
-            return match_layout(y, x)
+        """The output part by part, of x cast for autocast."""
         means: Optional[Tensor] = None
         if self.freq_select is not None:
             hooked = has_hooks(self.freq_select)

@@ -3,40 +3,41 @@
 By itself every part is a function of autograd, and torch takes longer to call these than the kernels take to be
 launched. Here autograd sees one function, and the gradients of a map that several parts read are added in products.
 """
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, MutableMapping, NamedTuple, Optional, Sequence, Tuple, Type
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import few_outputs, gains
+from ..ops import few_outputs, gains, settings, triton_support
 from ..ops.band_mix.triton import operator as band_mix
 from ..ops.band_mix.triton.mix import means_shape
 from ..ops.derivatives import refuse_more
-from ..ops.runtime import as_dtype, is_plain_eager
+from ..ops.recorded import Program, Programs, addresses_of
+from ..ops.runtime import allows_tf32, as_dtype, below_autocast, is_plain_eager
 from ..ops.sampled_conv.triton import ACTS
 from ..ops.sampled_conv.triton import operator as sampled_conv
 from .ada_dr import AdaDR
-from .ada_kern import AdaKern, Head, mean_dtype
+from .ada_kern import AdaKern, Head
 from .freq_select import FreqSelect
-from .own_hooks import does_more, has_global_hooks
+from .own_hooks import CALL_HOOKS, does_more, has_global_hooks
 from .predictor_conv import PredictorConv2d
 
 if TYPE_CHECKING:
     from .fad_conv import FADConv2d
 
-__all__ = ['in_one_call']
+__all__ = ['in_one_call', 'programs']
 
 _aten = torch.ops.aten
-_NONE: Tuple[Any, ...] = (None,) * 10
 # A tensor, or None where a layer lacks the part.
 _Maybe = Any
 
 
 class _Conv(NamedTuple):
     """A convolution without its tensors: stride, padding and dilation of the rows and of the columns."""
-    stride: List[int]
-    padding: List[int]
-    dilation: List[int]
+    stride: Tuple[int, ...]
+    padding: Tuple[int, ...]
+    dilation: Tuple[int, ...]
     groups: int
 
 
@@ -50,7 +51,7 @@ class _Norm(NamedTuple):
 
 class _Layer(NamedTuple):
     """A layer without its tensors. A part that it lacks is None, or its tensors are."""
-    bands: List[int]
+    bands: Tuple[int, ...]
     map_groups: int
     maps: Optional[_Conv]
     norm: Optional[_Norm]
@@ -171,10 +172,15 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     if t.fc_weight is not None:
         if means is None:
             means = t.x.mean(dim=(2, 3), dtype=t.fc_weight.dtype)[:, None]
-        trunk, mean = gains.trunk_forward(means, t.fc_weight, t.fc_bias)
-        normalized = trunk
-        if layer.norm is not None:
-            normalized, norm_mean, norm_rstd = _normalize(layer.norm, t, trunk)
+        norm = layer.norm
+        if norm is None or norm.groups or norm.batch_statistics or save:
+            trunk, mean = gains.trunk_forward(means, t.fc_weight, t.fc_bias)
+            normalized = trunk
+            if norm is not None:
+                normalized, norm_mean, norm_rstd = _normalize(norm, t, trunk)
+        else:
+            statistics = t.running_mean, t.running_var, t.norm_weight, t.norm_bias
+            normalized = gains.normalized_trunk(means, t.fc_weight, t.fc_bias, statistics, norm.eps)
         low, high = gains.heads_forward(normalized, t.head_weight, t.head_bias, t.head_weight_2, t.head_bias_2)
         if t.head_weight_2 is None:
             low, high = (None, low) if layer.high_alone else (low, None)
@@ -232,91 +238,255 @@ def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor, wants
         None, None, *of_heads, of_o_weight, of_o_bias, of_dw, of_pw, of_pw_bias, of_weight, of_bias))
 
 
+_COUNT = len(_Tensors._fields)
+_PLAIN = Tensor, nn.Parameter
+programs = Programs()
+
+
+class _Kind(NamedTuple):
+    """What determines all that a call does, except for the values. settings: Those that the operators read."""
+    layer: _Layer
+    tensors: Tuple[Any, ...]
+    device: int
+    amp: Optional[torch.dtype]
+    settings: Tuple[Any, ...]
+
+
+def _settings(dtype: torch.dtype) -> Tuple[Any, ...]:
+    return settings.workspace_bytes(), dtype == torch.float32 and allows_tf32()
+
+
+def _can_replay(first: Tensor, addresses: Sequence[int]) -> bool:
+    """Whether recorded launches are right for tensors: kernels differ where an address is no multiple of 16 bytes."""
+    some = 0
+    for address in addresses:
+        some |= address
+    if some & 15 or torch.are_deterministic_algorithms_enabled():
+        return False
+    # a CUDA graph would read tables that a program need not keep as long as the graph
+    return not first.is_cuda or (
+        first.get_device() == triton_support.current_device() and not torch.cuda.is_current_stream_capturing())
+
+
+def _call(kind: _Kind, t: _Tensors, save: bool) -> Tuple[Any, Optional[Program], List[Any]]:
+    """The output; and for the backward pass a program and the tensors that it saves, or None and :class:`_Between`."""
+    def function(*tensors: Any) -> List[Any]:
+        y, between = _forward(kind.layer, _Tensors(*tensors), save)
+        return [y, *between] if save else [y]
+
+    addresses = addresses_of(t)
+    if not _can_replay(t.x, addresses):
+        y, *between = function(*t)
+        return y, None, between
+    key = kind, save
+    program = programs.find(key)
+    if program is None:
+        y, *between = programs.run(key, function, t, 1)
+        return y, None, between
+    with below_autocast(t.x, kind.amp is not None):
+        (y,), saved = program(t, addresses)
+    if save and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        # checkpointing and the like want as many tensors, of the same shapes, from each call
+        return y, None, program.others(t, saved)
+    return y, program, saved
+
+
 class _OneCall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: _Layer, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, kind: _Kind, *tensors: Any) -> Tensor:
         t = _Tensors(*tensors)
-        y, between = _forward(layer, t, True)
-        if layer.norm is not None and layer.norm.batch_statistics:
+        y, ctx.program, saved = _call(kind, t, True)
+        if kind.layer.norm is not None and kind.layer.norm.batch_statistics:
             t = t._replace(running_mean=None, running_var=None)  # the next call changes them
-        ctx.layer = layer
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*t, *between)
+        ctx.save_for_backward(*t, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         if grad is None:
-            return (None,) * (1 + len(_Tensors._fields))
+            return (None,) * (1 + _COUNT)
         refuse_more('triton', grad)
-        saved, n = ctx.saved_tensors, len(_Tensors._fields)
-        needed: Any = _Tensors(*ctx.needs_input_grad[1:])
-        grads = _gradient(ctx.layer, _Tensors(*saved[:n]), _Between(*saved[n:]), grad, needed.weight)
-        return None, *[g if wanted else None for g, wanted in zip(grads, needed)]
+        saved = ctx.saved_tensors
+        layer, program, needed = ctx.kind.layer, ctx.program, ctx.needs_input_grad[1:]
+        wanted: Any = _Tensors(*needed)
+
+        def function(grad: Tensor, *tensors: Any) -> List[Any]:
+            t, rest = tensors[:_COUNT], tensors[_COUNT:]
+            between = rest if program is None else program.others(t, rest)
+            grads = _gradient(layer, _Tensors(*t), _Between(*between), grad, wanted.weight)
+            return [g if n else None for g, n in zip(grads, needed)]
+
+        inputs = grad, *saved
+        addresses = addresses_of(inputs)
+        if program is None or not is_plain_eager(grad) or not _can_replay(grad, addresses):
+            return None, *function(*inputs)
+        amp = torch.is_autocast_enabled(grad.device.type)
+        dtype = torch.get_autocast_dtype(grad.device.type) if amp else None
+        key = grad.shape, grad.stride(), grad.dtype, needed, dtype, allows_tf32()
+        replay = program.programs.find(key)
+        if replay is None:
+            return None, *program.programs.run(key, function, inputs, _COUNT)
+        with below_autocast(grad, amp):
+            return None, *replay(inputs, addresses)[0]
 
 
-def _norm_of(norm: nn.Module, batch: int) -> Tuple[bool, Optional[_Norm]]:
-    """Whether torch's function of a norm computes all that the module does for so many images, and the norm."""
-    if type(norm) is nn.GroupNorm:
-        return True, _Norm(norm.eps, norm.num_groups, False, 0.)
-    if type(norm) is not nn.BatchNorm2d:
-        return type(norm) is nn.Identity, None
-    has_statistics = norm._buffers['running_mean'] is not None
-    batch_statistics = norm.training or not has_statistics
-    is_known = norm.track_running_stats == has_statistics and (
-        not batch_statistics or (batch > 1 and norm.momentum is not None))
-    return is_known, _Norm(norm.eps, 0, batch_statistics, norm.momentum or 0.)
+class _Facts:
+    """What was read of the modules of a layer, to see whether it is still so."""
+
+    def __init__(self) -> None:
+        self._read: List[Tuple[Dict[str, Any], str, Any]] = []
+        self._classes: List[Tuple[Any, Type[Any]]] = []
+        self._hooks: List[Any] = []
+        self._lacks: List[Tuple[Dict[str, Any], str, bool]] = []
+
+    def read(self, module: Any, name: str) -> Any:
+        """An attribute; a module's attributes take longer where they are asked for as such."""
+        value = module.__dict__[name]
+        self._read.append((module.__dict__, name, value))
+        return value
+
+    def child(self, module: Any, name: str) -> Any:
+        """A module of a module, or None."""
+        child = module._modules.get(name)
+        self._read.append((module._modules, name, child))
+        return child
+
+    def lacks(self, tensors: Dict[str, Any], name: str) -> bool:
+        """Whether there is no tensor of a name among the parameters or the buffers of a module."""
+        lacks = tensors.get(name) is None
+        self._lacks.append((tensors, name, lacks))
+        return lacks
+
+    def is_own(self, module: Any, cls: Type[Any]) -> bool:
+        """Whether a call of a module does what its class says, and no more."""
+        if type(module) is not cls or does_more(module):
+            return False
+        self._classes.append((module, cls))
+        self._read.append((module.__dict__, 'forward', None))
+        for name in CALL_HOOKS:
+            self._hooks.append(self.read(module, name))
+        return True
+
+    def hold(self) -> bool:
+        for entries, name, value in self._read:
+            found = entries.get(name)
+            if found is not value and found != value:
+                return False
+        for module, cls in self._classes:
+            if type(module) is not cls:
+                return False
+        for entries, name, lacks in self._lacks:
+            if (entries.get(name) is None) != lacks:
+                return False
+        return not any(self._hooks)
 
 
-def _is_own(module: Any, cls: Any) -> bool:
-    """Whether a call of a module does what its class says, and no more."""
-    return type(module) is cls and not does_more(module)
+# Where a tensor of a module is: its dictionary of parameters or buffers, and its name there.
+_Place = Optional[Tuple[Dict[str, Any], str]]
 
 
-def _weight_and_bias(module: Any, cls: type) -> Optional[Sequence[Optional[Tensor]]]:
-    """Of a convolution, a linear layer or a norm; or None if it is more than its class, or was taken apart."""
-    if not _is_own(module, cls):
+class _Frame(NamedTuple):
+    """A layer as it was found. places: Of the tensors of a call but the map. batches: Of the number of batches
+    that a norm saw."""
+    facts: _Facts
+    layer: _Layer
+    places: Tuple[_Place, ...]
+    batches: _Place
+
+
+# by layer
+_frames: MutableMapping[nn.Module, _Frame] = WeakKeyDictionary()
+
+
+def _norm_of(norm: Any, facts: _Facts) -> Optional[Tuple[Optional[_Norm], Tuple[_Place, ...], _Place]]:
+    """A norm, where its tensors are, and its count of batches; or None where torch's function does not do the same."""
+    if not facts.is_own(norm, type(norm)):
         return None
-    parameters = module._parameters  # a module's attributes take longer
-    if 'weight' not in parameters or 'bias' not in parameters:
-        return None
-    return parameters['weight'], parameters['bias']
-
-
-def _conv_of(conv: Any, cls: type) -> Optional[Tuple[Any, ...]]:
-    """A convolution, its weight and its bias; or None where :func:`_convolve` cannot take its place."""
-    tensors = _weight_and_bias(conv, cls)
-    if tensors is None or conv.padding_mode != 'zeros' or type(conv.padding) is not tuple:
-        return None
-    options: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    return _Conv(*options), *tensors
-
-
-def _kern_tensors(kern: AdaKern, dtype: torch.dtype) -> Optional[Sequence[Optional[Tensor]]]:
-    """Those of :class:`_Tensors` from fc_weight to head_bias_2, or None where a module is not as it was made."""
-    modules: Dict[str, Any] = kern._modules
-    norm = modules['norm']
-    if not _is_own(modules['act'], nn.ReLU) or not _is_own(norm, type(norm)):
-        return None
-    found = [_weight_and_bias(modules['fc'], nn.Linear)]
     if type(norm) is nn.Identity:
-        found.append(_NONE[:4])
-    else:
-        of_norm, statistics = _weight_and_bias(norm, type(norm)), norm._buffers
-        found.append(None if of_norm is None else (
-            *of_norm, statistics.get('running_mean'), statistics.get('running_var')))
-    heads = [_weight_and_bias(modules[name], Head) for name in ('low', 'high') if modules.get(name) is not None]
-    if any(head is not None and head[1] is None for head in heads):
-        return None  # their kernel adds a bias
-    found += heads
-    tensors: List[Optional[Tensor]] = []
-    for some in found:
-        if some is None:
-            return None
-        tensors += some
-    if any(p is not None and p.dtype != dtype for p in tensors):
+        return None, (None,) * 4, None
+    places = (norm._parameters, 'weight'), (norm._parameters, 'bias')
+    if type(norm) is nn.GroupNorm:
+        return _Norm(facts.read(norm, 'eps'), facts.read(norm, 'num_groups'), False, 0.), (*places, None, None), None
+    if type(norm) is not nn.BatchNorm2d:
         return None
-    return tensors if len(tensors) == 10 else [*tensors, None, None]
+    has_statistics = not facts.lacks(norm._buffers, 'running_mean')
+    batch_statistics = facts.read(norm, 'training') or not has_statistics
+    momentum = facts.read(norm, 'momentum')
+    if facts.read(norm, 'track_running_stats') != has_statistics or (batch_statistics and momentum is None):
+        return None
+    statistics = ((norm._buffers, 'running_mean'), (norm._buffers, 'running_var')) if has_statistics else (None, None)
+    count = (norm._buffers, 'num_batches_tracked') if batch_statistics and has_statistics else None
+    return _Norm(facts.read(norm, 'eps'), 0, batch_statistics, momentum or 0.), (*places, *statistics), count
+
+
+def _conv_of(conv: Any, cls: Type[Any], facts: _Facts) -> Optional[_Conv]:
+    """A convolution, or None where :func:`_convolve` cannot take its place."""
+    if not facts.is_own(conv, cls) or facts.read(conv, 'padding_mode') != 'zeros':
+        return None
+    padding = facts.read(conv, 'padding')
+    if type(padding) is not tuple:
+        return None
+    return _Conv(facts.read(conv, 'stride'), padding, facts.read(conv, 'dilation'), facts.read(conv, 'groups'))
+
+
+def _find(layer: 'FADConv2d') -> Optional[_Frame]:
+    """The frame of a layer, or None where its parts have to be called one by one."""
+    facts = _Facts()
+    select, kern, dr = (facts.child(layer, name) for name in ('freq_select', 'ada_kern', 'ada_dr'))
+    if facts.read(layer, 'pads_itself') or not facts.is_own(dr, AdaDR) or facts.read(dr, 'crop'):
+        return None
+    maps, bands, groups, norm, count = None, (), 1, None, None
+    places: List[_Place] = [None] * 2
+    if select is not None:
+        if not facts.is_own(select, FreqSelect):
+            return None
+        conv = facts.child(select, 'conv')
+        maps = _conv_of(conv, PredictorConv2d, facts)
+        if maps is None:
+            return None
+        bands, groups = facts.read(select, 'bands'), facts.read(select, 'spatial_group')
+        places = _of_module(conv)
+    heads: List[Any] = []
+    if kern is None:
+        places += [None] * 10
+    else:
+        if not facts.is_own(kern, AdaKern) or not facts.is_own(facts.child(kern, 'act'), nn.ReLU):
+            return None
+        fc, of_norm = facts.child(kern, 'fc'), _norm_of(facts.child(kern, 'norm'), facts)
+        heads = [head for head in (facts.child(kern, 'low'), facts.child(kern, 'high')) if head is not None]
+        if of_norm is None or not facts.is_own(fc, nn.Linear) or not all(facts.is_own(h, Head) for h in heads):
+            return None
+        norm, of_norm_tensors, count = of_norm
+        places += [*_of_module(fc), *of_norm_tensors]
+        for head in heads:
+            places += _of_module(head)
+        places += [None] * (12 - len(places))
+    conv = facts.child(dr, 'conv')
+    o = _conv_of(conv, PredictorConv2d, facts)
+    places += _of_module(conv)
+    dw, pw = (facts.child(dr, name) for name in ('mask_dw', 'mask_pw'))
+    mask_dw = mask_pw = None
+    if dw is not None:
+        mask_dw, mask_pw = _conv_of(dw, nn.Conv2d, facts), _conv_of(pw, PredictorConv2d, facts)
+        if mask_dw is None or mask_pw is None or not facts.lacks(dw._parameters, 'bias'):
+            return None  # it is made without a bias
+        places += [(dw._parameters, 'weight'), *_of_module(pw)]
+    else:
+        places += [None] * 3
+    if o is None:
+        return None
+    stride, padding = facts.read(layer, 'stride')[0], facts.read(layer, 'inner_padding')
+    this = _Layer(
+        bands, groups, maps, norm, len(heads) == 1 and kern is not None and kern._modules.get('low') is None, o,
+        mask_dw, mask_pw, ACTS.index(facts.read(dr, 'dilation_act')), float(facts.read(dr, 'dilation')),
+        _Conv((stride,) * 2, (padding,) * 2, (1, 1), facts.read(layer, 'groups')))
+    return _Frame(facts, this, tuple(places), count)
+
+
+def _of_module(module: nn.Module) -> List[_Place]:
+    return [(module._parameters, 'weight'), (module._parameters, 'bias')]
 
 
 def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
@@ -333,55 +503,48 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     """
     if torch.compiler.is_compiling() or has_global_hooks():
         return None
-    modules: Dict[str, Any] = layer._modules
-    select, kern, dr = modules.get('freq_select'), modules.get('ada_kern'), modules['ada_dr']  # None is no module
-    batch = x.shape[0]
-    if layer.pads_itself or not batch or not _is_own(dr, AdaDR) or dr.crop:
-        return None
-    parts: Dict[str, Any] = dr._modules
-    o = _conv_of(parts['conv'], PredictorConv2d)
-    maps: Optional[Tuple[Any, ...]] = _NONE[:3]  # options, weight and bias
-    dw: Optional[Tuple[Any, ...]] = _NONE[:3]
-    pw: Optional[Tuple[Any, ...]] = _NONE[:3]
-    bands, groups, norm = [], 1, None
-    of_kern: Any = _NONE[:10]
-    if select is not None:
-        maps = _conv_of(select._modules['conv'], PredictorConv2d) if _is_own(select, FreqSelect) else None
-        if maps is None:
+    frame = _frames.get(layer)
+    if frame is None or not frame.facts.hold():
+        frame = _find(layer)
+        if frame is None:
             return None
-        bands, groups = select.bands, select.spatial_group
-    if kern is not None:
-        is_known, norm = _norm_of(kern._modules['norm'], batch) if _is_own(kern, AdaKern) else (False, None)
-        of_kern = _kern_tensors(kern, mean_dtype(x)) if is_known else None
-    if parts.get('mask_dw') is not None:
-        dw, pw = _conv_of(parts['mask_dw'], nn.Conv2d), _conv_of(parts['mask_pw'], PredictorConv2d)
-    if maps is None or of_kern is None or o is None or dw is None or pw is None:
+        _frames[layer] = frame
+    _, this, places, count = frame
+    batch, norm = x.shape[0], this.norm
+    if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
         return None
-    if dw[2] is not None:  # it is made without a bias
-        return None
-    t = _Tensors._make((x, *maps[1:], *of_kern, *o[1:], dw[1], *pw[1:], layer.weight, layer.bias))
-    if not is_plain_eager(*t):
+    try:
+        t = _Tensors._make((
+            x, *[None if place is None else place[0][place[1]] for place in places], layer.weight, layer.bias))
+    except KeyError:  # a module was taken apart
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         t = t._replace(x=x.contiguous(memory_format=torch.channels_last))  # once for all parts
     dtype, device, amp = x.dtype, x.get_device(), torch.is_autocast_enabled(x.device.type)
-    for p in t:
-        if p is not None and p.get_device() != device:
+    of_kern = torch.float32 if amp and dtype != torch.float64 else dtype  # AdaKern's, as by `mean_dtype`
+    kinds: List[Any] = []
+    wants_gradient = False
+    for i, p in enumerate(t):
+        if p is None:
+            kinds.append(None)
+            continue
+        of_p = p.dtype
+        if 3 <= i < 13:
+            fits = of_p == of_kern
+        else:
+            fits = of_p == dtype or (amp and of_p == torch.float32)
+        if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
             return None
-    for p in t[1:3] + t[13:]:
-        if p is not None and p.dtype != dtype and not (amp and p.dtype == torch.float32):
-            return None
-    if kern is not None and norm is not None and norm.batch_statistics:
-        count = kern._modules['norm']._buffers['num_batches_tracked']
-        if count is not None:
-            count.add_(1)
-    stride, padding = layer.stride[0], layer.inner_padding
-    this = _Layer(
-        bands, groups, maps[0], norm, kern is not None and kern._modules.get('low') is None, o[0], dw[0], pw[0],
-        ACTS.index(dr.dilation_act), float(dr.dilation),
-        _Conv([stride] * 2, [padding] * 2, [1] * 2, layer.groups))
-    if torch.is_grad_enabled():
-        for p in t:
-            if p is not None and p.requires_grad:
-                return _OneCall.apply(this, *t)
-    return _forward(this, t, False)[0]
+        kinds += p.shape, p.stride(), of_p
+        wants_gradient = wants_gradient or p.requires_grad
+    # the heads' kernel adds a bias
+    if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):
+        return None
+    if count is not None:
+        number = count[0].get(count[1])
+        if number is not None:
+            number.add_(1)
+    kind = _Kind(this, tuple(kinds), device, torch.get_autocast_dtype(x.device.type) if amp else None, _settings(dtype))
+    if wants_gradient and torch.is_grad_enabled():
+        return _OneCall.apply(kind, *t)
+    return _call(kind, t, False)[0]

@@ -4,9 +4,11 @@ from typing import Optional
 import torch
 from torch import nn
 
-__all__ = ['does_more', 'has_global_hooks', 'has_hooks', 'why_not_taken_over']
+__all__ = ['CALL_HOOKS', 'does_more', 'has_global_hooks', 'has_hooks', 'why_not_taken_over']
 
 
+# Hooks of a module that act in a call.
+CALL_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 # Hooks of a module that act when its state is read or loaded.
 _STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')

@@ -3,8 +3,9 @@
 
     python -m scripts.bench.host [--shapes 'resnet50*'] [--device cuda] [--amp float16]
 
-Every launch of a Triton kernel goes through `fadc_timm.ops.triton_support.launch`, which is replaced by a counter, so
-that results are not computed. Maps are tiny, so that next to nothing is left of torch's own kernels. Variants:
+What launches Triton's kernels, `launch_now` of `fadc_timm.ops.triton_support` and what its `relaunch_of` gives, is
+replaced by a counter, so that results are not computed. Maps are tiny, so that next to nothing is left of torch's own
+kernels. Calls are counted and timed once those of a layer are replayed, as from the third of a kind on. Variants:
 `operator` with gains and mask, `layer`, and `freq_select`; each forward and backward. What, for each of the two:
 
 * host time: milliseconds of a call, on one thread (on CUDA: until the call returns);
@@ -32,7 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from fadc_timm.layers import one_call
 from fadc_timm.ops import adaptive_dilated_conv2d, set_backend
+from fadc_timm.ops.recorded import Programs
 from scripts.bench.measure import environment, run_jobs
 from scripts.bench.op import SHAPES, Shape, make_layer
 from scripts.bench.subjects import AMP_DTYPES, Setting
@@ -42,6 +45,8 @@ OUTPUT = RESULTS / 'bench_host.csv'
 HOOK = 'fadc_timm.ops.triton_support'
 # Side of the maps, largest number of channels of a layer, and calls whose time is one sample.
 SIDE, MOST_CHANNELS, CALLS = 2, 64, 20
+# Calls until those of a layer are replayed.
+WARM_UP = 4
 TARGETS = {('operator', 'forward host time'): 0.08, ('layer', 'forward kernels'): 20.}
 
 # Operators that compute nothing where they call no other.
@@ -65,22 +70,30 @@ def without_launches() -> Iterator[list[Any]]:
     """Replace every launch by nothing; the list has the kernel of each.
 
     Raises:
-        RuntimeError: There is no function that all launches go through.
+        RuntimeError: There are no functions that all launches go through.
     """
     hook = importlib.import_module(HOOK)
-    if not callable(getattr(hook, 'launch', None)):
-        raise RuntimeError(f'{HOOK} has no function `launch` that all launches go through.')
+    before = {name: getattr(hook, name, None) for name in ('launch_now', 'relaunch_of')}
+    for name, function in before.items():
+        if not callable(function):
+            raise RuntimeError(f'{HOOK} has no function `{name}` that launches go through.')
     kernels: list[Any] = []
 
-    def launch(kernel: Any, *args: Any, **options: Any) -> None:
+    def launch_now(kernel: Any, *tensors: Any) -> None:
         kernels.append(kernel)
 
-    before = hook.launch
-    hook.launch = launch  # type: ignore[attr-defined]
+    def relaunch_of(kernel: Any, tensors: Any) -> Callable[..., None]:
+        return lambda stream, *addresses: kernels.append(kernel)
+
+    hook.launch_now, hook.relaunch_of = launch_now, relaunch_of  # type: ignore[attr-defined]
+    # what is recorded here launches nothing later either
+    programs, one_call.programs = one_call.programs, Programs()
     try:
         yield kernels
     finally:
-        hook.launch = before  # type: ignore[attr-defined]
+        one_call.programs = programs
+        for name, function in before.items():
+            setattr(hook, name, function)
 
 
 def _is_operator(event: Any) -> bool:
@@ -181,12 +194,13 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[Row]:
             made = Pass(function, tensors, setting)
             for what, call, prepare in (
                     ('forward', made.forward, lambda: None), ('backward', made.backward, made.forward)):
-                prepare()
-                call()
+                for _ in range(WARM_UP):
+                    prepare()
+                    call()
                 prepare()
                 counted = count(call, kernels)
                 if not counted.launches:
-                    raise RuntimeError(f'{variant}, {what}: no launch goes through {HOOK}.launch.')
+                    raise RuntimeError(f'{variant}, {what}: no launch goes through {HOOK}.launch_now.')
                 times = [host_time(call, prepare, args.device) for _ in range(args.repeats)]
                 values = {
                     'host time': ('ms', times), 'operators': ('', [float(counted.operators)]),

@@ -1,5 +1,6 @@
 """A layer in one call, as Triton runs it in eager mode: the same numbers as its parts one by one."""
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from fadc_timm.layers import fad_conv
+from fadc_timm.layers import fad_conv, one_call
 from fadc_timm.ops import runtime, set_backend, triton_support
+from fadc_timm.ops.recorded import Program, Programs
+from tests.support.by_address import launches_by_address
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
 from tests.support.off_identity import off_identity
 
@@ -18,6 +21,7 @@ pytest.importorskip('triton')
 pytestmark = pytest.mark.usefixtures('one_thread', 'triton_backend')
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+CALLS = 4  # the third and later ones of a kind are replayed
 DEPTHWISE = dict(groups=4, out_channels=4)
 
 
@@ -170,6 +174,146 @@ def test_half_precision(cfg, dtype, device, monkeypatch):
     check(m.to(dtype), image(device, dtype), lambda m, x: m(x))
 
 
+@pytest.fixture
+def own_programs(monkeypatch):
+    """Those of this test alone, of forward passes."""
+    monkeypatch.setattr(one_call, 'programs', Programs())
+
+    def found():
+        return [p for p in one_call.programs._kept.values() if type(p) is Program]
+
+    return found
+
+
+def backward_programs(programs):
+    return [p for program in programs for p in program.programs._kept.values() if type(p) is Program]
+
+
+def again_and_again(m, device, monkeypatch, dtype=torch.float64, amp=None, change=lambda m, i: None, calls=CALLS):
+    """What a layer computes from some maps, forward and backward and without gradients: in one call, and by parts."""
+    other = copy.deepcopy(m)
+
+    def run(m, i):
+        torch.manual_seed(i)
+        x = image(device, dtype, batch=3)
+        change(m, i)
+        with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
+            y = m(x)
+        found = [y, *torch.autograd.grad(
+            (y.double() * (i + 1 + torch.arange(y.shape[3], device=device))).sum(),
+            [p for p in (x, *m.parameters()) if p.requires_grad])]
+        with torch.no_grad(), torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
+            found.append(m(x))
+        return [*found, *[b.double() for b in m.buffers()]]
+
+    for i in range(calls):
+        yield run(m, i), by_parts(monkeypatch, partial(run, other, i))
+
+
+@pytest.mark.parametrize('device', ['cpu', 'by_address', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('cfg, training', [
+    (dict(bands=(2,), groups=2, dilation_groups=2), True),
+    (dict(freq_select=False, **DEPTHWISE, ada_kern_norm='layernorm2d'), False),
+    (dict(bands=(2,), kernel_decompose='low'), False),
+    *(pytest.param(cfg, training, marks=pytest.mark.sweep) for cfg in FURTHER for training in (True, False))], ids=ids)
+def test_replay(cfg, training, device, monkeypatch, own_programs):
+    """Maps of one size again and again; by_address: as on a GPU, where kernels get addresses."""
+    if device == 'by_address':
+        launches_by_address(monkeypatch)
+        device = 'cpu'
+    m = layer(device, **cfg).train(training)
+    for actual, expected in again_and_again(m, device, monkeypatch):
+        for a, e in zip(actual, expected):
+            assert_same([a], [e], EXACT)
+    assert len(own_programs()) == 2 and len(backward_programs(own_programs())) == 1
+
+
+@pytest.mark.parametrize('device', ['cpu', 'by_address', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('cfg, dtype', [
+    (dict(bands=(2,)), torch.bfloat16), (dict(freq_select=False, **DEPTHWISE), torch.float16)], ids=ids)
+def test_replay_under_autocast(cfg, dtype, device, monkeypatch, own_programs):
+    monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: True)
+    if device == 'by_address':
+        launches_by_address(monkeypatch)
+        device = 'cpu'
+    m = layer(device, torch.float32, **cfg)
+    for actual, expected in again_and_again(m, device, monkeypatch, torch.float32, dtype):
+        for a, e in zip(actual, expected):
+            assert a.dtype == e.dtype
+            assert_same([a], [e], 8 * torch.finfo(dtype).eps)
+    assert len(own_programs()) == 2 and len(backward_programs(own_programs())) == 1
+
+
+CHANGES = {
+    'eps': lambda m: setattr(m.ada_kern.norm, 'eps', 0.3),
+    'training': lambda m: m.train(),
+    'dilation_act': lambda m: setattr(m.ada_dr, 'dilation_act', 'relu'),
+    'parameter': lambda m: setattr(m.ada_dr.conv, 'bias', nn.Parameter(m.ada_dr.conv.bias.detach() + 1)),
+    'data': lambda m: setattr(m.weight, 'data', m.weight.data.contiguous(memory_format=torch.channels_last)),
+    'in_place': lambda m: m.ada_kern.low.weight.data.mul_(2),
+    'statistics': lambda m: vars(m.ada_kern.norm)['_buffers'].update(running_mean=m.ada_kern.norm.running_mean + 1),
+    'module': lambda m: setattr(m.ada_kern, 'norm', nn.GroupNorm(4, 32).to(m.weight)),
+    'no_module': lambda m: setattr(m, 'ada_kern', None),
+}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', CHANGES)
+def test_changes_between_calls(name, device, monkeypatch):
+    """A layer that was replayed sees what is set on its modules."""
+    def change(m, i):
+        if i == CALLS:
+            CHANGES[name](m)
+
+    m = layer(device, freq_select=False).eval()
+    for actual, expected in again_and_again(m, device, monkeypatch, change=change, calls=CALLS + 2):
+        for a, e in zip(actual, expected):
+            assert_same([a], [e], EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_results_of_replays_stay(device, monkeypatch, own_programs):
+    """Calls that are open at once, of a layer and of another of its kind; and two backward passes of one call."""
+    m, other = layer(device, freq_select=False).train(), layer(device, freq_select=False).train()
+    for _ in range(CALLS):
+        m(image(device)).sum().backward()
+    steps = [(module, image(device)) for module in (m, other, m)]
+    copies = copy.deepcopy(m), copy.deepcopy(other)
+    expected = []
+    for module, (_, x) in zip((*copies, copies[0]), steps):
+        y = by_parts(monkeypatch, partial(module, x))
+        expected.append([y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])])
+    outputs = [module(x) for module, x in steps]
+    assert all(is_one_call(y) and y.grad_fn.program is not None for y in outputs)
+    for _ in range(2):
+        for (module, x), y, e in zip(steps, outputs, expected):
+            of_inputs = torch.autograd.grad(y.sum(), [x, *module.parameters()], retain_graph=True)
+            assert_same([y, *of_inputs], e, EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_what_is_not_replayed(device, monkeypatch, own_programs):
+    """Maps that start anywhere, and calls under deterministic algorithms: the same results."""
+    m = layer(device, freq_select=False)
+    x = image(device)
+    expected = by_parts(monkeypatch, lambda: m(x))
+    for _ in range(CALLS):
+        y = m(x)
+    assert y.grad_fn.program is not None
+    memory = torch.zeros(x.numel() + 1, dtype=torch.float64, device=device)
+    shifted = memory[1:].as_strided(x.shape, x.stride(), 1).copy_(x.detach()).requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        z = m(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert z.grad_fn.program is None
+    assert_same([z], [expected], EXACT)
+    z = m(shifted)
+    assert z.grad_fn.program is None
+    assert_same([z], [expected], EXACT)
+
+
 @pytest.mark.parametrize('device', DEVICES)
 def test_two_calls_before_the_backward_pass(device):
     """Between them the running statistics change; and what was saved is there for a second backward pass."""
@@ -186,6 +330,7 @@ def test_two_calls_before_the_backward_pass(device):
 @pytest.mark.parametrize('device', DEVICES)
 def test_checkpoint_and_saved_tensors(device, monkeypatch):
     m, x = layer(device, freq_select=False, ada_kern_norm='layernorm2d'), image(device)
+    monkeypatch.setattr(one_call, 'programs', Programs())  # each of the next calls is in another state of its program
     expected = m(x)
     expected = [expected, *grads(expected, [x, *m.parameters()])]
     for reentrant in (False, True):
@@ -260,16 +405,16 @@ def test_what_is_put_on_a_module(put, device, monkeypatch):
     monkeypatch.setattr(fad_conv, 'in_one_call', lambda m, x: calls.append(one(m, x) is not None))
     monkeypatch.setattr(fad_conv, 'predicted_conv2d', lambda x, *args, **kwargs: x)  # the parts' end, not computed
     with torch.no_grad():
-        m._fused(x)
+        m._by_kernels(x)
         assert calls == [True]
         for module in m.modules():
             if module is not m:
                 undo = put(module)
                 if undo is not None:
-                    m._fused(x)
+                    m._by_kernels(x)
                     assert not calls[-1], module
                     undo()
-        m._fused(x)
+        m._by_kernels(x)
     assert calls[-1]
 
 

@@ -61,7 +61,7 @@ def both_ways(m, x, run=None):
     results = []
     for backend in ('gather', 'triton'):
         with set_backend(backend):
-            assert m._is_fused(x) == (backend == 'triton')
+            assert (m._by_kernels(x) is None) == (backend != 'triton')
             y = (run or m)(x)
         results.append((y, *grads(y, [x, *m.parameters()])))
     return results
@@ -97,15 +97,15 @@ def test_hooks_are_called(part, device):
     with set_backend('triton'):
         expected = m(x)
         handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
-        assert not m._is_fused(x)
+        assert m._by_kernels(x) is None
         assert_same((m(x),), (expected,), EXACT)
         handle.remove()
-        assert m._is_fused(x)
+        assert m._by_kernels(x) is not None
         handle = module.register_forward_pre_hook(lambda *_: seen.append(None))
-        assert not m._is_fused(x)
+        assert m._by_kernels(x) is None
         handle.remove()
         handle = module.register_full_backward_hook(lambda *_: None)
-        assert not m._is_fused(x)
+        assert m._by_kernels(x) is None
         handle.remove()
         assert_same(seen[0], module(x), EXACT)
         with watch_layers(m, lambda call: seen.append(call.dilation)):
@@ -275,7 +275,7 @@ def test_autocast(cfg, whole, device):
     m.float()
     with set_backend('triton'):
         with torch.autocast(device, torch.bfloat16):
-            assert m._is_fused(x)
+            assert m._by_kernels(x) is not None
             y = m(x)
             if whole:
                 actual = grads(y.float(), inputs)
@@ -293,7 +293,7 @@ def test_autocast_begins_before_freq_select(device):
     m.freq_select.register_forward_hook(lambda module, args, y: seen.append((args[0].dtype, y.dtype)))
     x = torch.randn(1, 4, 3, 4, device=device)
     with set_backend('triton'), torch.autocast(device, torch.bfloat16):
-        assert m._is_fused(x) and m(x).dtype == torch.bfloat16
+        assert m(x).dtype == torch.bfloat16
         assert m.double()(x.double()).dtype == torch.float64
     assert seen == [(torch.bfloat16,) * 2, (torch.float64,) * 2]
 

@@ -13,13 +13,14 @@ __all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_gradient']
 
 @jit_of_any_size
 def trunk(
-        means, weight, bias, y, mean,
+        means, weight, bias, norm_mean, norm_var, norm_weight, norm_bias, y, mean,
         parts, channels, outputs,
-        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+        BLOCK_O: tl.constexpr,
 ):
     """mean (B, C): the sum of means (B, parts, C); y (B, outputs): mean @ weight.T + bias.
 
-    Grid: samples, blocks of outputs.
+    Grid: samples, blocks of outputs. With norm_mean, y is behind a BatchNorm of fixed statistics.
     """
     b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_live = o < outputs
@@ -40,6 +41,13 @@ def trunk(
     value = tl.sum(acc, axis=1)
     if bias is not None:
         value += tl.load(bias + o, mask=o_live, other=0.).to(ACC)
+    if norm_mean is not None:
+        var = tl.load(norm_var + o, mask=o_live, other=1.).to(ACC)
+        value = (value - tl.load(norm_mean + o, mask=o_live, other=0.).to(ACC)) / tl.sqrt(var + EPS)
+        if norm_weight is not None:
+            value *= tl.load(norm_weight + o, mask=o_live, other=0.).to(ACC)
+        if norm_bias is not None:
+            value += tl.load(norm_bias + o, mask=o_live, other=0.).to(ACC)
     tl.store(y + b * outputs + o, round_to(value, y, UPCAST), mask=o_live)
 
 

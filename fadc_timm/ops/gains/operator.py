@@ -16,7 +16,7 @@ from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
 
 __all__ = [
     'gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'heads_forward',
-    'heads_gradient', 'trunk', 'trunk_forward', 'trunk_gradient']
+    'heads_gradient', 'normalized_trunk', 'trunk', 'trunk_forward', 'trunk_gradient']
 
 _Shape = Tuple[int, ...]
 
@@ -30,7 +30,8 @@ def _accumulated(a: Tensor, b: Tensor) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=1024)
-def _trunk_launch(means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: torch.dtype) -> Launch:
+def _trunk_launch(
+        means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: torch.dtype, eps: float = 0.) -> Launch:
     if len(means) != 3 or len(weight) != 2 or weight[1] != means[2] or bias not in (None, weight[:1]):
         raise ValueError(
             f'The trunk wants means (B, n, C), weight (O, C) and bias (O,) or None, got {list(means)}, {list(weight)} '
@@ -39,7 +40,7 @@ def _trunk_launch(means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: 
     (b, parts, channels), outputs = means, weight[0]
     block_c, block_o = block(channels, 16, 128), 16
     return Launch(kernels.trunk, (b, cdiv(outputs, block_o)), (parts, channels, outputs),
-                  (types_of(dtype)[0], is_interpreted(), block(parts, 1, 32), block_c, block_o))
+                  (eps, types_of(dtype)[0], is_interpreted(), block(parts, 1, 32), block_c, block_o))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -65,13 +66,40 @@ def trunk_forward(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tupl
     Raises:
         ValueError: The shapes do not fit.
     """
+    return _trunk(means, weight, bias, (None,) * 4, 0.)
+
+
+def _trunk(
+        means: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        norm: Tuple[Optional[Tensor], ...],
+        eps: float,
+) -> Tuple[Tensor, Tensor]:
     dtype, batch = _accumulated(means, weight), means.shape[0]
-    launch = _trunk_launch(means.shape, weight.shape, None if bias is None else bias.shape, dtype)
+    launch = _trunk_launch(means.shape, weight.shape, None if bias is None else bias.shape, dtype, eps)
     y = weight.new_empty((batch, weight.shape[0]))
     mean = torch.empty((batch, means.shape[2]), dtype=dtype, device=means.device)
     if batch:
-        triton_support.launch(launch, *in_a_row(means, weight, bias), y, mean)
+        triton_support.launch(launch, *in_a_row(means, weight, bias, *norm), y, mean)
     return y, mean
+
+
+def normalized_trunk(
+        means: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        norm: Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]],
+        eps: float,
+) -> Tensor:
+    """The first result of :func:`trunk_forward` behind a BatchNorm, without gradients.
+
+    Args:
+        means, weight, bias: As there.
+        norm: The running mean and variance of the BatchNorm, its weight and its bias, (O,) or for the last two None.
+        eps: Of the BatchNorm.
+    """
+    return _trunk(means, weight, bias, norm, eps)[0]
 
 
 gains_trunk = torch.library.custom_op('fadc_timm::gains_trunk', trunk_forward, mutates_args=())

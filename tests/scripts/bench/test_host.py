@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+from fadc_timm.layers import one_call
 from fadc_timm.ops import triton_support
 from scripts.bench import host
 from scripts.bench.op import SHAPES
@@ -13,23 +14,27 @@ from scripts.bench.subjects import Setting
 
 @pytest.fixture
 def hook(monkeypatch):
-    """A module with the function, which would fail if it were called."""
+    """A module with the functions, which would fail if they were called."""
     module = types.ModuleType(host.HOOK)
-    module.launch = lambda *args: 1 / 0
+    module.launch_now = module.relaunch_of = lambda *args: 1 / 0
     monkeypatch.setitem(sys.modules, host.HOOK, module)
     return module
 
 
 def test_launches_are_counted_and_do_not_run(hook):
-    before = hook.launch
+    before, programs = hook.launch_now, one_call.programs
     with host.without_launches() as kernels:
-        hook.launch('kernel', (1,), (), {}, {})
-    assert kernels == ['kernel'] and hook.launch is before
+        hook.launch_now('kernel', 'tensor')
+        hook.relaunch_of('replayed', ('tensor',))(0, 1)
+        assert one_call.programs is not programs  # a test in this process is not to replay what launches nothing
+    assert kernels == ['kernel', 'replayed']
+    assert hook.launch_now is before and hook.relaunch_of is before and one_call.programs is programs
 
 
-def test_no_such_function(hook):
-    del hook.launch
-    with pytest.raises(RuntimeError, match='no function `launch`'), host.without_launches():
+@pytest.mark.parametrize('name', ['launch_now', 'relaunch_of'])
+def test_no_such_function(name, hook):
+    delattr(hook, name)
+    with pytest.raises(RuntimeError, match=f'no function `{name}`'), host.without_launches():
         pass
 
 
@@ -39,7 +44,7 @@ def test_count(hook):
     def call():
         y = x.t().reshape(24)  # a view, and a copy within
         y.reshape(2, 12).contiguous().to(torch.float32)  # nothing
-        hook.launch('kernel', (1,), (), {}, {})
+        hook.launch_now('kernel', 'tensor')
         return torch.empty_like(y), (y + 1).sum()
 
     with host.without_launches() as kernels:
@@ -68,8 +73,6 @@ def test_shapes():
 
 
 def test_rows(monkeypatch, tmp_path):
-    if not hasattr(triton_support, 'launch'):
-        pytest.skip('not all launches go through one function')
     if triton_support.why_not_on('cpu') is not None:
         pytest.skip(triton_support.why_not_on('cpu'))
     monkeypatch.setattr(host, 'CALLS', 1)
