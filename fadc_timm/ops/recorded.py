@@ -3,7 +3,7 @@
 In eager mode a GPU waits for Python: a layer's call is some launches and products, and four times as many small tensors
 and views that lead to them. All of these follow from shapes, strides and dtypes. So the first call of a kind runs as it
 is written, the second is recorded, and from the third on the recorded launches and operators of torch are called on the
-memory of the new tensors. Tensors in between share one block of memory for each dtype.
+memory of the new tensors. Tensors in between share a block of memory.
 """
 from threading import Lock, get_ident
 from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
@@ -36,7 +36,7 @@ for _multiply in ('mm', 'bmm'):  # with a dtype for the result, from torch 2.8 o
 # Parts of a block of memory start at multiples of so many bytes, as a tensor of its own does.
 _ALIGNED = 512
 # A tensor of more bytes is dropped as soon as no later step reads it.
-_LARGE = 2 ** 20
+_LARGE = 2 ** 16
 
 
 class _Base:
@@ -54,8 +54,9 @@ class _Base:
 
 
 class _Part(NamedTuple):
-    """A recorded tensor: its base, its size and strides, and how many elements of the base are before it."""
+    """A recorded tensor: its base, its dtype, size and strides, and how many of its elements fit before it."""
     base: int
+    dtype: torch.dtype
     size: Tuple[int, ...]
     stride: Tuple[int, ...]
     offset: int
@@ -108,10 +109,12 @@ class _Recorder(TorchDispatchMode):
         index = self._known.get(t.untyped_storage()._cdata)
         if index is None:
             index = self._add('constant', t)
-        base = self.bases[index]
-        if t.dtype != base.dtype:
+        base, offset = self.bases[index], int(t.storage_offset())
+        if t.dtype == base.dtype:
+            offset -= base.offset
+        elif base.dtype != torch.uint8 or base.offset:  # only a block of memory is seen in several dtypes
             self.obstacle = f'{t.dtype} in memory of {base.dtype}'
-        return _Part(index, tuple(t.shape), t.stride(), int(t.storage_offset()) - base.offset)
+        return _Part(index, t.dtype, tuple(t.shape), t.stride(), offset)
 
     def _argument(self, a: Any) -> Any:
         if isinstance(a, Tensor):
@@ -164,37 +167,62 @@ class _Values:
         self.slot: Dict[int, int] = {i: i for i in range(inputs)}  # of a base: its value
         self.shift: Dict[int, int] = {}  # of a base: the elements of its value before it
         self.constants: List[Tuple[int, Tensor]] = []
+        self._in_dtypes: Dict[Tuple[int, torch.dtype], int] = {}
         self._views: Dict[_Part, int] = {}
 
     def add(self) -> int:
         self.count += 1
         return self.count - 1
 
-    def block(self, dtype: torch.dtype, device: torch.device, size: Any, stride: Any = None) -> int:
+    def block(self, bases: Dict[int, int], size: int, device: torch.device) -> None:
+        """Put bases, each of which starts after so many bytes, into a block of memory."""
         slot = self.add()
 
         def allocate(values: List[Any], at: List[int]) -> None:
-            t = torch.empty(size, dtype=dtype, device=device) if stride is None else torch.empty_strided(
-                size, stride, dtype=dtype, device=device)
-            values[slot], at[slot] = t, t.data_ptr()
+            values[slot] = torch.empty((size,), dtype=torch.uint8, device=device)
 
         self.steps.append(allocate)
+        for index, start in bases.items():
+            dtype = self.bases[index].dtype
+            self.slot[index], self.shift[index] = self._typed(slot, dtype), start // dtype.itemsize
+
+    def _typed(self, block: int, dtype: torch.dtype) -> int:
+        """The value that is a block of memory in a dtype."""
+        if (block, dtype) in self._in_dtypes:
+            return self._in_dtypes[block, dtype]
+        slot = self._in_dtypes[block, dtype] = self.add()
+
+        def view(values: List[Any], at: List[int]) -> None:
+            t = values[slot] = values[block].view(dtype)
+            at[slot] = t.data_ptr()
+
+        self.steps.append(view)
         return slot
 
     def own(self, index: int) -> None:
-        base = self.bases[index]
-        self.slot[index] = self.block(base.dtype, base.device, base.size, base.stride)
+        """Give a base memory of its own."""
+        base, slot = self.bases[index], self.add()
+        size, stride, dtype, device = base.size, base.stride, base.dtype, base.device
+
+        def allocate(values: List[Any], at: List[int]) -> None:
+            t = values[slot] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            at[slot] = t.data_ptr()
+
+        self.steps.append(allocate)
+        self.slot[index] = slot
 
     def is_whole(self, part: _Part) -> bool:
         """Whether a tensor is a value itself, and not a view of it."""
         base = self.bases[part.base]
-        return part.base not in self.shift and part[1:] == (base.size, base.stride, 0)
+        return part.base not in self.shift and part[1:] == (base.dtype, base.size, base.stride, 0)
 
     def tensor(self, part: _Part) -> int:
         """The value that is a tensor, for which there is a step if need be."""
         slot = self._slot(part.base)
         if self.is_whole(part):
             return slot
+        if part.dtype != self.bases[part.base].dtype:
+            slot = self._typed(slot, part.dtype)
         constant = self.bases[part.base].tensor
         if part not in self._views and constant is not None:
             self._views[part] = self._constant(
@@ -216,8 +244,7 @@ class _Values:
 
     def address(self, part: _Part) -> Tuple[int, int]:
         """The value that a tensor is in, and the bytes of it before the tensor."""
-        base = self.bases[part.base]
-        return self._slot(part.base), (part.offset + self.shift.get(part.base, 0)) * base.dtype.itemsize
+        return self._slot(part.base), (part.offset + self.shift.get(part.base, 0)) * part.dtype.itemsize
 
     def _slot(self, index: int) -> int:
         if index not in self.slot:
@@ -335,38 +362,39 @@ class Program:
         lifetimes = _lifetimes(recorder.steps)
         owned = {p.base for p in outputs[:own] if p is not None}
         kept = {p.base for p in outputs[own:] if p is not None} - owned
-        blocks: Dict[Tuple[torch.dtype, torch.device, bool], Dict[int, int]] = {}
+        blocks: Dict[Tuple[torch.device, bool], Dict[int, int]] = {}
         for i, base in enumerate(bases):
             if base.kind == 'empty' and i not in owned and (i in lifetimes or i in kept):
                 size = -(-base.elements * base.dtype.itemsize // _ALIGNED) * _ALIGNED
-                blocks.setdefault((base.dtype, base.device, i in kept), {})[i] = size
+                blocks.setdefault((base.device, i in kept), {})[i] = size
         always = 0, len(recorder.steps)
-        for (dtype, device, is_kept), sizes in blocks.items():
-            starts, size = _place(sizes, dict.fromkeys(sizes, always) if is_kept else lifetimes)
-            slot = values.block(dtype, device, (size // dtype.itemsize,))
-            for i, start in starts.items():
-                values.slot[i], values.shift[i] = slot, start // dtype.itemsize
-        for i in owned:
-            if bases[i].kind == 'empty':
-                values.own(i)
+        for (device, is_kept), sizes in blocks.items():
+            values.block(*_place(sizes, dict.fromkeys(sizes, always) if is_kept else lifetimes), device)
+        made = {i for i in owned if bases[i].kind == 'empty'}
         stays = owned | kept
         for n, step in enumerate(recorder.steps):
+            for i in [i for i in made if i in lifetimes and lifetimes[i][0] == n]:
+                values.own(i)
             (_launch_step if isinstance(step.call, triton_support.Launch) else _call_step)(values, step)
             done = [i for i, (_, last) in lifetimes.items() if last == n and bases[i].kind == 'result'
                     and i not in stays and bases[i].elements * bases[i].dtype.itemsize > _LARGE]
             if done:
                 values.steps.append(_drop(
                     [values.slot[i] for i in done] + [s for p, s in values._views.items() if p.base in done]))
+        for i in made - set(lifetimes):
+            values.own(i)
         self.outputs = [None if p is None else values.tensor(p) for p in outputs[:own]]
-        self._saved = sorted({values._slot(p.base) for p in outputs[own:] if p is not None} - set(range(len(inputs))))
         # of the other outputs: the input or the saved tensor that they are in, and where
+        block_of = {typed: block for (block, _), typed in values._in_dtypes.items()}
+        places = [None if p is None else values._slot(p.base) for p in outputs[own:]]
+        memory = [None if i is None else block_of.get(i, i) for i in places]
+        self._saved = sorted({i for i in memory if i is not None and i >= len(inputs)})
         self._others: List[Optional[Tuple[int, _Part, bool]]] = []
-        for p in outputs[own:]:
-            if p is None:
+        for p, found in zip(outputs[own:], memory):
+            if p is None or found is None:
                 self._others.append(None)
                 continue
-            slot = values._slot(p.base)
-            at = slot if slot < len(inputs) else len(inputs) + self._saved.index(slot)
+            at = found if found < len(inputs) else len(inputs) + self._saved.index(found)
             part = p._replace(offset=p.offset + values.shift.get(p.base, 0))
             self._others.append((at, part, values.is_whole(p)))
         self.saved = len(self._saved)
@@ -399,14 +427,17 @@ class Program:
         """The outputs that have no memory of their own."""
         all_of = [*inputs, *saved]
         made: List[Optional[Tensor]] = []
-        for found in self._others:
-            if found is None:
+        for other in self._others:
+            if other is None:
                 made.append(None)
                 continue
-            at, part, is_whole = found
+            at, part, is_whole = other
             t = all_of[at]
             assert t is not None
-            made.append(t if is_whole else t.as_strided(part.size, part.stride, t.storage_offset() + part.offset))
+            if not is_whole:
+                t = t if t.dtype == part.dtype else t.view(part.dtype)
+                t = t.as_strided(part.size, part.stride, t.storage_offset() + part.offset)
+            made.append(t)
         return made
 
 

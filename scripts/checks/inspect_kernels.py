@@ -143,11 +143,16 @@ class Gains:
     bias: bool = False
     means_dtype: torch.dtype = torch.float32
     dtypes: tuple[torch.dtype, ...] = SINGLE
+    norm: bool = False  # the trunk alone, with a BatchNorm of fixed statistics
 
     def run(self, dtype: torch.dtype) -> None:
         width = self.parts * self.width
         weight, bias = empty(width, self.c, dtype=dtype), empty(width, dtype=dtype) if self.bias else None
         means = empty(self.b, self.n, self.c, dtype=self.means_dtype)
+        if self.norm:
+            some = empty(width, dtype=dtype)
+            gains_operator.normalized_trunk(means, weight, bias, (some, some, some, some), 1e-5)
+            return
         y, mean = gains_operator.gains_trunk._init_fn(means, weight, bias)
         gains_operator.gains_trunk_backward._init_fn(y, mean, weight, bias)
         head = empty(self.outputs, self.width, dtype=dtype), empty(self.outputs, dtype=dtype)
@@ -180,6 +185,7 @@ LAYERS: tuple[Case, ...] = (
     Gains('AdaKern, resnet50 stage 2', 64, 28, 128, 16, 256),
     Gains('AdaKern, resnet50 stage 4', 64, 7, 512, 32, 1024),
     Gains('AdaKern, convnext_tiny stage 4', 64, 7, 768, 48, 768),
+    Gains('AdaKern in inference, resnet50 stage 4', 64, 7, 512, 32, 1024, norm=True),
 )
 VARIANTS: tuple[Case, ...] = (
     Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, act='none', dtypes=(torch.bfloat16,)),
@@ -202,6 +208,7 @@ VARIANTS: tuple[Case, ...] = (
     Bands('bands, one pixel', 1, 1, 1, 1, dtypes=HALF),
     Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
+    Gains('AdaKern in inference, float64', 2, 3, 20, 5, 7, bias=True, norm=True, dtypes=(torch.float64,)),
     Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF),
     Gains('AdaKern, one part, bfloat16', 2, 130, 40, 80, 70, parts=1, bias=True, dtypes=(torch.bfloat16,)),
     Gains('AdaKern, float64', 33, 3, 200, 16, 130, means_dtype=torch.float64, dtypes=(torch.float64,)),

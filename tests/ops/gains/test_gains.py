@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fadc_timm.ops import gains, triton_support
@@ -109,6 +110,27 @@ def test_trunk(case, dtype, device):
     check(actual, tensors, trunk_definition, TOLERANCES[dtype])
     with torch.no_grad():
         assert torch.equal(gains.trunk(*tensors), actual[0])
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('case, dtype', EXACT, ids=str)
+def test_normalized_trunk(case, dtype, affine, device):
+    """A BatchNorm of fixed statistics behind the trunk, in its kernel."""
+    means, weight, *bias = case.trunk(dtype, device)
+    bias = bias[0] if bias else None
+    norm = nn.BatchNorm1d(weight.shape[0], 0.1, affine=affine, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for t in (*norm.parameters(), norm.running_mean):
+            t.uniform_(-1, 1)
+        norm.running_var.uniform_(0.01, 2)
+        norm.to(device, dtype)
+        parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        actual = gains.normalized_trunk(means, weight, bias, parts, norm.eps)
+        y = trunk_definition(*[None if t is None else t.double() for t in (means, weight, bias)])
+        expected = norm.double()(y)
+    assert actual.dtype == dtype
+    assert error(actual, expected) < 2 * TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize('device', DEVICES)
