@@ -3,8 +3,8 @@
 By itself every part is a function of autograd, and torch takes longer to call these than the kernels take to be
 launched. Here autograd sees one function, and the gradients of a map that several parts read are added in products.
 """
-from typing import TYPE_CHECKING, Any, Dict, List, MutableMapping, NamedTuple, Optional, Sequence, Tuple, Type
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -239,12 +239,16 @@ def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor, wants
 
 
 _COUNT = len(_Tensors._fields)
+_BIASES = tuple(i for i, name in enumerate(_Tensors._fields) if 'bias' in name)
 _PLAIN = Tensor, nn.Parameter
 programs = Programs()
 
 
 class _Kind(NamedTuple):
-    """What determines all that a call does, except for the values. settings: Those that the operators read."""
+    """What determines all that a call does, except for the values.
+
+    tensors: Shape, strides and dtype of each. settings: Those that the operators read.
+    """
     layer: _Layer
     tensors: Tuple[Any, ...]
     device: int
@@ -266,6 +270,14 @@ def _can_replay(first: Tensor, addresses: Sequence[int]) -> bool:
     # a CUDA graph would read tables that a program need not keep as long as the graph
     return not first.is_cuda or (
         first.get_device() == triton_support.current_device() and not torch.cuda.is_current_stream_capturing())
+
+
+def _is_of_kind(kind: _Kind, t: Sequence[Optional[Tensor]]) -> bool:
+    """Whether tensors have the forms that they had in the forward pass. `p.data = ...` changes them without a word."""
+    for p, form in zip(t, kind.tensors):
+        if p is not None and ((p.shape, p.stride(), p.dtype) != form or p.get_device() != kind.device):
+            return False
+    return True
 
 
 def _call(kind: _Kind, t: _Tensors, save: bool) -> Tuple[Any, Optional[Program], List[Any]]:
@@ -298,9 +310,10 @@ class _OneCall(torch.autograd.Function):
         y, ctx.program, saved = _call(kind, t, True)
         if kind.layer.norm is not None and kind.layer.norm.batch_statistics:
             t = t._replace(running_mean=None, running_var=None)  # the next call changes them
-        ctx.kind = kind
+        # of biases the backward pass reads shape and dtype alone, so they may change before it, as elsewhere in torch
+        ctx.kind, ctx.biases = kind, [t[i] for i in _BIASES]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*t, *saved)
+        ctx.save_for_backward(*[None if i in _BIASES else p for i, p in enumerate(t)], *saved)
         return y
 
     @staticmethod
@@ -308,7 +321,9 @@ class _OneCall(torch.autograd.Function):
         if grad is None:
             return (None,) * (1 + _COUNT)
         refuse_more('triton', grad)
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        for i, bias in zip(_BIASES, ctx.biases):
+            saved[i] = bias
         layer, program, needed = ctx.kind.layer, ctx.program, ctx.needs_input_grad[1:]
         wanted: Any = _Tensors(*needed)
 
@@ -320,7 +335,8 @@ class _OneCall(torch.autograd.Function):
 
         inputs = grad, *saved
         addresses = addresses_of(inputs)
-        if program is None or not is_plain_eager(grad) or not _can_replay(grad, addresses):
+        if (program is None or not is_plain_eager(grad) or not _can_replay(grad, addresses)
+                or not _is_of_kind(ctx.kind, saved[:_COUNT])):
             return None, *function(*inputs)
         amp = torch.is_autocast_enabled(grad.device.type)
         dtype = torch.get_autocast_dtype(grad.device.type) if amp else None
@@ -337,9 +353,17 @@ class _Facts:
 
     def __init__(self) -> None:
         self._read: List[Tuple[Dict[str, Any], str, Any]] = []
-        self._classes: List[Tuple[Any, Type[Any]]] = []
+        self._same: List[Tuple[Dict[str, Any], str, Any]] = []
+        self._classes: List[Tuple[Any, Type[Any], Dict[str, Any]]] = []
         self._hooks: List[Any] = []
         self._lacks: List[Tuple[Dict[str, Any], str, bool]] = []
+
+    def add(self, module: Any, cls: Type[Any]) -> None:
+        """A module: its class, and the dictionaries that it keeps all else in."""
+        own = module.__dict__
+        self._classes.append((module, cls, own))
+        self._same += [(own, name, own[name]) for name in ('_parameters', '_buffers', '_modules', *CALL_HOOKS)]
+        self._hooks += [own[name] for name in CALL_HOOKS]
 
     def read(self, module: Any, name: str) -> Any:
         """An attribute; a module's attributes take longer where they are asked for as such."""
@@ -363,10 +387,8 @@ class _Facts:
         """Whether a call of a module does what its class says, and no more."""
         if type(module) is not cls or does_more(module):
             return False
-        self._classes.append((module, cls))
+        self.add(module, cls)
         self._read.append((module.__dict__, 'forward', None))
-        for name in CALL_HOOKS:
-            self._hooks.append(self.read(module, name))
         return True
 
     def hold(self) -> bool:
@@ -374,8 +396,11 @@ class _Facts:
             found = entries.get(name)
             if found is not value and found != value:
                 return False
-        for module, cls in self._classes:
-            if type(module) is not cls:
+        for entries, name, value in self._same:
+            if entries.get(name) is not value:
+                return False
+        for module, cls, own in self._classes:
+            if type(module) is not cls or module.__dict__ is not own:
                 return False
         for entries, name, lacks in self._lacks:
             if (entries.get(name) is None) != lacks:
@@ -387,17 +412,23 @@ class _Facts:
 _Place = Optional[Tuple[Dict[str, Any], str]]
 
 
-class _Frame(NamedTuple):
-    """A layer as it was found. places: Of the tensors of a call but the map. batches: Of the number of batches
-    that a norm saw."""
-    facts: _Facts
-    layer: _Layer
-    places: Tuple[_Place, ...]
-    batches: _Place
+class _Frame:
+    """A layer as it was found. It stays with the layer itself, and not with copies of it.
 
+    owner: The layer. places: Of the tensors of a call but the map and the layer's own. batches: Of the number of
+        batches that a norm saw.
+    """
+    __slots__ = ('batches', 'facts', 'layer', 'owner', 'places')
 
-# by layer
-_frames: MutableMapping[nn.Module, _Frame] = WeakKeyDictionary()
+    def __init__(
+            self, owner: nn.Module, facts: _Facts, layer: _Layer, places: Tuple[_Place, ...], batches: _Place) -> None:
+        self.owner, self.facts, self.layer, self.places, self.batches = ref(owner), facts, layer, places, batches
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(None), ()
 
 
 def _norm_of(norm: Any, facts: _Facts) -> Optional[Tuple[Optional[_Norm], Tuple[_Place, ...], _Place]]:
@@ -425,15 +456,16 @@ def _conv_of(conv: Any, cls: Type[Any], facts: _Facts) -> Optional[_Conv]:
     """A convolution, or None where :func:`_convolve` cannot take its place."""
     if not facts.is_own(conv, cls) or facts.read(conv, 'padding_mode') != 'zeros':
         return None
-    padding = facts.read(conv, 'padding')
-    if type(padding) is not tuple:
+    stride, padding, dilation = (facts.read(conv, name) for name in ('stride', 'padding', 'dilation'))
+    if not type(stride) is type(padding) is type(dilation) is tuple:  # a list may change without a new value
         return None
-    return _Conv(facts.read(conv, 'stride'), padding, facts.read(conv, 'dilation'), facts.read(conv, 'groups'))
+    return _Conv(stride, padding, dilation, facts.read(conv, 'groups'))
 
 
 def _find(layer: 'FADConv2d') -> Optional[_Frame]:
     """The frame of a layer, or None where its parts have to be called one by one."""
     facts = _Facts()
+    facts.add(layer, type(layer))
     select, kern, dr = (facts.child(layer, name) for name in ('freq_select', 'ada_kern', 'ada_dr'))
     if facts.read(layer, 'pads_itself') or not facts.is_own(dr, AdaDR) or facts.read(dr, 'crop'):
         return None
@@ -447,6 +479,8 @@ def _find(layer: 'FADConv2d') -> Optional[_Frame]:
         if maps is None:
             return None
         bands, groups = facts.read(select, 'bands'), facts.read(select, 'spatial_group')
+        if type(bands) is not tuple:
+            return None
         places = _of_module(conv)
     heads: List[Any] = []
     if kern is None:
@@ -482,7 +516,7 @@ def _find(layer: 'FADConv2d') -> Optional[_Frame]:
         bands, groups, maps, norm, len(heads) == 1 and kern is not None and kern._modules.get('low') is None, o,
         mask_dw, mask_pw, ACTS.index(facts.read(dr, 'dilation_act')), float(facts.read(dr, 'dilation')),
         _Conv((stride,) * 2, (padding,) * 2, (1, 1), facts.read(layer, 'groups')))
-    return _Frame(facts, this, tuple(places), count)
+    return _Frame(layer, facts, this, tuple(places), count)
 
 
 def _of_module(module: nn.Module) -> List[_Place]:
@@ -503,13 +537,12 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     """
     if torch.compiler.is_compiling() or has_global_hooks():
         return None
-    frame = _frames.get(layer)
-    if frame is None or not frame.facts.hold():
-        frame = _find(layer)
+    frame: Optional[_Frame] = layer.__dict__.get('_frame')
+    if frame is None or frame.owner() is not layer or not frame.facts.hold():
+        frame = layer.__dict__['_frame'] = _find(layer)
         if frame is None:
             return None
-        _frames[layer] = frame
-    _, this, places, count = frame
+    this, places, count = frame.layer, frame.places, frame.batches
     batch, norm = x.shape[0], this.norm
     if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
         return None
@@ -522,11 +555,11 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         t = t._replace(x=x.contiguous(memory_format=torch.channels_last))  # once for all parts
     dtype, device, amp = x.dtype, x.get_device(), torch.is_autocast_enabled(x.device.type)
     of_kern = torch.float32 if amp and dtype != torch.float64 else dtype  # AdaKern's, as by `mean_dtype`
-    kinds: List[Any] = []
+    forms: List[Any] = []
     wants_gradient = False
     for i, p in enumerate(t):
         if p is None:
-            kinds.append(None)
+            forms.append(None)
             continue
         of_p = p.dtype
         if 3 <= i < 13:
@@ -535,7 +568,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
             fits = of_p == dtype or (amp and of_p == torch.float32)
         if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
             return None
-        kinds += p.shape, p.stride(), of_p
+        forms.append((p.shape, p.stride(), of_p))
         wants_gradient = wants_gradient or p.requires_grad
     # the heads' kernel adds a bias
     if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):
@@ -544,7 +577,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         number = count[0].get(count[1])
         if number is not None:
             number.add_(1)
-    kind = _Kind(this, tuple(kinds), device, torch.get_autocast_dtype(x.device.type) if amp else None, _settings(dtype))
+    kind = _Kind(this, tuple(forms), device, torch.get_autocast_dtype(x.device.type) if amp else None, _settings(dtype))
     if wants_gradient and torch.is_grad_enabled():
         return _OneCall.apply(kind, *t)
     return _call(kind, t, False)[0]

@@ -5,6 +5,8 @@ and views that lead to them. All of these follow from shapes, strides and dtypes
 is written, the second is recorded, and from the third on the recorded launches and operators of torch are called on the
 memory of the new tensors. Tensors in between share a block of memory.
 """
+from collections import OrderedDict
+from contextlib import suppress
 from threading import Lock, get_ident
 from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -398,7 +400,7 @@ class Program:
             part = p._replace(offset=p.offset + values.shift.get(p.base, 0))
             self._others.append((at, part, values.is_whole(p)))
         self.saved = len(self._saved)
-        self.programs = Programs()
+        self.programs = Programs(at_once=True)
         self._steps, self._constants = values.steps, values.constants
         self._blank: List[Any] = [None] * (values.count - len(inputs))
         self._zeros = [0] * (values.count - len(inputs) + 1)  # the last is the stream
@@ -471,10 +473,14 @@ _SEEN, _PLAIN = 'seen', 'plain'
 class Programs:
     """Programs of a function by the kind of its calls."""
 
-    def __init__(self, most: int = 512) -> None:
-        """most: How many are kept. The oldest go first."""
-        self.most = most
-        self._kept: Dict[Hashable, Any] = {}
+    def __init__(self, most: int = 512, at_once: bool = False) -> None:
+        """
+        Args:
+            most: How many are kept. What was not asked for the longest goes first.
+            at_once: Whether the first call of a kind is recorded, and not the second.
+        """
+        self.most, self.at_once = most, at_once
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = Lock()
 
     def _keep(self, kind: Hashable, program: Any) -> None:
@@ -486,16 +492,24 @@ class Programs:
     def find(self, kind: Hashable) -> Optional[Program]:
         """The program of a kind of calls, if there is one."""
         program = self._kept.get(kind)
-        return program if type(program) is Program else None
+        if type(program) is not Program:
+            return None
+        with suppress(KeyError):  # another thread dropped it
+            self._kept.move_to_end(kind)
+        return program
 
     def run(self, kind: Hashable, function: Function, inputs: Tensors, own: int) -> List[Optional[Tensor]]:
         """The results of a function for a kind of calls that has no program. The second such call makes one."""
         state = self._kept.get(kind)
-        if state is None:
+        if state is None and not self.at_once:
             self._keep(kind, _SEEN)
-        elif state is _SEEN:
+        elif state is None or state is _SEEN:
             self._keep(kind, _PLAIN)  # so that no other thread records it too
-            results, program = record(function, inputs, own)
+            try:
+                results, program = record(function, inputs, own)
+            except BaseException:  # as where memory runs out
+                self._keep(kind, _SEEN)
+                raise
             if program is not None:
                 self._keep(kind, program)
             return results

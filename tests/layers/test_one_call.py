@@ -1,5 +1,7 @@
 """A layer in one call, as Triton runs it in eager mode: the same numbers as its parts one by one."""
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -21,7 +23,10 @@ pytest.importorskip('triton')
 pytestmark = pytest.mark.usefixtures('one_thread', 'triton_backend')
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
-CALLS = 4  # the third and later ones of a kind are replayed
+# Whether kernels get addresses in a replay, as they do on a GPU.
+BY_ADDRESS = pytest.mark.parametrize(
+    'device, by_address', [('cpu', False), ('cpu', True), pytest.param('cuda', True, marks=pytest.mark.gpu)])
+CALLS = 4  # of which the last is replayed, forward and backward
 DEPTHWISE = dict(groups=4, out_channels=4)
 
 
@@ -189,14 +194,14 @@ def backward_programs(programs):
     return [p for program in programs for p in program.programs._kept.values() if type(p) is Program]
 
 
-def again_and_again(m, device, monkeypatch, dtype=torch.float64, amp=None, change=lambda m, i: None, calls=CALLS):
-    """What a layer computes from some maps, forward and backward and without gradients: in one call, and by parts."""
-    other = copy.deepcopy(m)
+def last_of_many(m, device, monkeypatch, dtype=torch.float64, amp=None, change=None):
+    """What a layer computes, forward and backward and without gradients, after some calls; and what a first call does.
 
+    change: What is done to the layer before the last call.
+    """
     def run(m, i):
         torch.manual_seed(i)
-        x = image(device, dtype, batch=3)
-        change(m, i)
+        x = image(device, dtype, size=(3, 2))
         with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
             y = m(x)
         found = [y, *torch.autograd.grad(
@@ -206,42 +211,56 @@ def again_and_again(m, device, monkeypatch, dtype=torch.float64, amp=None, chang
             found.append(m(x))
         return [*found, *[b.double() for b in m.buffers()]]
 
-    for i in range(calls):
-        yield run(m, i), by_parts(monkeypatch, partial(run, other, i))
+    for i in range(CALLS - (change is None)):
+        run(m, i)
+    other = copy.deepcopy(m)
+    for layer in (m, other):
+        if change is not None:
+            change(layer)
+    last = run(m, CALLS)
+    with monkeypatch.context() as context:
+        context.setattr(one_call, 'programs', Programs())
+        return last, run(other, CALLS)
 
 
-@pytest.mark.parametrize('device', ['cpu', 'by_address', pytest.param('cuda', marks=pytest.mark.gpu)])
+@BY_ADDRESS
 @pytest.mark.parametrize('cfg, training', [
     (dict(bands=(2,), groups=2, dilation_groups=2), True),
     (dict(freq_select=False, **DEPTHWISE, ada_kern_norm='layernorm2d'), False),
     (dict(bands=(2,), kernel_decompose='low'), False),
     *(pytest.param(cfg, training, marks=pytest.mark.sweep) for cfg in FURTHER for training in (True, False))], ids=ids)
-def test_replay(cfg, training, device, monkeypatch, own_programs):
-    """Maps of one size again and again; by_address: as on a GPU, where kernels get addresses."""
-    if device == 'by_address':
+def test_replay(cfg, training, device, by_address, monkeypatch, own_programs):
+    """Maps of one size again and again."""
+    if device == 'cpu' and by_address:
         launches_by_address(monkeypatch)
-        device = 'cpu'
     m = layer(device, **cfg).train(training)
-    for actual, expected in again_and_again(m, device, monkeypatch):
-        for a, e in zip(actual, expected):
-            assert_same([a], [e], EXACT)
+    for a, e in zip(*last_of_many(m, device, monkeypatch), strict=True):
+        assert_same([a], [e], EXACT)
     assert len(own_programs()) == 2 and len(backward_programs(own_programs())) == 1
 
 
-@pytest.mark.parametrize('device', ['cpu', 'by_address', pytest.param('cuda', marks=pytest.mark.gpu)])
+@BY_ADDRESS
 @pytest.mark.parametrize('cfg, dtype', [
     (dict(bands=(2,)), torch.bfloat16), (dict(freq_select=False, **DEPTHWISE), torch.float16)], ids=ids)
-def test_replay_under_autocast(cfg, dtype, device, monkeypatch, own_programs):
+def test_replay_under_autocast(cfg, dtype, device, by_address, monkeypatch, own_programs):
     monkeypatch.setattr(triton_support, 'is_default_on', lambda device_type: True)
-    if device == 'by_address':
+    if device == 'cpu' and by_address:
         launches_by_address(monkeypatch)
-        device = 'cpu'
     m = layer(device, torch.float32, **cfg)
-    for actual, expected in again_and_again(m, device, monkeypatch, torch.float32, dtype):
-        for a, e in zip(actual, expected):
-            assert a.dtype == e.dtype
+    for a, e in zip(*last_of_many(m, device, monkeypatch, torch.float32, dtype), strict=True):
+        assert a.dtype == e.dtype
+        if device == 'cpu':
+            assert torch.equal(a, e)
+        else:  # atomics add in any order
             assert_same([a], [e], 8 * torch.finfo(dtype).eps)
     assert len(own_programs()) == 2 and len(backward_programs(own_programs())) == 1
+
+
+def put_a_state(m):
+    """In place of a module's dictionary, and with it of those of its parameters."""
+    fc = nn.Linear(4, 32, bias=False, dtype=torch.float64, device=m.weight.device)
+    nn.init.constant_(fc.weight, 0.1)
+    m.ada_kern.fc.__setstate__(vars(fc))
 
 
 CHANGES = {
@@ -254,6 +273,8 @@ CHANGES = {
     'statistics': lambda m: vars(m.ada_kern.norm)['_buffers'].update(running_mean=m.ada_kern.norm.running_mean + 1),
     'module': lambda m: setattr(m.ada_kern, 'norm', nn.GroupNorm(4, 32).to(m.weight)),
     'no_module': lambda m: setattr(m, 'ada_kern', None),
+    'list': lambda m: setattr(m.ada_dr.conv, 'stride', [1, 1]),
+    'state': put_a_state,
 }
 
 
@@ -261,14 +282,51 @@ CHANGES = {
 @pytest.mark.parametrize('name', CHANGES)
 def test_changes_between_calls(name, device, monkeypatch):
     """A layer that was replayed sees what is set on its modules."""
-    def change(m, i):
-        if i == CALLS:
-            CHANGES[name](m)
-
     m = layer(device, freq_select=False).eval()
-    for actual, expected in again_and_again(m, device, monkeypatch, change=change, calls=CALLS + 2):
-        for a, e in zip(actual, expected):
-            assert_same([a], [e], EXACT)
+    for a, e in zip(*last_of_many(m, device, monkeypatch, change=CHANGES[name]), strict=True):
+        assert_same([a], [e], EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_changes_before_the_backward_pass(device, monkeypatch, own_programs):
+    """Of the strides of parameters, which no version counts; and of biases, whose values are not read."""
+    def step(m, x, change=None):
+        y = m(x)
+        if change is not None:
+            change()
+        return [y, *grads(y, [x, *m.parameters()])]
+
+    def change():
+        m.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            m.ada_dr.conv.bias.add_(0.)
+            m.ada_kern.low.bias.add_(0.)
+
+    m, x = layer(device, freq_select=False), image(device)
+    expected = step(m, x)
+    for n in (1, CALLS):  # where the backward pass would be recorded, and where it would be replayed
+        for _ in range(n):
+            step(m, x)
+        assert_same(step(m, x, change), expected, EXACT)
+        m.to(memory_format=torch.contiguous_format)
+        assert_same(step(m, x), expected, EXACT)
+    assert len(backward_programs(own_programs())) == 1
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_layers_are_freed(device):
+    """Those too that something behind them refers back to; and copies find out for themselves what they are."""
+    m, x = layer(device, freq_select=False), image(device).detach()
+    with torch.no_grad():
+        m(x)
+        shallow, deep = copy.copy(m), copy.deepcopy(m)
+        assert '_frame' in vars(m) and vars(deep)['_frame'] is None
+        assert_same([shallow(x), deep(x)], [m(x), m(x)], EXACT)
+    m.register_forward_hook(lambda *_, m=m: m)
+    gone = weakref.ref(m)
+    del m, shallow
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize('device', DEVICES)

@@ -170,6 +170,9 @@ def test_programs(device):
         assert torch.equal(programs.run(kind, double, (x,), 1)[0], 2 * x)
         assert (type(programs.find(kind)) is Program) == kept
     assert len(calls) == 5
+    at_once = Programs(at_once=True)
+    at_once.run('a', double, (x,), 1)
+    assert type(at_once.find('a')) is Program
     plain = Programs()
     for _ in range(3):
         plain.run('a', lambda x: [x * x.sum().item()], (x,), 1)
