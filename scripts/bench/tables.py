@@ -125,20 +125,22 @@ _HEADLINES = (
 
 
 def headlines() -> str:
-    """Some lines of :func:`speed`, wins and losses, with medians alone."""
-    lines = []
+    """Some lines of :func:`speed`, wins and losses, with medians alone: each of the machine that was measured last."""
     groups = _groups(read_rows(bench_model.OUTPUT), KINDS)
-    for (device, dtype), rows in groups.items():
-        for kind, case, what, compiled in _HEADLINES:
+    lines = []
+    for kind, case, what, compiled in _HEADLINES:
+        measured = []
+        for (device, dtype), rows in groups.items():
             found = {r['variant']: r for r in rows if (r['case'], r['what'], r['compile']) == (case, what, compiled)}
             if _kind(device) == kind and 'plain' in found:
-                ratios = (found.get(variant) for variant in ('today', 'fadc', 'triton'))
-                machine = device.partition(': ')[2]
-                lines.append([
-                    f'{case}, {what}{_COMPILED[compiled]}', f'{machine}, {dtype}', _value(found['plain']),
-                    *('' if r is None else f'{float(r["ratio"]):.2f}' for r in ratios)])
-    return markdown_table(
-        ['model, batch and size', 'machine', 'plain', 'without this package', 'FADC', 'FADC, `triton`'], lines, left=2)
+                measured.append((found['plain']['date'], device, dtype, found))
+        if measured:
+            _, device, dtype, found = max(measured, key=lambda m: m[0])
+            ratios = (found.get(variant) for variant in ('today', 'fadc'))
+            lines.append([
+                f'{case}, {what}{_COMPILED[compiled]}', f'{device.partition(": ")[2]}, {dtype}', _value(found['plain']),
+                *('' if r is None else f'{float(r["ratio"]):.2f}' for r in ratios)])
+    return markdown_table(['model, batch and size', 'machine', 'plain', 'without this package', 'FADC'], lines, left=2)
 
 
 def _shapes(rows: list[Row], base: str) -> str:

@@ -145,6 +145,7 @@ def test_frozen(frozen, device, monkeypatch):
         names.append(this.kernel.fn.__name__)
         launch(this, *tensors)
 
+    monkeypatch.setattr(one_call, 'programs', Programs())  # on a GPU a replay launches by itself
     monkeypatch.setattr(triton_support, 'launch', named)
     m(x).sum().backward()
     assert all((t.grad is not None) == t.requires_grad for t in (x, *m.parameters()))

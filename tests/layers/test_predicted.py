@@ -6,8 +6,10 @@ import torch
 from torch._dynamo import lookup_backend
 
 from fadc_timm import FreqSelect
+from fadc_timm.layers import one_call
 from fadc_timm.layers.hooks import watch_layers
 from fadc_timm.ops import set_backend, triton_support
+from fadc_timm.ops.recorded import Programs
 from tests.support.cases import error
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
 from tests.support.marks import needs_dynamo
@@ -123,6 +125,7 @@ def kernels_of(monkeypatch, run):
         launch(this, *tensors)
 
     with monkeypatch.context() as m:
+        m.setattr(one_call, 'programs', Programs())  # on a GPU a replay launches by itself
         m.setattr(triton_support, 'launch', counted)
         return run(), names
 

@@ -342,7 +342,12 @@ def test_tables_of_a_gpu(tmp_path, monkeypatch):
     assert '| FADC | FADC, `triton` | target | met |' in speed and 'CPU' not in speed
     assert '| 10 ms | 5.00 (5.00 to 5.00) | 4.00 (4.00 to 4.00) | 1.20 (1.20 to 1.20) | <= 1.5 | missed, yes |' in speed
     assert '| resnet50_fadc 16x512 | train | not measured | not measured | not measured | not measured | <=' in speed
-    assert '| resnet50_fadc 64x224, train | Y, float16 | 10 ms | 5.00 | 4.00 | 1.20 |' in speed_tables.headlines()
+    assert '| resnet50_fadc 64x224, train | Y, float16 | 10 ms | 5.00 | 4.00 |' in speed_tables.headlines()
+    later = {**env, 'device': 'cuda: Z', 'date': '2999-01-01'}
+    results.replace_rows(bench_model.OUTPUT, results.make_rows(
+        'resnet50_fadc 64x224', 'train', {'plain': [10.], 'fadc': [20.]}, {}, later, {}))
+    assert '| resnet50_fadc 64x224, train | Z, float16 | 10 ms |  | 2.00 |' in speed_tables.headlines()
+    assert '| Y, float16' not in speed_tables.headlines()
     assert speed_tables.bands(['cuda']) == 'CUDA: not measured.'
     mixes = {'copy': [1.], 'fused': [30.], 'triton': [5.]}
     results.replace_rows(bench_bands.OUTPUT, results.make_rows('band mix 8@7', 'forward', mixes, {}, env))
