@@ -241,6 +241,8 @@ def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor, wants
 _COUNT = len(_Tensors._fields)
 _BIASES = tuple(i for i, name in enumerate(_Tensors._fields) if 'bias' in name)
 _PLAIN = Tensor, nn.Parameter
+# What gives the hooks on saved tensors that are set; torch before 2.9 may lack it, as it is private.
+_saved_tensors_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 programs = Programs()
 
 
@@ -297,7 +299,7 @@ def _call(kind: _Kind, t: _Tensors, save: bool) -> Tuple[Any, Optional[Program],
         return y, None, between
     with below_autocast(t.x, kind.amp is not None):
         (y,), saved = program(t, addresses)
-    if save and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if save and (_saved_tensors_hooks is None or _saved_tensors_hooks(False) is not None):
         # checkpointing and the like want as many tensors, of the same shapes, from each call
         return y, None, program.others(t, saved)
     return y, program, saved
