@@ -3,8 +3,7 @@
 By itself every part is a function of autograd, and torch takes longer to call these than the kernels take to be
 launched. Here autograd sees one function, and the gradients of a map that several parts read are added in products.
 """
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
-from weakref import ref
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,10 @@ from ..ops.band_mix.triton.mix import means_shape
 from ..ops.derivatives import refuse_more
 from ..ops.recorded import Program, Programs, addresses_of
 from ..ops.runtime import allows_tf32, as_dtype, below_autocast, is_plain_eager
-from ..ops.sampled_conv.triton import ACTS
 from ..ops.sampled_conv.triton import operator as sampled_conv
-from .ada_dr import AdaDR
-from .ada_kern import AdaKern, Head
-from .freq_select import FreqSelect
-from .own_hooks import CALL_HOOKS, does_more, has_global_hooks
-from .predictor_conv import PredictorConv2d
+from .ada_kern import mean_dtype
+from .frame import Conv, Layer, Norm, frame_of
+from .own_hooks import has_global_hooks
 
 if TYPE_CHECKING:
     from .fad_conv import FADConv2d
@@ -31,37 +27,6 @@ __all__ = ['in_one_call', 'programs']
 _aten = torch.ops.aten
 # A tensor, or None where a layer lacks the part.
 _Maybe = Any
-
-
-class _Conv(NamedTuple):
-    """A convolution without its tensors: stride, padding and dilation of the rows and of the columns."""
-    stride: Tuple[int, ...]
-    padding: Tuple[int, ...]
-    dilation: Tuple[int, ...]
-    groups: int
-
-
-class _Norm(NamedTuple):
-    """AdaKern's norm without its tensors. groups: Of a GroupNorm; 0 for a BatchNorm."""
-    eps: float
-    groups: int
-    batch_statistics: bool
-    momentum: float
-
-
-class _Layer(NamedTuple):
-    """A layer without its tensors. A part that it lacks is None, or its tensors are."""
-    bands: Tuple[int, ...]
-    map_groups: int
-    maps: Optional[_Conv]
-    norm: Optional[_Norm]
-    high_alone: bool  # the only head is that of the high part
-    o: _Conv
-    mask_dw: Optional[_Conv]
-    mask_pw: Optional[_Conv]
-    act: int
-    base: float
-    conv: _Conv
 
 
 class _Tensors(NamedTuple):
@@ -110,7 +75,7 @@ class _Between(NamedTuple):
     low_part: _Maybe
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], conv: _Conv) -> Tuple[Tensor, Optional[Tensor]]:
+def _convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], conv: Conv) -> Tuple[Tensor, Optional[Tensor]]:
     """The convolution in the dtype of x, and what the backward pass of one with few outputs reads, or None."""
     stride, padding, dilation, groups = conv
     if groups == 1 and few_outputs.fits(weight, x.dtype, x.device.type):
@@ -126,7 +91,7 @@ def _convolution_gradient(
         x: Tensor,
         weight: Tensor,
         bias: Optional[Tensor],
-        conv: _Conv,
+        conv: Conv,
         into: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """Gradients of :func:`_convolve`; that of x is added to `into`, if there is one."""
@@ -140,7 +105,7 @@ def _convolution_gradient(
     return of_x if into is None else into.add_(of_x), of_weight, of_bias
 
 
-def _normalize(norm: _Norm, t: _Tensors, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def _normalize(norm: Norm, t: _Tensors, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """AdaKern's norm of y (B, K), and the mean and the inverse deviation that its backward pass reads."""
     if norm.groups:
         batch, width = y.shape
@@ -150,7 +115,7 @@ def _normalize(norm: _Norm, t: _Tensors, y: Tensor) -> Tuple[Tensor, Tensor, Ten
 
 
 def _norm_gradient(
-        norm: _Norm, t: _Tensors, between: _Between, grad: Tensor) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        norm: Norm, t: _Tensors, between: _Between, grad: Tensor) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     y, mean, rstd = between.trunk, between.norm_mean, between.norm_rstd
     wanted = [True, t.norm_weight is not None, t.norm_bias is not None]
     if norm.groups:
@@ -160,7 +125,7 @@ def _norm_gradient(
         grad, y, t.norm_weight, t.running_mean, t.running_var, mean, rstd, norm.batch_statistics, norm.eps, wanted)
 
 
-def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
+def _forward(layer: Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     """The output (B, O, H', W') channels_last. save: Whether there will be a backward pass."""
     selected, maps, maps_taps, coefficients, means = t.x, None, None, None, None
     if layer.maps is not None:
@@ -197,7 +162,7 @@ def _forward(layer: _Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
         mask_dw, mask, mask_taps, high_part, low_part)
 
 
-def _gradient(layer: _Layer, t: _Tensors, between: _Between, grad: Tensor, wants_weight: bool) -> _Tensors:
+def _gradient(layer: Layer, t: _Tensors, between: _Between, grad: Tensor, wants_weight: bool) -> _Tensors:
     """The gradients of the tensors, None for buffers, and for the weight if it is not wanted."""
     stride, padding, _, groups = layer.conv
     selected, low, high = between.selected, between.low, between.high
@@ -251,11 +216,16 @@ class _Kind(NamedTuple):
 
     tensors: Shape, strides and dtype of each. settings: Those that the operators read.
     """
-    layer: _Layer
+    layer: Layer
     tensors: Tuple[Any, ...]
     device: int
     amp: Optional[torch.dtype]
     settings: Tuple[Any, ...]
+
+
+def _amp(x: Tensor) -> Optional[torch.dtype]:
+    """Autocast's dtype on the device of x, or None where it is off."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def _settings(dtype: torch.dtype) -> Tuple[Any, ...]:
@@ -336,193 +306,18 @@ class _OneCall(torch.autograd.Function):
             return [g if n else None for g, n in zip(grads, needed)]
 
         inputs = grad, *saved
-        addresses = addresses_of(inputs)
-        if (program is None or not is_plain_eager(grad) or not _can_replay(grad, addresses)
-                or not _is_of_kind(ctx.kind, saved[:_COUNT])):
+        if program is None or not is_plain_eager(grad) or not _is_of_kind(ctx.kind, saved[:_COUNT]):
             return None, *function(*inputs)
-        amp = torch.is_autocast_enabled(grad.device.type)
-        dtype = torch.get_autocast_dtype(grad.device.type) if amp else None
-        key = grad.shape, grad.stride(), grad.dtype, needed, dtype, allows_tf32()
+        addresses = addresses_of(inputs)
+        if not _can_replay(grad, addresses):
+            return None, *function(*inputs)
+        amp = _amp(grad)
+        key = grad.shape, grad.stride(), grad.dtype, needed, amp, allows_tf32()
         replay = program.programs.find(key)
         if replay is None:
             return None, *program.programs.run(key, function, inputs, _COUNT)
-        with below_autocast(grad, amp):
+        with below_autocast(grad, amp is not None):
             return None, *replay(inputs, addresses)[0]
-
-
-class _Facts:
-    """What was read of the modules of a layer, to see whether it is still so."""
-
-    def __init__(self) -> None:
-        self._read: List[Tuple[Dict[str, Any], str, Any]] = []
-        self._same: List[Tuple[Dict[str, Any], str, Any]] = []
-        self._classes: List[Tuple[Any, Type[Any], Dict[str, Any]]] = []
-        self._hooks: List[Any] = []
-        self._lacks: List[Tuple[Dict[str, Any], str, bool]] = []
-
-    def add(self, module: Any, cls: Type[Any]) -> None:
-        """A module: its class, and the dictionaries that it keeps all else in."""
-        own = module.__dict__
-        self._classes.append((module, cls, own))
-        self._same += [(own, name, own[name]) for name in ('_parameters', '_buffers', '_modules', *CALL_HOOKS)]
-        self._hooks += [own[name] for name in CALL_HOOKS]
-
-    def read(self, module: Any, name: str) -> Any:
-        """An attribute; a module's attributes take longer where they are asked for as such."""
-        value = module.__dict__[name]
-        self._read.append((module.__dict__, name, value))
-        return value
-
-    def child(self, module: Any, name: str) -> Any:
-        """A module of a module, or None."""
-        child = module._modules.get(name)
-        self._read.append((module._modules, name, child))
-        return child
-
-    def lacks(self, tensors: Dict[str, Any], name: str) -> bool:
-        """Whether there is no tensor of a name among the parameters or the buffers of a module."""
-        lacks = tensors.get(name) is None
-        self._lacks.append((tensors, name, lacks))
-        return lacks
-
-    def is_own(self, module: Any, cls: Type[Any]) -> bool:
-        """Whether a call of a module does what its class says, and no more."""
-        if type(module) is not cls or does_more(module):
-            return False
-        self.add(module, cls)
-        self._read.append((module.__dict__, 'forward', None))
-        return True
-
-    def hold(self) -> bool:
-        for entries, name, value in self._read:
-            found = entries.get(name)
-            if found is not value and found != value:
-                return False
-        for entries, name, value in self._same:
-            if entries.get(name) is not value:
-                return False
-        for module, cls, own in self._classes:
-            if type(module) is not cls or module.__dict__ is not own:
-                return False
-        for entries, name, lacks in self._lacks:
-            if (entries.get(name) is None) != lacks:
-                return False
-        return not any(self._hooks)
-
-
-# Where a tensor of a module is: its dictionary of parameters or buffers, and its name there.
-_Place = Optional[Tuple[Dict[str, Any], str]]
-
-
-class _Frame:
-    """A layer as it was found. It stays with the layer itself, and not with copies of it.
-
-    owner: The layer. places: Of the tensors of a call but the map and the layer's own. batches: Of the number of
-        batches that a norm saw.
-    """
-    __slots__ = ('batches', 'facts', 'layer', 'owner', 'places')
-
-    def __init__(
-            self, owner: nn.Module, facts: _Facts, layer: _Layer, places: Tuple[_Place, ...], batches: _Place) -> None:
-        self.owner, self.facts, self.layer, self.places, self.batches = ref(owner), facts, layer, places, batches
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return type(None), ()
-
-
-def _norm_of(norm: Any, facts: _Facts) -> Optional[Tuple[Optional[_Norm], Tuple[_Place, ...], _Place]]:
-    """A norm, where its tensors are, and its count of batches; or None where torch's function does not do the same."""
-    if not facts.is_own(norm, type(norm)):
-        return None
-    if type(norm) is nn.Identity:
-        return None, (None,) * 4, None
-    places = (norm._parameters, 'weight'), (norm._parameters, 'bias')
-    if type(norm) is nn.GroupNorm:
-        return _Norm(facts.read(norm, 'eps'), facts.read(norm, 'num_groups'), False, 0.), (*places, None, None), None
-    if type(norm) is not nn.BatchNorm2d:
-        return None
-    has_statistics = not facts.lacks(norm._buffers, 'running_mean')
-    batch_statistics = facts.read(norm, 'training') or not has_statistics
-    momentum = facts.read(norm, 'momentum')
-    if facts.read(norm, 'track_running_stats') != has_statistics or (batch_statistics and momentum is None):
-        return None
-    statistics = ((norm._buffers, 'running_mean'), (norm._buffers, 'running_var')) if has_statistics else (None, None)
-    count = (norm._buffers, 'num_batches_tracked') if batch_statistics and has_statistics else None
-    return _Norm(facts.read(norm, 'eps'), 0, batch_statistics, momentum or 0.), (*places, *statistics), count
-
-
-def _conv_of(conv: Any, cls: Type[Any], facts: _Facts) -> Optional[_Conv]:
-    """A convolution, or None where :func:`_convolve` cannot take its place."""
-    if not facts.is_own(conv, cls) or facts.read(conv, 'padding_mode') != 'zeros':
-        return None
-    stride, padding, dilation = (facts.read(conv, name) for name in ('stride', 'padding', 'dilation'))
-    if not type(stride) is type(padding) is type(dilation) is tuple:  # a list may change without a new value
-        return None
-    return _Conv(stride, padding, dilation, facts.read(conv, 'groups'))
-
-
-def _find(layer: 'FADConv2d') -> Optional[_Frame]:
-    """The frame of a layer, or None where its parts have to be called one by one."""
-    facts = _Facts()
-    facts.add(layer, type(layer))
-    select, kern, dr = (facts.child(layer, name) for name in ('freq_select', 'ada_kern', 'ada_dr'))
-    if facts.read(layer, 'pads_itself') or not facts.is_own(dr, AdaDR) or facts.read(dr, 'crop'):
-        return None
-    maps, bands, groups, norm, count = None, (), 1, None, None
-    places: List[_Place] = [None] * 2
-    if select is not None:
-        if not facts.is_own(select, FreqSelect):
-            return None
-        conv = facts.child(select, 'conv')
-        maps = _conv_of(conv, PredictorConv2d, facts)
-        if maps is None:
-            return None
-        bands, groups = facts.read(select, 'bands'), facts.read(select, 'spatial_group')
-        if type(bands) is not tuple:
-            return None
-        places = _of_module(conv)
-    heads: List[Any] = []
-    if kern is None:
-        places += [None] * 10
-    else:
-        if not facts.is_own(kern, AdaKern) or not facts.is_own(facts.child(kern, 'act'), nn.ReLU):
-            return None
-        fc, of_norm = facts.child(kern, 'fc'), _norm_of(facts.child(kern, 'norm'), facts)
-        heads = [head for head in (facts.child(kern, 'low'), facts.child(kern, 'high')) if head is not None]
-        if of_norm is None or not facts.is_own(fc, nn.Linear) or not all(facts.is_own(h, Head) for h in heads):
-            return None
-        norm, of_norm_tensors, count = of_norm
-        places += [*_of_module(fc), *of_norm_tensors]
-        for head in heads:
-            places += _of_module(head)
-        places += [None] * (12 - len(places))
-    conv = facts.child(dr, 'conv')
-    o = _conv_of(conv, PredictorConv2d, facts)
-    places += _of_module(conv)
-    dw, pw = (facts.child(dr, name) for name in ('mask_dw', 'mask_pw'))
-    mask_dw = mask_pw = None
-    if dw is not None:
-        mask_dw, mask_pw = _conv_of(dw, nn.Conv2d, facts), _conv_of(pw, PredictorConv2d, facts)
-        if mask_dw is None or mask_pw is None or not facts.lacks(dw._parameters, 'bias'):
-            return None  # it is made without a bias
-        places += [(dw._parameters, 'weight'), *_of_module(pw)]
-    else:
-        places += [None] * 3
-    if o is None:
-        return None
-    stride, padding = facts.read(layer, 'stride')[0], facts.read(layer, 'inner_padding')
-    this = _Layer(
-        bands, groups, maps, norm, len(heads) == 1 and kern is not None and kern._modules.get('low') is None, o,
-        mask_dw, mask_pw, ACTS.index(facts.read(dr, 'dilation_act')), float(facts.read(dr, 'dilation')),
-        _Conv((stride,) * 2, (padding,) * 2, (1, 1), facts.read(layer, 'groups')))
-    return _Frame(layer, facts, this, tuple(places), count)
-
-
-def _of_module(module: nn.Module) -> List[_Place]:
-    return [(module._parameters, 'weight'), (module._parameters, 'bias')]
 
 
 def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
@@ -539,11 +334,9 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     """
     if torch.compiler.is_compiling() or has_global_hooks():
         return None
-    frame: Optional[_Frame] = layer.__dict__.get('_frame')
-    if frame is None or frame.owner() is not layer or not frame.facts.hold():
-        frame = layer.__dict__['_frame'] = _find(layer)
-        if frame is None:
-            return None
+    frame = frame_of(layer)
+    if frame is None:
+        return None
     this, places, count = frame.layer, frame.places, frame.batches
     batch, norm = x.shape[0], this.norm
     if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
@@ -555,8 +348,8 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         t = t._replace(x=x.contiguous(memory_format=torch.channels_last))  # once for all parts
-    dtype, device, amp = x.dtype, x.get_device(), torch.is_autocast_enabled(x.device.type)
-    of_kern = torch.float32 if amp and dtype != torch.float64 else dtype  # AdaKern's, as by `mean_dtype`
+    dtype, device, amp = x.dtype, x.get_device(), _amp(x)
+    of_kern = mean_dtype(x)
     forms: List[Any] = []
     wants_gradient = False
     for i, p in enumerate(t):
@@ -567,7 +360,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         if 3 <= i < 13:
             fits = of_p == of_kern
         else:
-            fits = of_p == dtype or (amp and of_p == torch.float32)
+            fits = of_p == dtype or (amp is not None and of_p == torch.float32)
         if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
             return None
         forms.append((p.shape, p.stride(), of_p))
@@ -579,7 +372,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         number = count[0].get(count[1])
         if number is not None:
             number.add_(1)
-    kind = _Kind(this, tuple(forms), device, torch.get_autocast_dtype(x.device.type) if amp else None, _settings(dtype))
+    kind = _Kind(this, tuple(forms), device, amp, _settings(dtype))
     if wants_gradient and torch.is_grad_enabled():
         return _OneCall.apply(kind, *t)
     return _call(kind, t, False)[0]

@@ -165,7 +165,6 @@ class _Values:
     def __init__(self, recorder: _Recorder, inputs: int) -> None:
         self.bases, self.count = recorder.bases, inputs
         self.steps: List[_Action] = []
-        self.inputs = inputs
         self.slot: Dict[int, int] = {i: i for i in range(inputs)}  # of a base: its value
         self.shift: Dict[int, int] = {}  # of a base: the elements of its value before it
         self.constants: List[Tuple[int, Tensor]] = []
@@ -401,12 +400,12 @@ class Program:
             self._others.append((at, part, values.is_whole(p)))
         self.saved = len(self._saved)
         self.programs = Programs(at_once=True)
-        self._steps, self._constants = values.steps, values.constants
+        self._steps = values.steps
         self._blank: List[Any] = [None] * (values.count - len(inputs))
         self._zeros = [0] * (values.count - len(inputs) + 1)  # the last is the stream
         devices = [t.get_device() for t in inputs if t is not None and t.is_cuda]
         self._device = devices[0] if devices else None
-        for slot, t in self._constants:
+        for slot, t in values.constants:
             self._blank[slot - len(inputs)] = t
             self._zeros[slot - len(inputs)] = t.data_ptr()
 
