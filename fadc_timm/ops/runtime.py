@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 __all__ = [
     'accumulation_dtype', 'allows_tf32', 'as_dtype', 'below_autocast', 'constant', 'contiguous_weight',
     'convolution_dtype', 'empty_map', 'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting',
-    'is_plain_eager', 'is_transformed', 'match_layout', 'nhwc', 'once_per_graph', 'table_device', 'under_autocast',
-    'wide_product', 'without_autocast']
+    'is_plain_eager', 'is_transformed', 'literal', 'makes_onnx', 'match_layout', 'nhwc', 'once_per_graph',
+    'table_device', 'under_autocast', 'wide_product', 'without_autocast', 'writes_out']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -147,14 +147,48 @@ def match_layout(y: Tensor, x: Tensor) -> Tensor:
 def is_exporting() -> bool:
     """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
     # torch has is_exporting from 2.7 on
-    exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+    captures = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
     # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
-    return exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+    return _writes_out or captures() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 if hasattr(torch.compiler, 'is_exporting'):
     # up to torch 2.11 every graph of torch.compile would be one that is exported, if dynamo looked into the function
     is_exporting = torch.compiler.assume_constant_result(is_exporting)
+
+
+_writes_out = False
+
+
+def writes_out(function: _Function) -> _Function:
+    """Decorate what torch's ONNX exporter calls after it has captured a network: a graph is made there too."""
+    @wraps(function)
+    def wrapped(*args: Any) -> Any:
+        global _writes_out
+        before, _writes_out = _writes_out, True
+        try:
+            return function(*args)
+        finally:
+            _writes_out = before
+
+    return cast(_Function, wrapped)
+
+
+@constant
+def _constant(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def literal(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.tensor`, of a number or of tuples of numbers, which writes into a tensor where a graph may not."""
+    return _constant(values, dtype, device) if _writes_out else torch.tensor(values, dtype=dtype, device=device)
+
+
+def makes_onnx() -> bool:
+    """Whether torch's ONNX exporter makes a graph; not the older one, and not where dynamo captures the network."""
+    return _writes_out or (
+        is_exporting() and not torch.jit.is_tracing() and not torch.compiler.is_dynamo_compiling()
+        and torch.onnx.is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..onnx_nodes import multiply
 from ..runtime import accumulation_dtype, as_dtype, constant, without_autocast
 from .frequencies import Frequencies, frequencies
 from .low_pass import edges, low_passes_by_products
@@ -87,14 +88,13 @@ def _step_kernel(
     return table.to(dtype).to(device)
 
 
-def _steps(maps: Tensor, of: List[int], filters: int) -> List[Tensor]:
-    """What multiplies the map (B, 1, H, W), and what multiplies the low-passes `of` (B, len(of), H, W).
+def _steps(maps: Tensor, of: List[int], filters: int) -> Tensor:
+    """What multiplies the map, which is 0, and its low-passes, 1 and up: (B, len(of), H, W).
 
     The steps are twice the differences of the sigmoids (B, M, H, W); the last is 1 - that where no weight is given.
     """
-    call = (0, *(1 + i for i in of)), maps.shape[1], filters, maps.dtype, maps.device
-    kernel, bias = (_step_kernel(which, *call) for which in (False, True))
-    return list(F.conv2d(maps, kernel, bias).split([1, len(of)], 1))
+    call = tuple(of), maps.shape[1], filters, maps.dtype, maps.device
+    return F.conv2d(maps, _step_kernel(False, *call), _step_kernel(True, *call))
 
 
 def _of_known_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
@@ -102,16 +102,17 @@ def _of_known_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
     parts = _parts(h, w, tuple(factors))
     analysis, projections, places, rows = (
         _table(name, h, w, tuple(factors), x.dtype, x.device) for name in ('analysis', 'projections', 'places', 'rows'))
-    first, steps = _steps(maps, [part.filter for part in parts for _ in part.waves], len(factors))
+    steps = _steps(maps, [part.filter + 1 for part in parts for _ in part.waves], len(factors))
     waves = projections @ (x @ analysis).permute(0, 2, 3, 1).flatten(2)  # (B, H*N, J*C)
     waves = waves.view(-1, h, len(parts) * analysis.shape[1], c).index_select(2, places)  # (B, H, R, C)
-    return x * first + ((steps.permute(0, 2, 3, 1) * rows) @ waves).permute(0, 3, 1, 2)
+    y = ((steps.permute(0, 2, 3, 1) * rows) @ waves).permute(0, 3, 1, 2)
+    return x * _steps(maps, [0], len(factors)) + y
 
 
 def _of_any_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
     lows, filters = low_passes_by_products(x, factors), len(factors)
-    first, steps = _steps(maps, [i for i in range(filters) for _ in range(lows.shape[2] // filters)], filters)
-    return x * first + (lows * steps.unsqueeze(1)).sum(2)
+    steps = _steps(maps, [1 + i for i in range(filters) for _ in range(lows.shape[2] // filters)], filters)
+    return x * _steps(maps, [0], filters) + multiply(lows, steps.unsqueeze(1)).sum(2)
 
 
 def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int) -> Tensor:

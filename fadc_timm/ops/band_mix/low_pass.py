@@ -9,12 +9,14 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..onnx_nodes import clamp, matmul, multiply
 from ..runtime import (
     accumulation_dtype,
     as_dtype,
     constant,
     is_exporting,
     is_plain_eager,
+    literal,
     once_per_graph,
     table_device,
     without_autocast,
@@ -69,24 +71,28 @@ def _tables(n: int, factors: Tuple[int, ...], left: bool, dtype: torch.dtype, de
     """
     home = table_device(device)
     like: Dict[str, Any] = dict(dtype=torch.float64, device=home)
+
+    def numbers(*values: Any) -> Tensor:
+        return literal(values, torch.float64, home)
+
     # The filter keeps from -below to above - 1 periods. In integers this is `edges`, and exact here too.
-    twice = torch.tensor([[2. * f] for f in factors], **like)
-    ends = torch.tensor([[f + 1., f - 1.] for f in factors], **like) * n / twice
-    above_below = (torch.round(ends) - n // 2) * torch.tensor([1., -1.], **like)
+    twice = numbers(*(((2. * f,),) for f in factors))
+    ends = numbers(*(((f + 1.,), (f - 1.,)) for f in factors)) * n / twice
+    above_below = (torch.round(ends) - n // 2) * numbers((1.,), (-1.,))
     periods = torch.arange(n // (2 * min(factors)) + 2, **like)
     # Whether m and -m periods pass, (F, 2, K): 0 <= m < above, 1 <= m <= below.
-    room = (above_below + torch.tensor([0., 1.], **like)).unsqueeze(-1) - periods
-    passes = torch.minimum(room, periods + torch.tensor([[1.], [0.]], **like)).clamp(0, 1)
+    room = above_below + numbers((0.,), (1.,)) - periods
+    passes = clamp(torch.minimum(room, periods + numbers((1.,), (0.,))), 0., 1.)
     # imaginary times imaginary is negative: the width takes the sign
-    weights = torch.tensor([[1., 1.], [1., -1.] if left else [-1., 1.]], **like) @ passes / n
-    turns = torch.arange(n, **like)[:, None] * periods
+    weights = matmul(numbers((1., 1.), (1., -1.) if left else (-1., 1.)), passes) / n
+    turns = multiply(torch.arange(n, **like)[:, None], periods)
     if type(n) is int:  # float64 is fine enough for the others, and not every exporter has the operator
         turns = turns % n
     angles = turns / n * (2 * torch.pi)
     sin, cos = torch.sin(angles), torch.sin(angles + torch.pi / 2)  # not every runtime has a cosine in float64
     waves = torch.cat((cos, sin), 1)
     analysis, synthesis = waves, torch.stack((waves, torch.cat((sin, -cos), 1)))
-    synthesis = synthesis * torch.cat((weights, weights), 2).unsqueeze(2)
+    synthesis = multiply(synthesis, torch.cat((weights, weights), 2).unsqueeze(2))
     tables = (analysis.t(), synthesis) if left else (analysis, synthesis.transpose(2, 3))
     return [as_dtype(t, dtype).contiguous().to(device) for t in tables]
 
@@ -100,7 +106,11 @@ def _constant_table(which: int, n: int, factors: Tuple[int, ...], left: bool, *a
     return table.transpose(1, 2).flatten(0, 2).contiguous() if left else table.flatten(1, 2)
 
 
-_traced_tables = once_per_graph(_tables)
+@once_per_graph
+def _traced_tables(*args: Any) -> List[Tensor]:
+    """:func:`_tables`, the synthesis as (F*2, n, 2K) and (F*2, 2K, n)."""
+    analysis, synthesis = _tables(*args)
+    return [analysis, synthesis.flatten(0, 1)]
 
 
 def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
@@ -124,7 +134,7 @@ def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
         return (up @ (down @ (x @ across))).reshape(b, c, count, h, back.shape[1]) @ back
     down, up = _traced_tables(h, args[0], True, *args[1:])
     across, back = _traced_tables(w, args[0], False, *args[1:])
-    return up.flatten(0, 1) @ (down @ (x @ across)).unsqueeze(2) @ back.flatten(0, 1)
+    return matmul(matmul(up, matmul(down, matmul(x, across)).unsqueeze(2)), back)
 
 
 def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
+from ..onnx_nodes import clamp, grid_sample, multiply
 from ..runtime import (
     accumulation_dtype,
     as_dtype,
     constant,
     is_exporting,
     is_transformed,
+    literal,
     match_layout,
     once_per_graph,
     table_device,
@@ -46,15 +48,15 @@ def _coordinates(
     like: Dict[str, Any] = dict(dtype=dtype, device=table_device(device))
 
     def vector(columns: Sequence[float], rows: Sequence[float]) -> Tensor:
-        return torch.tensor([v for pair in zip(columns, rows) for v in pair], **like)[:, None, None]
+        return literal(tuple(((v,),) for pair in zip(columns, rows) for v in pair), dtype, table_device(device))
 
     taps = k * k
     places = [t % k for t in range(taps)], [t // k for t in range(taps)]
     ones, zeros = [1.] * taps, [0.] * taps
     sizes = vector(ones, zeros) * size[1] + vector(zeros, ones) * size[0]
     rows, cols = (torch.arange(n, **like) for n in out_size)
-    pixels = cols * vector([stride[1] * v for v in ones], zeros)
-    pixels = pixels + rows[:, None] * vector(zeros, [stride[0] * v for v in ones])
+    pixels = multiply(cols, vector([stride[1] * v for v in ones], zeros))
+    pixels = pixels + multiply(rows[:, None], vector(zeros, [stride[0] * v for v in ones]))
     first = [[k // 2 - p if spacing is None else i * spacing[axis] - p for i in places[1 - axis]]
              for axis, p in ((1, padding[1]), (0, padding[0]))]
     if any(map(any, first)):
@@ -94,7 +96,7 @@ def _known(*sizes: int) -> bool:
 
 
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
-    """Where the taps read: (B*G, k*k*H', W', 2), one tap below the other."""
+    """Where the taps read, one tap below the other: (B*G, k*k*H', W', 2), of symbolic sizes (B*G, k*k, H'*W', 2)."""
     taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
     call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
     steps = as_dtype(args.steps, dtype)
@@ -110,32 +112,28 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     else:  # in few nodes, at the price of a rounding
         start, moves = (_constant_coordinates(i, *call) for i in range(2)) if _known(*size, *out_size) \
             else _traced_coordinates(*call)
-        grid = steps * moves + start
+        grid = multiply(steps, moves) + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
-    grid = F.hardtanh(grid, -2., 2.)  # (B*G, k*k*2, H', W'); in ONNX one node, where clamp is two
+    grid = clamp(grid, -2., 2.)  # (B*G, k*k*2, H', W')
     if _known(*out_size):
         return grid.unflatten(1, (taps, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2)
-    # not by a reshape, which would ask about symbolic sizes
-    return torch.cat(grid.permute(0, 2, 3, 1).split(2, 3), 1)
-
-
-def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
-    return F.grid_sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    # not with the rows below one another, as that copy would ask about symbolic sizes
+    return grid.view(grid.shape[0], taps, 2, out_size[0] * out_size[1]).permute(0, 1, 3, 2)
 
 
 def _written_out(x: Tensor, grid: Tensor) -> Tensor:
-    """:func:`_grid_sample` in operators that have every derivative."""
+    """:func:`grid_sample` in operators that have every derivative."""
     cols, rows = (((grid[..., i] + 1) * n - 1) / 2 for i, n in enumerate((x.shape[3], x.shape[2])))
     return bilinear(x, rows, cols)
 
 
 class _GridSample(torch.autograd.Function):
-    """:func:`_grid_sample` with second derivatives."""
+    """:func:`grid_sample` with second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
         ctx.save_for_backward(x, grid)
-        return _grid_sample(x, grid)
+        return grid_sample(x, grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -150,7 +148,7 @@ def _sample(x: Tensor, grid: Tensor) -> Tensor:
     if is_transformed():
         return _written_out(x, grid)
     if is_exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
-        return _grid_sample(x, grid)
+        return grid_sample(x, grid)
     return _GridSample.apply(x, grid)
 
 
@@ -171,11 +169,12 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
         x, high_in = scale_channels(x, scale), None
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k*H', W')
-    samples = samples.unflatten(2, (taps, args.out_size[0]))  # (B*G, C/G, k*k, H', W')
+    samples = sample(x, _grid(args, dtype))
+    samples = samples.view(*samples.shape[:2], taps, *args.out_size)  # (B*G, C/G, k*k, H', W')
     if args.mask is not None:
         mask = as_dtype(args.mask, dtype)
-        samples = samples * (mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)).unsqueeze(1)
+        mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
+        samples = multiply(samples, mask.unsqueeze(1))
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
     if args.has_gains and args.is_depthwise:
