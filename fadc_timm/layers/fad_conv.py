@@ -21,6 +21,7 @@ from .ada_kern import AdaKern, NormLayer
 from .free_offsets import FreeOffsets
 from .freq_select import FreqSelect
 from .one_call import in_one_call
+from .onnx_capture import captures_whole, whole_layer
 from .own_hooks import has_hooks, why_not_taken_over
 
 __all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse_old_options']
@@ -260,6 +261,12 @@ class FADConv2d(nn.Conv2d):
             y = self._by_kernels(x)
             if y is not None:
                 return y
+            if captures_whole(self, x):
+                return whole_layer(self, x)
+        return self.by_parts(x)
+
+    def by_parts(self, x: Tensor) -> Tensor:
+        """The output part by part."""
         if self.freq_select is not None:
             x = self.freq_select(x, self.backend)
         gains: Gains = (None, None, None, None)

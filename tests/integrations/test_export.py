@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fadc_timm import FADConv2d
+from fadc_timm.layers.onnx_capture import _KEEPS_CONSTANTS
 from fadc_timm.ops import adaptive_dilated_conv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
@@ -57,6 +58,35 @@ def test_export_asks_nothing_about_sizes():
     exported = torch.export.export(model, (photos()[:2],), dynamic_shapes=(sizes,))
     for x in (photos()[:2], photos(33)[:3], photos(50)[:4, :, :, :41]):
         assert error(exported.module()(x), model(x).double()) < 1e-5
+
+
+def operators(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == 'call_function']
+
+
+@pytest.mark.skipif(not _KEEPS_CONSTANTS, reason='torch 2.11 loses the constants of operators that are decomposed')
+@torch.no_grad()
+def test_onnx_captures_a_layer_as_one_operator(monkeypatch):
+    """Unless it writes into its buffers. The exporter writes it out when it decomposes the graph."""
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    conv, x = off_identity(FADConv2d(4, 6, 3, stride=2, padding=1)), torch.randn(2, 4, 9, 8)
+    assert 'fadc_timm.whole_layer.default' not in operators(torch.export.export(conv.train(), (x,)))
+    captured = torch.export.export(conv.eval(), (x,))
+    assert operators(captured) == ['fadc_timm.whole_layer.default']
+    program = captured.run_decompositions({
+        op: function for op, function in torch._decomp.decomposition_table.items() if 'fadc_timm' in str(op)})
+    assert not any('fadc_timm' in name for name in operators(program))
+    assert error(program.module()(x), conv(x).double()) < 1e-5
+    assert error(captured.module()(x), conv(x).double()) < 1e-5
+
+
+@torch.no_grad()
+def test_onnx_can_be_verified():
+    """The exporter's `verify=True` compares the file with its program, which computes what the layer does."""
+    pytest.importorskip('onnxscript')
+    conv, x = off_identity(FADConv2d(4, 4, 3, padding=1)).eval(), torch.randn(2, 4, 9, 8)
+    program = torch.onnx.export(conv, (x,), dynamo=True, verbose=False).exported_program
+    assert error(program.module()(x), conv(x).double()) < 1e-5
 
 
 def to_onnx(model, path, x, opset=20, sizes=None):
