@@ -25,7 +25,9 @@ def _node(name: str, shape: Callable[..., List[int]]) -> Callable[[Callable[...,
         shape: The shape of the result, from the same arguments.
     """
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if not hasattr(torch.onnx, 'ops'):  # the exporter knows such operators from torch 2.8 on
+        # The exporter knows such operators from torch 2.8 on. torch has some of its own, and may have this one.
+        taken = hasattr(getattr(torch.ops.onnx, name, None), f'opset{OPSET}')
+        if taken or not hasattr(torch.onnx, 'ops'):
             return function
         operator = torch.library.custom_op(f'onnx::{name}.opset{OPSET}', function, mutates_args=())
         operator.register_fake(lambda x, *args, **kwargs: x.new_empty(shape(x, *args, **kwargs)))

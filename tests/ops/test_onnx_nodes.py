@@ -35,3 +35,9 @@ def test_functions(monkeypatch):
     monkeypatch.setattr(onnx_nodes, 'makes_onnx', lambda: True)
     for y, z in zip(results(), expected):
         assert torch.equal(y, z)
+
+
+def test_operators_that_torch_has():
+    """They are left as they are, and the function is called."""
+    function = onnx_nodes._node('Mul', lambda a, b: [])(torch.mul)
+    assert function is torch.mul
