@@ -12,7 +12,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import adaptive_dilated_conv2d, deform_conv2d, list_backends
-from ..ops.runtime import is_depthwise, match_layout, under_autocast
+from ..ops.runtime import is_depthwise, under_autocast
 from ..ops.sampled_conv import predicted_conv2d, takes_predictions
 from ..ops.sampled_conv.arguments import Gains, scale_channels, split_kernel
 from ..ops.sampled_conv.scripted import scripted_conv2d
@@ -289,14 +289,14 @@ class FADConv2d(nn.Conv2d):
     @torch.jit.unused
     def _by_kernels(self, x: Tensor) -> Optional[Tensor]:
         """The output where the Triton backend computes all parts, or None."""
+        if self.sampling == 'dilation':
+            y = in_one_call(self, x)
+            if y is not None:
+                return y
         if self.sampling == 'fixed' or not takes_predictions(x, self.backend):
             return None
-        cast = under_autocast(x)  # one cast for all parts, and FreqSelect computes in this dtype too
-        y = in_one_call(self, cast) if self.sampling == 'dilation' else None
-        if y is not None:
-            return match_layout(y, cast)
         # hooks on AdaDR and AdaKern want their outputs, whose activations are in the kernels here
-        return None if has_hooks(self.ada_dr, self.ada_kern) else self._fused(cast)
+        return None if has_hooks(self.ada_dr, self.ada_kern) else self._fused(under_autocast(x))
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from weakref import ref
 
 from torch import nn
 
+from ..ops.latest import Latest
 from ..ops.sampled_conv.triton import ACTS
 from .ada_dr import AdaDR
 from .ada_kern import AdaKern, Head
 from .freq_select import FreqSelect
-from .own_hooks import CALL_HOOKS, does_more
+from .own_hooks import does_more, says_more
 from .predictor_conv import PredictorConv2d
 
 if TYPE_CHECKING:
@@ -48,22 +49,30 @@ class Layer(NamedTuple):
     conv: Conv
 
 
+class _Own(NamedTuple):
+    """A module as it was found: its class, and the dictionaries that it keeps all in."""
+    module: Any
+    cls: Type[Any]
+    attributes: Dict[str, Any]
+    parameters: Dict[str, Any]
+    buffers: Dict[str, Any]
+    modules: Dict[str, Any]
+
+
 class _Facts:
     """What was read of the modules of a layer, to see whether it is still so."""
 
     def __init__(self) -> None:
+        self._modules: List[_Own] = []
+        self._children: List[Tuple[Dict[str, Any], str, Any]] = []
+        self._absent: List[Tuple[Dict[str, Any], str]] = []
         self._read: List[Tuple[Dict[str, Any], str, Any]] = []
-        self._same: List[Tuple[Dict[str, Any], str, Any]] = []
-        self._classes: List[Tuple[Any, Type[Any], Dict[str, Any]]] = []
-        self._hooks: List[Any] = []
         self._lacks: List[Tuple[Dict[str, Any], str, bool]] = []
 
     def add(self, module: Any, cls: Type[Any]) -> None:
-        """A module: its class, and the dictionaries that it keeps all else in."""
+        """A module, of which nothing but its class says what a call does, or which is called all the same."""
         own = module.__dict__
-        self._classes.append((module, cls, own))
-        self._same += [(own, name, own[name]) for name in ('_parameters', '_buffers', '_modules', *CALL_HOOKS)]
-        self._hooks += [own[name] for name in CALL_HOOKS]
+        self._modules.append(_Own(module, cls, own, own['_parameters'], own['_buffers'], own['_modules']))
 
     def read(self, module: Any, name: str) -> Any:
         """An attribute; a module's attributes take longer where they are asked for as such."""
@@ -73,9 +82,12 @@ class _Facts:
 
     def child(self, module: Any, name: str) -> Any:
         """A module of a module, or None."""
-        child = module._modules.get(name)
-        self._read.append((module._modules, name, child))
-        return child
+        modules = module._modules
+        if name not in modules:
+            self._absent.append((modules, name))
+            return None
+        self._children.append((modules, name, modules[name]))
+        return modules[name]
 
     def lacks(self, tensors: Dict[str, Any], name: str) -> bool:
         """Whether there is no tensor of a name among the parameters or the buffers of a module."""
@@ -88,25 +100,28 @@ class _Facts:
         if type(module) is not cls or does_more(module):
             return False
         self.add(module, cls)
-        self._read.append((module.__dict__, 'forward', None))
         return True
 
     def hold(self) -> bool:
         """Whether all of it is still so."""
-        for entries, name, value in self._read:
-            found = entries.get(name)
-            if found is not value and found != value:
+        try:
+            for module, cls, own, parameters, buffers, modules in self._modules:
+                if (type(module) is not cls or module.__dict__ is not own or own['_parameters'] is not parameters
+                        or own['_buffers'] is not buffers or own['_modules'] is not modules or says_more(own)):
+                    return False
+            for entries, name, value in self._children:
+                if entries[name] is not value:
+                    return False
+            for entries, name, value in self._read:
+                found = entries[name]
+                if found is not value and found != value:
+                    return False
+        except KeyError:
+            return False
+        for entries, name in self._absent:
+            if name in entries:
                 return False
-        for entries, name, value in self._same:
-            if entries.get(name) is not value:
-                return False
-        for module, cls, own in self._classes:
-            if type(module) is not cls or module.__dict__ is not own:
-                return False
-        for entries, name, lacks in self._lacks:
-            if (entries.get(name) is None) != lacks:
-                return False
-        return not any(self._hooks)
+        return all((entries.get(name) is None) == lacks for entries, name, lacks in self._lacks)
 
 
 # Where a tensor of a module is: its dictionary of parameters or buffers, and its name there.
@@ -117,13 +132,14 @@ class Frame:
     """A layer as it was found. It stays with the layer itself, and not with copies of it.
 
     owner: The layer. places: Of the tensors of a call but the map and the layer's own. batches: Of the number of
-        batches that a norm saw.
+        batches that a norm saw. latest: What is known of calls like the latest one, for the caller.
     """
-    __slots__ = ('batches', 'facts', 'layer', 'owner', 'places')
+    __slots__ = ('batches', 'facts', 'latest', 'layer', 'owner', 'places')
 
     def __init__(
             self, owner: nn.Module, facts: _Facts, layer: Layer, places: Tuple[_Place, ...], batches: _Place) -> None:
         self.owner, self.facts, self.layer, self.places, self.batches = ref(owner), facts, layer, places, batches
+        self.latest: Optional[Latest] = None
 
     def __deepcopy__(self, memo: Any) -> None:
         return None

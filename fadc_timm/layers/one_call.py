@@ -12,11 +12,21 @@ from ..ops import few_outputs, gains, settings, triton_support
 from ..ops.band_mix.triton import operator as band_mix
 from ..ops.band_mix.triton.mix import means_shape
 from ..ops.derivatives import refuse_more
+from ..ops.latest import Latest
 from ..ops.recorded import Program, Programs, addresses_of
-from ..ops.runtime import allows_tf32, as_dtype, below_autocast, is_plain_eager
+from ..ops.runtime import (
+    allows_tf32,
+    as_dtype,
+    below_autocast,
+    convolution_dtype,
+    is_plain_eager,
+    match_layout,
+    under_autocast,
+)
+from ..ops.sampled_conv import takes_predictions
 from ..ops.sampled_conv.triton import operator as sampled_conv
 from .ada_kern import mean_dtype
-from .frame import Conv, Layer, Norm, frame_of
+from .frame import Conv, Frame, Layer, Norm, frame_of
 from .own_hooks import has_global_hooks
 
 if TYPE_CHECKING:
@@ -241,7 +251,8 @@ def _can_replay(first: Tensor, addresses: Sequence[int]) -> bool:
         return False
     # a CUDA graph would read tables that a program need not keep as long as the graph
     return not first.is_cuda or (
-        first.get_device() == triton_support.current_device() and not torch.cuda.is_current_stream_capturing())
+        first.get_device() == triton_support.current_device() and not torch.cuda.is_current_stream_capturing()
+        and not triton_support.has_launch_hooks())
 
 
 def _is_of_kind(kind: _Kind, t: Sequence[Optional[Tensor]]) -> bool:
@@ -306,18 +317,103 @@ class _OneCall(torch.autograd.Function):
             return [g if n else None for g, n in zip(grads, needed)]
 
         inputs = grad, *saved
-        if program is None or not is_plain_eager(grad) or not _is_of_kind(ctx.kind, saved[:_COUNT]):
+        if program is None or not is_plain_eager(grad):
+            return None, *function(*inputs)
+        amp, latest = _amp(grad), program.programs.latest
+        facts = needed, amp, allows_tf32()
+        is_like = latest is not None and latest.holds(facts, inputs[:1 + _COUNT])
+        if not is_like and not _is_of_kind(ctx.kind, saved[:_COUNT]):
             return None, *function(*inputs)
         addresses = addresses_of(inputs)
         if not _can_replay(grad, addresses):
             return None, *function(*inputs)
-        amp = _amp(grad)
-        key = grad.shape, grad.stride(), grad.dtype, needed, amp, allows_tf32()
-        replay = program.programs.find(key)
-        if replay is None:
-            return None, *program.programs.run(key, function, inputs, _COUNT)
+        if not is_like:
+            key = grad.shape, grad.stride(), grad.dtype, *facts
+            replay = program.programs.find(key)
+            if replay is None:
+                return None, *program.programs.run(key, function, inputs, _COUNT)
+            latest = program.programs.latest = Latest(facts, inputs[:1 + _COUNT], replay)
         with below_autocast(grad, amp is not None):
-            return None, *replay(inputs, addresses)[0]
+            return None, *latest.value(inputs, addresses)[0]
+
+
+def _tensors(frame: Frame, layer: 'FADConv2d', x: Tensor) -> Optional[_Tensors]:
+    """The tensors of a call, or None where a module was taken apart."""
+    try:
+        return _Tensors._make((
+            x, *[None if place is None else place[0][place[1]] for place in frame.places], layer.weight, layer.bias))
+    except KeyError:
+        return None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    # to ask is faster than to call an operator that copies nothing
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
+
+
+def _facts(layer: 'FADConv2d', x: Tensor) -> Tuple[Any, ...]:
+    """What a call depends on besides its tensors, and the layer."""
+    name = settings.named_backend() if layer.backend is None else layer.backend
+    return name, _amp(x), torch.is_grad_enabled(), *_settings(x.dtype)
+
+
+def _run(frame: Frame, kind: _Kind, t: _Tensors, save: bool, cast: Tensor, inside: Tensor) -> Tensor:
+    """The output in the memory format of cast. inside: cast as the kernels read it, in place of x in t."""
+    if inside is not t.x:
+        t = t._replace(x=inside)
+    if frame.batches is not None:
+        number = frame.batches[0].get(frame.batches[1])
+        if number is not None:
+            number.add_(1)
+    return match_layout(_OneCall.apply(kind, *t) if save else _call(kind, t, False)[0], cast)
+
+
+def _again(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
+    """The output for a call like the latest one of :func:`_anew`, about which less has to be asked, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    frame: Optional[Frame] = layer.__dict__.get('_frame')
+    latest = None if frame is None else frame.latest
+    if frame is None or latest is None or has_global_hooks() or not is_plain_eager(x) or frame_of(layer) is not frame:
+        return None
+    t = _tensors(frame, layer, x)
+    if t is None or not latest.holds(_facts(layer, x), t):
+        return None
+    kind, save = latest.value
+    cast = x if kind.amp is None else under_autocast(x)
+    return _run(frame, kind, t, save, cast, _channels_last(cast))
+
+
+def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
+    """The output, or None where the parts have to be called one by one."""
+    if torch.compiler.is_compiling() or has_global_hooks():
+        return None
+    frame = frame_of(layer)
+    if frame is None:
+        return None
+    batch, norm = x.shape[0], frame.layer.norm
+    if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
+        return None
+    t = _tensors(frame, layer, x)
+    if t is None:
+        return None
+    device, amp, dtype, of_kern = x.get_device(), _amp(x), convolution_dtype(x), mean_dtype(x)
+    for i, p in enumerate(t[1:], 1):
+        if p is None:
+            continue
+        fits = p.dtype == of_kern if 3 <= i < 13 else p.dtype == dtype or (amp is not None and p.dtype == torch.float32)
+        if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
+            return None
+    # the heads' kernel adds a bias
+    if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):
+        return None
+    cast = as_dtype(x, dtype)  # once for all parts, as FreqSelect computes in this dtype too
+    inside = _channels_last(cast)
+    forms = tuple([None if p is None else (p.shape, p.stride(), p.dtype) for p in (inside, *t[1:])])
+    kind = _Kind(frame.layer, forms, device, amp, _settings(dtype))
+    save = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in t)
+    frame.latest = Latest(_facts(layer, x), t, (kind, save))
+    return _run(frame, kind, t, save, cast, inside)
 
 
 def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
@@ -325,54 +421,13 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
 
     Args:
         layer: Of sampling 'dilation'.
-        x: Map (B, C, H, W), cast for autocast.
+        x: Map (B, C, H, W).
 
     Returns:
-        (B, O, H', W') channels_last; or None where the parts have to be called one by one: where more than autograd
-        looks at operators, if a module is not what the layer was made with, or has hooks, if a parameter does not fit x
-        in dtype or device, and for what is rare (replicated padding, a padding that crops, empty batches).
+        (B, O, H', W') in the memory format of x; or None where the parts have to be called one by one: where another
+        backend runs, or more than autograd looks at operators, if a module is not what the layer was made with, or has
+        hooks, if a parameter does not fit x in dtype or device, and for what is rare (replicated padding, a padding
+        that crops, empty batches).
     """
-    if torch.compiler.is_compiling() or has_global_hooks():
-        return None
-    frame = frame_of(layer)
-    if frame is None:
-        return None
-    this, places, count = frame.layer, frame.places, frame.batches
-    batch, norm = x.shape[0], this.norm
-    if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
-        return None
-    try:
-        t = _Tensors._make((
-            x, *[None if place is None else place[0][place[1]] for place in places], layer.weight, layer.bias))
-    except KeyError:  # a module was taken apart
-        return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        t = t._replace(x=x.contiguous(memory_format=torch.channels_last))  # once for all parts
-    dtype, device, amp = x.dtype, x.get_device(), _amp(x)
-    of_kern = mean_dtype(x)
-    forms: List[Any] = []
-    wants_gradient = False
-    for i, p in enumerate(t):
-        if p is None:
-            forms.append(None)
-            continue
-        of_p = p.dtype
-        if 3 <= i < 13:
-            fits = of_p == of_kern
-        else:
-            fits = of_p == dtype or (amp is not None and of_p == torch.float32)
-        if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
-            return None
-        forms.append((p.shape, p.stride(), of_p))
-        wants_gradient = wants_gradient or p.requires_grad
-    # the heads' kernel adds a bias
-    if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):
-        return None
-    if count is not None:
-        number = count[0].get(count[1])
-        if number is not None:
-            number.add_(1)
-    kind = _Kind(this, tuple(forms), device, amp, _settings(dtype))
-    if wants_gradient and torch.is_grad_enabled():
-        return _OneCall.apply(kind, *t)
-    return _call(kind, t, False)[0]
+    y = _again(layer, x)
+    return y if y is not None or not takes_predictions(x, layer.backend) else _anew(layer, x)

@@ -1,23 +1,21 @@
 """What was put on a module: whether a call of it does more than its class says, so that it has to run as a module."""
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import nn
 
-__all__ = ['CALL_HOOKS', 'does_more', 'has_global_hooks', 'has_hooks', 'why_not_taken_over']
+__all__ = ['does_more', 'has_global_hooks', 'has_hooks', 'says_more', 'why_not_taken_over']
 
 
-# Hooks of a module that act in a call.
-CALL_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 # Hooks of a module that act when its state is read or loaded.
 _STATE_HOOKS = (
     '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks that act in a call were registered with the module."""
+def _has_call_hooks(own: Dict[str, Any]) -> bool:
+    """Whether hooks that act in a call are among the attributes of a module."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'])
 
 
 def has_global_hooks() -> bool:
@@ -25,14 +23,19 @@ def has_global_hooks() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
+def says_more(own: Dict[str, Any]) -> bool:
+    """:func:`does_more` of the module that has these attributes of its own."""
+    return 'forward' in own or _has_call_hooks(own)
+
+
 def does_more(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class, global hooks left aside: hooks, or a forward set on it."""
-    return 'forward' in module.__dict__ or _has_own_hooks(module)
+    return says_more(module.__dict__)
 
 
 def why_not_taken_over(module: nn.Module) -> Optional[str]:
     """What was put on a module that another module in its place would lack, as a reason, or None."""
-    if _has_own_hooks(module) or any(getattr(module, name, None) for name in _STATE_HOOKS):
+    if _has_call_hooks(module.__dict__) or any(getattr(module, name, None) for name in _STATE_HOOKS):
         return 'has hooks (as weight_norm and pruning add them), which would be lost'
     methods = [name for name in module.__dict__ if callable(getattr(type(module), name, None))]
     if methods:

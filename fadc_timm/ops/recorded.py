@@ -7,6 +7,7 @@ memory of the new tensors. Tensors in between share a block of memory.
 """
 from collections import OrderedDict
 from contextlib import suppress
+from operator import itemgetter
 from threading import Lock, get_ident
 from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import triton_support
+from .latest import Latest
 
 __all__ = ['Program', 'Programs', 'Tensors', 'addresses_of', 'record']
 
@@ -167,7 +169,7 @@ class _Values:
         self.steps: List[_Action] = []
         self.slot: Dict[int, int] = {i: i for i in range(inputs)}  # of a base: its value
         self.shift: Dict[int, int] = {}  # of a base: the elements of its value before it
-        self.constants: List[Tuple[int, Tensor]] = []
+        self.constants: List[Tuple[int, Any]] = []
         self._in_dtypes: Dict[Tuple[int, torch.dtype], int] = {}
         self._views: Dict[_Part, int] = {}
 
@@ -226,7 +228,7 @@ class _Values:
             slot = self._typed(slot, part.dtype)
         constant = self.bases[part.base].tensor
         if part not in self._views and constant is not None:
-            self._views[part] = self._constant(
+            self._views[part] = self.constant(
                 constant.as_strided(part.size, part.stride, constant.storage_offset() + part.offset))
         elif part not in self._views:
             view = self._views[part] = self.add()
@@ -251,12 +253,13 @@ class _Values:
         if index not in self.slot:
             tensor = self.bases[index].tensor
             assert tensor is not None
-            self.slot[index] = self._constant(tensor)
+            self.slot[index] = self.constant(tensor)
         return self.slot[index]
 
-    def _constant(self, t: Tensor) -> int:
+    def constant(self, value: Any) -> int:
+        """A value that is the same in all replays."""
         slot = self.add()
-        self.constants.append((slot, t))
+        self.constants.append((slot, value))
         return slot
 
 
@@ -293,36 +296,40 @@ def _fast(step: _Step) -> Tuple[Callable[..., Any], Tuple[Any, ...], Dict[str, A
     return _FAST.get(step.call, step.call), step.args, step.kwargs
 
 
+def _reader(values: _Values, args: Sequence[Any]) -> Callable[[List[Any]], Tuple[Any, ...]]:
+    """What gives the arguments of a step from the values of a replay, which hold constants too."""
+    slots = [values.tensor(a) if isinstance(a, _Part) else values.constant(a) for a in args]
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda v: tuple([v[slot] for slot in slots])
+
+
 def _call_step(values: _Values, step: _Step) -> None:
-    function, args_, kwargs_ = _fast(step)
-    args = tuple([(values.tensor(a), True) if isinstance(a, _Part) else (a, False) for a in args_])
-    kwargs = {k: (values.tensor(a), True) if isinstance(a, _Part) else (a, False) for k, a in kwargs_.items()}
-    slots = tuple([None if r is None else values.add() for r in step.results])
-    for result, slot in zip(step.results, slots):
-        if result is not None and slot is not None:
-            values.slot[result] = slot
-    if set(kwargs) == {'out'} and len(args) == 2 and all(is_value for _, is_value in args):
-        (a, _), (b, _), (out, _) = *args, kwargs['out']
-
-        def multiply(v: List[Any], at: List[int]) -> None:
-            function(v[a], v[b], out=v[out])
-
-        values.steps.append(multiply)
-        return
+    function, args, kwargs = _fast(step)
+    read, names, read_named = _reader(values, args), tuple(kwargs), _reader(values, tuple(kwargs.values()))
+    slots = [None if r is None else values.add() for r in step.results]
+    values.slot.update({r: slot for r, slot in zip(step.results, slots) if r is not None and slot is not None})
     single, slot = len(slots) == 1, slots[0] if slots else None
 
-    def call(v: List[Any], at: List[int]) -> None:
-        output = function(*[v[a] if is_value else a for a, is_value in args],
-                          **{k: v[a] if is_value else a for k, (a, is_value) in kwargs.items()})
-        if single:
-            if slot is not None:
-                v[slot], at[slot] = output, output.data_ptr()
-        else:
-            for t, s in zip(output, slots):
-                if s is not None:
-                    v[s], at[s] = t, t.data_ptr()
+    def call_into(v: List[Any], at: List[int]) -> None:
+        out, = read_named(v)
+        function(*read(v), out=out)
 
-    values.steps.append(call)
+    def call_for_one(v: List[Any], at: List[int]) -> None:
+        assert slot is not None
+        t = v[slot] = function(*read(v))
+        at[slot] = t.data_ptr()
+
+    def call(v: List[Any], at: List[int]) -> None:
+        output = function(*read(v), **dict(zip(names, read_named(v))))
+        for t, s in zip((output,) if single else output, slots):
+            if s is not None:
+                v[s], at[s] = t, t.data_ptr()
+
+    if names == ('out',) and not any(slots):
+        values.steps.append(call_into)
+    else:
+        values.steps.append(call_for_one if single and slot is not None and not names else call)
 
 
 def _launch_step(values: _Values, step: _Step) -> None:
@@ -336,12 +343,16 @@ def _launch_step(values: _Values, step: _Step) -> None:
 
         values.steps.append(launch)
         return
-    places = tuple([(-1, 0) if a is None else values.address(a) for a in step.args])
+    places = [None if a is None else values.address(a) for a in step.args]
+    start = tuple([place for place in places if place is not None])
 
     def launch_again(v: List[Any], at: List[int]) -> None:
-        relaunch(at[-1], *[at[i] + n if i >= 0 else None for i, n in places])
+        relaunch(at[-1], *[None if place is None else at[place[0]] + place[1] for place in places])
 
-    values.steps.append(launch_again)
+    def launch_on_all(v: List[Any], at: List[int]) -> None:
+        relaunch(at[-1], *[at[i] + n for i, n in start])
+
+    values.steps.append(launch_again if None in places else launch_on_all)
 
 
 def _drop(slots: Sequence[int]) -> _Action:
@@ -405,9 +416,10 @@ class Program:
         self._zeros = [0] * (values.count - len(inputs) + 1)  # the last is the stream
         devices = [t.get_device() for t in inputs if t is not None and t.is_cuda]
         self._device = devices[0] if devices else None
-        for slot, t in values.constants:
-            self._blank[slot - len(inputs)] = t
-            self._zeros[slot - len(inputs)] = t.data_ptr()
+        for slot, value in values.constants:
+            self._blank[slot - len(inputs)] = value
+            if isinstance(value, Tensor):
+                self._zeros[slot - len(inputs)] = value.data_ptr()
 
     def __call__(self, inputs: Tensors, addresses: Sequence[int]) -> Tuple[List[Optional[Tensor]], List[Tensor]]:
         """The outputs that have memory of their own; and the tensors from which :meth:`others` makes the others.
@@ -479,6 +491,7 @@ class Programs:
             at_once: Whether the first call of a kind is recorded, and not the second.
         """
         self.most, self.at_once = most, at_once
+        self.latest: Optional[Latest] = None  # for the caller
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = Lock()
 

@@ -4,17 +4,18 @@ Triton is optional. Of the operators only this module and the modules of kernels
 """
 import functools
 import warnings
+from contextlib import suppress
 from threading import get_ident
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'current_device', 'current_stream', 'index_type', 'is_default_on',
-    'is_interpreted', 'launch', 'launch_now', 'observers', 'relaunch_of', 'types_of', 'unavailable', 'why_not',
-    'why_not_on']
+    'MOST_ELEMENTS', 'Launch', 'block', 'cdiv', 'current_device', 'current_stream', 'has_launch_hooks', 'index_type',
+    'is_default_on', 'is_interpreted', 'launch', 'launch_now', 'observers', 'relaunch_of', 'types_of', 'unavailable',
+    'why_not', 'why_not_on']
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -157,7 +158,7 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.num_warps, self.num_stages = num_warps, num_stages
         # what launches the compiled kernels again, by dtype, device and alignment of each tensor
-        self.kept: Dict[Tuple[Any, ...], Callable[..., None]] = {}
+        self.kept: Dict[Tuple[Any, ...], _Relaunch] = {}
 
 
 # By thread: what takes a launch and its tensors in place of :func:`launch`.
@@ -172,29 +173,74 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def _relaunch(this: Launch, compiled: Any) -> Callable[..., None]:
+@functools.cache
+def _settings_of_launches() -> Any:
+    from triton import knobs
+    return knobs.runtime
+
+
+def has_launch_hooks() -> bool:
+    """Whether Triton tells anyone of its launches. Then it has to make them itself."""
+    runtime = _settings_of_launches()
+    # a chain of hooks, one hook, or None
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave))
+
+
+class _Relaunch(NamedTuple):
     """What launches a compiled kernel again, on a stream and the addresses of tensors like those of its first launch.
 
-    It calls the kernel's launcher itself. `compiled[grid]` first prepares what launch hooks are told. It is called if
-    there are launch hooks, and in versions of Triton whose kernels have no such launcher.
+    at_once: For launches that no hook is told of.
     """
-    from triton import knobs
+    with_hooks: Callable[..., None]
+    at_once: Callable[..., None]
+
+
+def _relaunch(this: Launch, compiled: Any, tensors: int) -> _Relaunch:
+    """How to launch a compiled kernel of so many tensors again.
+
+    `compiled[grid]` prepares what launch hooks are told, and calls the kernel's launcher, which is written in Python
+    too and calls a function in C. What it passes on differs between versions of Triton, but for the ends, so the
+    launcher is called once with a function that writes it down. It is called every time where there is more to a
+    launch, and `compiled[grid]` in versions whose kernels have no such launcher.
+    """
     as_triton, numbers = compiled[this.grid], (*this.numbers, *this.constants)
+
+    def with_hooks(stream: int, *addresses: Optional[int]) -> None:
+        as_triton(*addresses, *numbers)
+
     run: Any = getattr(compiled, 'run', None)
     function, metadata = (getattr(compiled, name, None) for name in ('function', 'packed_metadata'))
     if None in (run, function, metadata):
-        return lambda stream, *addresses: as_triton(*addresses, *numbers)
-    x, y, z = this.grid
+        return _Relaunch(with_hooks, with_hooks)
+    grid = this.grid
 
-    def relaunch(stream: int, *addresses: Optional[int]) -> None:
-        # a chain of hooks, one hook, or None
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
-            as_triton(*addresses, *numbers)
-        else:
-            run(x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers)
+    def by_launcher(stream: int, *addresses: Optional[int]) -> None:
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers)
 
-    return relaunch
+    launch: Any = getattr(run, 'launch', None)
+    # memory for each launch
+    allocates = [getattr(run, f'{name}_scratch_size', None) != 0 for name in ('global', 'profile')]
+    if launch is None or any(allocates):
+        return _Relaunch(with_hooks, by_launcher)
+    called: List[Any] = []
+    copy = object.__new__(type(run))
+    vars(copy).update(vars(run), launch=lambda *args: called.extend(args))
+    stream, args = object(), (*[object() for _ in range(tensors)], *numbers)
+    with suppress(Exception):  # it does more with them than to pass them on
+        copy(*grid, stream, function, metadata, None, None, None, *args)
+    start, nested, flat = len(grid) + 2, called[-1:] == [args], tuple(called[-len(args):]) == args
+    if called[:start] != [*grid, stream, function] or not (nested or flat):
+        return _Relaunch(with_hooks, by_launcher)
+    between = called[start:-1 if nested else -len(args)]
+
+    def at_once(stream: int, *addresses: Optional[int]) -> None:
+        launch(*grid, stream, function, *between, *addresses, *numbers)
+
+    def at_once_nested(stream: int, *addresses: Optional[int]) -> None:
+        launch(*grid, stream, function, *between, (*addresses, *numbers))
+
+    return _Relaunch(with_hooks, at_once_nested if nested else at_once)
 
 
 def _addresses(tensors: Sequence[Optional[Tensor]]) -> Tuple[List[Optional[int]], Tuple[Any, ...]]:
@@ -213,8 +259,9 @@ def _addresses(tensors: Sequence[Optional[Tensor]]) -> Tuple[List[Optional[int]]
 
 
 def relaunch_of(this: Launch, tensors: Sequence[Optional[Tensor]]) -> Optional[Callable[..., None]]:
-    """What launches again on a stream and the addresses of tensors like these, if it is known."""
-    return this.kept.get(_addresses(tensors)[1])
+    """What launches again on a stream and the addresses of tensors like these, if it is known. No hook is told."""
+    relaunch = this.kept.get(_addresses(tensors)[1])
+    return None if relaunch is None else relaunch.at_once
 
 
 def launch(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
@@ -245,9 +292,10 @@ def launch_now(this: Launch, first: Tensor, *others: Optional[Tensor]) -> None:
     addresses, key = _addresses(tensors)
     relaunch = this.kept.get(key)
     if relaunch is not None:
-        relaunch(current_stream(device), *addresses)
+        again = relaunch.with_hooks if has_launch_hooks() else relaunch.at_once
+        again(current_stream(device), *addresses)
         return
     compiled = this.kernel[this.grid](
         *tensors, *this.numbers, *this.constants, num_warps=this.num_warps, num_stages=this.num_stages)
     if compiled is not None:  # it is None if a hook of Triton's compiler took the call
-        this.kept[key] = _relaunch(this, compiled)
+        this.kept[key] = _relaunch(this, compiled, len(tensors))

@@ -4,6 +4,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from inspect import getsource, signature
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,12 @@ def fails(monkeypatch):
 def pretend_gpu(monkeypatch):
     """Where the probe can put its tensor, and nothing else."""
     empty = torch.empty
-    monkeypatch.setattr(torch, 'empty', lambda *args, device, **kwargs: empty(*args, **kwargs))
+
+    def empty_somewhere(*args, device=None, **kwargs):
+        is_gpu = device is not None and torch.device(device).type == 'cuda'
+        return empty(*args, device='cpu' if is_gpu else device, **kwargs)
+
+    monkeypatch.setattr(torch, 'empty', empty_somewhere)
     monkeypatch.setattr(triton_support, 'is_interpreted', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a GPU of 2031')
@@ -112,7 +118,7 @@ def test_named_backend_says_why_it_cannot_run(breaks, monkeypatch):
             adaptive_dilated_conv2d(args.x, args.weight, args.steps, backend='triton')
         assert f"The backend 'triton' cannot run this call: {REASONS[breaks]}" in str(raised.value)
         with pytest.raises(NotImplementedError) as raised:
-            mix_bands(args.x, args.x[:, :3, None], [2, 4, 8], 'triton')
+            mix_bands(args.x, args.x.narrow(1, 0, 3).unsqueeze(2), [2, 4, 8], 'triton')
         assert f"backend='triton' cannot mix these bands: {REASONS[breaks]}" in str(raised.value)
         assert not takes_predictions(args.x, 'triton')
 
@@ -245,6 +251,63 @@ def test_launch_again_calls_the_launcher(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, 'launch_enter_hook', None)
     triton_support.launch(this, x, None)
     assert len(kernel.calls) == 5 and kernel.runs[-1][3] == 9
+
+
+class Launcher:
+    """As Triton's launchers do, it passes arguments on to a function that is in C there."""
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, nested=False):
+        self.nested, self.calls = nested, []
+        self.launch = lambda *args: self.calls.append(args)
+
+    def __call__(self, x, y, z, stream, function, metadata, *args):
+        start = x, y, z, stream, function, False, metadata, *args[:3]
+        self.launch(*start, *([args[3:]] if self.nested else args[3:]))
+
+
+class AllocatingLauncher(Launcher):
+    global_scratch_size = 128
+
+
+class CheckingLauncher(Launcher):
+    def __call__(self, x, y, z, stream, *args):
+        super().__call__(x, y, z, stream + 0, *args)
+
+
+@pytest.mark.parametrize('launcher, called', [
+    (Launcher(), 0), (Launcher(nested=True), 0), (AllocatingLauncher(), 1), (CheckingLauncher(), 1)],
+    ids=['flat', 'nested', 'allocates', 'checks'])
+def test_launch_again_calls_what_the_launcher_calls(launcher, called, monkeypatch):
+    """If it is known what that is, the launcher itself is called no more."""
+    compiled, calls = CompiledKernel(), []
+    compiled.run = launcher
+    this = Launch(compiled, (5, 2), (3, 0.5), (True, 16))
+    relaunch = triton_support._relaunch(this, compiled, 2)
+    run = type(launcher).__call__
+    run(launcher, 5, 2, 1, 7, 'function', 'metadata', None, None, None, 64, None, 3, 0.5, True, 16)
+    monkeypatch.setattr(
+        type(launcher), '__call__', lambda self, *args: (calls.append(args), run(self, *args)), raising=True)
+    relaunch.at_once(7, 64, None)
+    assert len(calls) == called and launcher.calls[0] == launcher.calls[1]
+
+
+def test_launchers_of_triton(monkeypatch):
+    """The launcher of the version of Triton that is installed, with a function in Python."""
+    launcher = object.__new__(triton.backends.nvidia.driver.CudaLauncher)
+    calls = []
+    names = 'global_scratch_size', 'global_scratch_align', 'profile_scratch_size', 'profile_scratch_align'
+    vars(launcher).update(
+        dict.fromkeys(names, 0), launch=lambda *args: calls.append(args), launch_cooperative_grid=False,
+        launch_pdl=True, num_ctas=1, arg_annotations=('a', 'b'), kernel_signature=b'ab', gsan_enabled=False)
+    monkeypatch.setattr(triton.runtime, 'driver', SimpleNamespace(active=None))
+    compiled = CompiledKernel()
+    compiled.run = launcher
+    relaunch = triton_support._relaunch(Launch(compiled, (5,), (3,), (True,)), compiled, 2)
+    launcher(5, 1, 1, 7, 'function', 'metadata', None, None, None, 64, None, 3, True)
+    monkeypatch.setattr(type(launcher), '__call__', lambda *args: 1 / 0)
+    relaunch.at_once(7, 64, None)
+    assert len(calls) == 2 and calls[0] == calls[1]
 
 
 def test_compiled_kernels_have_what_a_launch_takes():
