@@ -131,7 +131,7 @@ _Place = Optional[Tuple[Dict[str, Any], str]]
 class Frame:
     """A layer as it was found. It stays with the layer itself, and not with copies of it.
 
-    owner: The layer. places: Of the tensors of a call but the map and the layer's own. batches: Of the number of
+    owner: The layer. places: Of the tensors of a call but the map. batches: Of the number of
         batches that a norm saw. latest: What is known of calls like the latest one, for the caller.
     """
     __slots__ = ('batches', 'facts', 'latest', 'layer', 'owner', 'places')
@@ -233,7 +233,7 @@ def _find(layer: 'FADConv2d') -> Optional[Frame]:
         bands, groups, maps, norm, len(heads) == 1 and kern is not None and kern._modules.get('low') is None, o,
         mask_dw, mask_pw, ACTS.index(facts.read(dr, 'dilation_act')), float(facts.read(dr, 'dilation')),
         Conv((stride,) * 2, (padding,) * 2, (1, 1), facts.read(layer, 'groups')))
-    return Frame(layer, facts, this, tuple(places), count)
+    return Frame(layer, facts, this, (*places, *_of_module(layer)), count)
 
 
 def _of_module(module: nn.Module) -> List[_Place]:

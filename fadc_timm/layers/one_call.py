@@ -337,18 +337,12 @@ class _OneCall(torch.autograd.Function):
             return None, *latest.value(inputs, addresses)[0]
 
 
-def _tensors(frame: Frame, layer: 'FADConv2d', x: Tensor) -> Optional[_Tensors]:
+def _tensors(frame: Frame, x: Tensor) -> Optional[_Tensors]:
     """The tensors of a call, or None where a module was taken apart."""
     try:
-        return _Tensors._make((
-            x, *[None if place is None else place[0][place[1]] for place in frame.places], layer.weight, layer.bias))
+        return _Tensors._make((x, *[None if place is None else place[0][place[1]] for place in frame.places]))
     except KeyError:
         return None
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    # to ask is faster than to call an operator that copies nothing
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
 
 
 def _facts(layer: 'FADConv2d', x: Tensor) -> Tuple[Any, ...]:
@@ -357,15 +351,18 @@ def _facts(layer: 'FADConv2d', x: Tensor) -> Tuple[Any, ...]:
     return name, _amp(x), torch.is_grad_enabled(), *_settings(x.dtype)
 
 
-def _run(frame: Frame, kind: _Kind, t: _Tensors, save: bool, cast: Tensor, inside: Tensor) -> Tensor:
-    """The output in the memory format of cast. inside: cast as the kernels read it, in place of x in t."""
+def _run(frame: Frame, kind: _Kind, t: _Tensors, save: bool, cast: Tensor) -> Tensor:
+    """The output in the memory format of cast, which takes the place of x in t."""
+    is_last = cast.is_contiguous(memory_format=torch.channels_last)
+    inside = cast if is_last else cast.contiguous(memory_format=torch.channels_last)  # once for all parts
     if inside is not t.x:
         t = t._replace(x=inside)
     if frame.batches is not None:
         number = frame.batches[0].get(frame.batches[1])
         if number is not None:
             number.add_(1)
-    return match_layout(_OneCall.apply(kind, *t) if save else _call(kind, t, False)[0], cast)
+    y = _OneCall.apply(kind, *t) if save else _call(kind, t, False)[0]
+    return y if is_last and not cast.is_contiguous() else match_layout(y, cast)
 
 
 def _again(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
@@ -376,12 +373,11 @@ def _again(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     latest = None if frame is None else frame.latest
     if frame is None or latest is None or has_global_hooks() or not is_plain_eager(x) or frame_of(layer) is not frame:
         return None
-    t = _tensors(frame, layer, x)
+    t = _tensors(frame, x)
     if t is None or not latest.holds(_facts(layer, x), t):
         return None
     kind, save = latest.value
-    cast = x if kind.amp is None else under_autocast(x)
-    return _run(frame, kind, t, save, cast, _channels_last(cast))
+    return _run(frame, kind, t, save, x if kind.amp is None or kind.amp == x.dtype else under_autocast(x))
 
 
 def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
@@ -394,7 +390,7 @@ def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     batch, norm = x.shape[0], frame.layer.norm
     if not batch or (norm is not None and norm.batch_statistics and batch == 1) or not is_plain_eager(x):
         return None
-    t = _tensors(frame, layer, x)
+    t = _tensors(frame, x)
     if t is None:
         return None
     device, amp, dtype, of_kern = x.get_device(), _amp(x), convolution_dtype(x), mean_dtype(x)
@@ -408,12 +404,13 @@ def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):
         return None
     cast = as_dtype(x, dtype)  # once for all parts, as FreqSelect computes in this dtype too
-    inside = _channels_last(cast)
+    is_last = cast.is_contiguous(memory_format=torch.channels_last)
+    inside = cast if is_last else torch.empty_like(cast, device='meta', memory_format=torch.channels_last)
     forms = tuple([None if p is None else (p.shape, p.stride(), p.dtype) for p in (inside, *t[1:])])
     kind = _Kind(frame.layer, forms, device, amp, _settings(dtype))
     save = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in t)
     frame.latest = Latest(_facts(layer, x), t, (kind, save))
-    return _run(frame, kind, t, save, cast, inside)
+    return _run(frame, kind, t, save, cast)
 
 
 def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
