@@ -83,16 +83,36 @@ class _Between(NamedTuple):
     mask_taps: _Maybe
     high_part: _Maybe
     low_part: _Maybe
+    packed: _Maybe
+    packed_mean: _Maybe
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], conv: Conv) -> Tuple[Tensor, Optional[Tensor]]:
-    """The convolution in the dtype of x, and what the backward pass of one with few outputs reads, or None."""
+def _taps(layer: Layer, t: _Tensors) -> List[Optional[Tensor]]:
+    """What the convolutions with few outputs multiply by: of the maps, of o and of the pointwise one of the mask."""
+    dtype, device_type = t.x.dtype, t.x.device.type
+    convolutions = (t.maps_weight, layer.maps), (t.o_weight, layer.o), (t.pw_weight, layer.mask_pw)
+    weights = [
+        weight if conv is not None and conv.groups == 1 and few_outputs.fits(weight, dtype, device_type) else None
+        for weight, conv in convolutions]
+    wanted = [weight for weight in weights if weight is not None]
+    taps = iter(few_outputs.pack(wanted, dtype) if wanted else ())
+    return [None if weight is None else next(taps) for weight in weights]
+
+
+def _convolve(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        conv: Conv,
+        taps: Optional[Tensor] = None,
+) -> Tensor:
+    """The convolution in the dtype of x. taps: Of one with few outputs."""
     stride, padding, dilation, groups = conv
-    if groups == 1 and few_outputs.fits(weight, x.dtype, x.device.type):
-        return few_outputs.forward(x, weight, bias, stride, padding, dilation)
+    if taps is not None:
+        return few_outputs.forward(x, weight, bias, stride, padding, dilation, taps)[0]
     bias = None if bias is None else as_dtype(bias, x.dtype)
     return _aten.convolution(
-        x, as_dtype(weight, x.dtype), bias, stride, padding, dilation, False, [0, 0], groups), None
+        x, as_dtype(weight, x.dtype), bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 def _convolution_gradient(
@@ -137,10 +157,11 @@ def _norm_gradient(
 
 def _forward(layer: Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     """The output (B, O, H', W') channels_last. save: Whether there will be a backward pass."""
-    selected, maps, maps_taps, coefficients, means = t.x, None, None, None, None
+    selected, maps, coefficients, means = t.x, None, None, None
+    maps_taps, o_taps, mask_taps = _taps(layer, t)
     if layer.maps is not None:
         b, _, h, w = t.x.shape
-        predicted, maps_taps = _convolve(t.x, t.maps_weight, t.maps_bias, layer.maps)
+        predicted = _convolve(t.x, t.maps_weight, t.maps_bias, layer.maps, maps_taps)
         maps = predicted.view(b, layer.map_groups, -1, h, w).transpose(1, 2)
         selected, means, coefficients = band_mix.forward(t.x, maps, layer.bands, True)
     mean, trunk, normalized, norm_mean, norm_rstd, low, high = (None,) * 7
@@ -159,17 +180,17 @@ def _forward(layer: Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
         low, high = gains.heads_forward(normalized, t.head_weight, t.head_bias, t.head_weight_2, t.head_bias_2)
         if t.head_weight_2 is None:
             low, high = (None, low) if layer.high_alone else (low, None)
-    o, o_taps = _convolve(selected, t.o_weight, t.o_bias, layer.o)
-    mask_dw, mask, mask_taps = None, None, None
+    o = _convolve(selected, t.o_weight, t.o_bias, layer.o, o_taps)
+    mask_dw, mask = None, None
     if layer.mask_dw is not None and layer.mask_pw is not None:
-        mask_dw, _ = _convolve(selected, t.dw_weight, None, layer.mask_dw)
-        mask, mask_taps = _convolve(mask_dw, t.pw_weight, t.pw_bias, layer.mask_pw)
+        mask_dw = _convolve(selected, t.dw_weight, None, layer.mask_dw)
+        mask = _convolve(mask_dw, t.pw_weight, t.pw_bias, layer.mask_pw, mask_taps)
     stride, padding, _, groups = layer.conv
-    y, high_part, low_part = sampled_conv.forward(
+    y, *of_products = sampled_conv.forward(
         selected, t.weight, t.bias, o, mask, low, high, layer.act, layer.base, True, save, stride, padding, [], groups)
     return y, _Between(
         selected, maps, maps_taps, coefficients, mean, trunk, normalized, norm_mean, norm_rstd, low, high, o, o_taps,
-        mask_dw, mask, mask_taps, high_part, low_part)
+        mask_dw, mask, mask_taps, *of_products)
 
 
 def _gradient(layer: Layer, t: _Tensors, between: _Between, grad: Tensor, wants_weight: bool) -> _Tensors:
@@ -178,7 +199,7 @@ def _gradient(layer: Layer, t: _Tensors, between: _Between, grad: Tensor, wants_
     selected, low, high = between.selected, between.low, between.high
     of_sampled: List[Any] = sampled_conv.gradient(
         grad, between.high_part, between.low_part, selected, t.weight, t.bias, between.o, between.mask, low, high,
-        layer.act, layer.base, True, stride, padding, [], groups, wants_weight)
+        layer.act, layer.base, True, stride, padding, [], groups, wants_weight, (between.packed, between.packed_mean))
     of_selected, of_weight, of_bias, of_o, of_mask, of_low, of_high = of_sampled
     of_dw = of_pw = of_pw_bias = None
     if layer.mask_dw is not None and layer.mask_pw is not None:

@@ -37,6 +37,7 @@ def round_to(value, into, UPCAST: tl.constexpr):
         if into.dtype.element_ty == tl.bfloat16:
             bits = value.to(tl.float32).to(tl.int32, bitcast=True)
             bits += 0x7FFF + ((bits >> 16) & 1)
+            bits &= -0x10000  # or else the interpreter makes 1e-38 of 0
             value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(into.dtype.element_ty)
 

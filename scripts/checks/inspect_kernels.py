@@ -131,6 +131,17 @@ class Predictor:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The weights of convolutions with few outputs, (O, C, k) each, in one launch."""
+    name: str
+    weights: tuple[tuple[int, int, int], ...]
+    dtypes: tuple[torch.dtype, ...] = HALF
+
+    def run(self, dtype: torch.dtype) -> None:
+        predictor_operator.pack([empty(o, c, k, k) for o, c, k in self.weights], dtype)
+
+
+@dataclass(frozen=True)
 class Gains:
     """The trunk and the heads that predict AdaKern's gains, from n parts of the mean of a map of c channels."""
     name: str
@@ -161,7 +172,7 @@ class Gains:
         gains_operator.gains_heads_backward._init_fn(low, high if self.parts == 2 else None, y, head[0], other[0])
 
 
-Case = Layer | Bands | Predictor | Gains
+Case = Layer | Bands | Predictor | Packed | Gains
 
 LAYERS: tuple[Case, ...] = (
     Layer('resnet50 stage 2', 64, 128, 128, 28),
@@ -182,6 +193,7 @@ LAYERS: tuple[Case, ...] = (
     Predictor('AdaDR in resnet50 stage 3, strided', 64, 256, 28, 10, stride=2),
     Predictor('AdaDR in convnext_tiny stage 2', 64, 192, 28, 1, k=7),
     Predictor('mask in convnext_tiny stage 2', 64, 192, 28, 49, k=1),
+    Packed('predictors of resnet50 stage 2', ((3, 128, 3), (10, 128, 3))),
     Gains('AdaKern, resnet50 stage 2', 64, 28, 128, 16, 256),
     Gains('AdaKern, resnet50 stage 4', 64, 7, 512, 32, 1024),
     Gains('AdaKern, convnext_tiny stage 4', 64, 7, 768, 48, 768),
@@ -208,6 +220,7 @@ VARIANTS: tuple[Case, ...] = (
     Bands('bands, one pixel', 1, 1, 1, 1, dtypes=HALF),
     Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
+    Packed('three predictors', ((3, 192, 3), (1, 192, 7), (49, 192, 1)), (torch.bfloat16, torch.float32)),
     Gains('AdaKern in inference, float64', 2, 3, 20, 5, 7, bias=True, norm=True, dtypes=(torch.float64,)),
     Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF),
     Gains('AdaKern, one part, bfloat16', 2, 130, 40, 80, 70, parts=1, bias=True, dtypes=(torch.bfloat16,)),

@@ -150,6 +150,7 @@ def test_frozen(frozen, device, monkeypatch):
     m(x).sum().backward()
     assert all((t.grad is not None) == t.requires_grad for t in (x, *m.parameters()))
     assert ('unpack' in names) == m.weight.requires_grad  # nothing is computed for the kernel
+    assert names.count('pack') == 1  # the backward pass reads what the forward pass packed
 
 
 @pytest.mark.parametrize('device', DEVICES)

@@ -75,6 +75,20 @@ def results(f, tensors, options, dtype=torch.float64):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_pack(count, device):
+    """Tap k of output o in row k*O + o, and zeros behind, for each weight; in one launch."""
+    kernels = [(3, 5, 3, 3), (1, 70, 2, 4), (49, 40, 1, 1)][:count]
+    weights = [torch.randn(kernel, device=device) for kernel in kernels]
+    weights[-1] = weights[-1].to(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        for weight, taps in zip(weights, few_outputs.pack(weights, dtype), strict=True):
+            rows = weight.permute(2, 3, 0, 1).flatten(0, 2)
+            assert torch.equal(taps[:len(rows)], rows.to(dtype)) and not taps[len(rows):].any()
+            assert taps.shape[0] % 8 == 0 and taps.shape[0] - len(rows) < 8
+
+
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', TOLERANCES)
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_values_and_gradients(case, dtype, device):

@@ -1,7 +1,7 @@
 """Triton kernels around the matrix products of a convolution with few outputs.
 
-Forward: `pack` writes the kernel as a matrix. One product multiplies all pixels by it. `add_taps` adds up the products
-that meet at a position.
+Forward: `pack` writes the kernel as a matrix, and those of other convolutions beside it. One product multiplies all
+pixels by it. `add_taps` adds up the products that meet at a position.
 
 Backward: `spread` is the transpose of `add_taps`. Two products give the gradients of the map and of the matrix, and
 `unpack` brings the latter into the kernel's layout.
@@ -18,17 +18,32 @@ __all__ = ['add_taps', 'pack', 'spread', 'unpack']
 
 
 @triton.jit
-def pack(
-        weight, taps,
-        outputs, channels, columns, w_o, w_c, w_k,
-        TAPS: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Write the weight (O, C, K*K) as taps. Grid: blocks of elements of taps."""
+def _pack_one(weight, taps, outputs, channels, columns, w_o, w_c, w_k, TAPS: tl.constexpr, UPCAST: tl.constexpr,
+              BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column, c = at // channels, at % channels
     k, o = column // outputs, column % outputs
     w = tl.load(weight + o.to(tl.int64) * w_o + c * w_c + k * w_k, mask=(column < columns) & (k < TAPS), other=0.)
     tl.store(taps + at, round_to(w, taps, UPCAST), mask=column < columns)
+
+
+@triton.jit
+def pack(
+        weight, taps, weight_2, taps_2, weight_3, taps_3,
+        outputs, channels, columns, w_o, w_c, w_k,
+        outputs_2, channels_2, columns_2, w_o_2, w_c_2, w_k_2,
+        outputs_3, channels_3, columns_3, w_o_3, w_c_3, w_k_3,
+        TAPS: tl.constexpr, TAPS_2: tl.constexpr, TAPS_3: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write one to three weights (O, C, K*K) as taps. Grid: blocks of elements of the largest taps; weights."""
+    if tl.program_id(1) == 0:
+        _pack_one(weight, taps, outputs, channels, columns, w_o, w_c, w_k, TAPS, UPCAST, BLOCK)
+    if weight_2 is not None:
+        if tl.program_id(1) == 1:
+            _pack_one(weight_2, taps_2, outputs_2, channels_2, columns_2, w_o_2, w_c_2, w_k_2, TAPS_2, UPCAST, BLOCK)
+    if weight_3 is not None:
+        if tl.program_id(1) == 2:
+            _pack_one(weight_3, taps_3, outputs_3, channels_3, columns_3, w_o_3, w_c_3, w_k_3, TAPS_3, UPCAST, BLOCK)
 
 
 @triton.jit

@@ -21,12 +21,15 @@ from ..runtime import (
 )
 from ..triton_support import Launch, block, cdiv, types_of
 
-__all__ = ['MOST_PRODUCTS', 'call', 'few_outputs_conv2d', 'fits', 'forward', 'gradient', 'suits']
+__all__ = [
+    'MOST_PRODUCTS', 'MOST_WEIGHTS', 'call', 'few_outputs_conv2d', 'fits', 'forward', 'gradient', 'pack', 'suits']
 
 # Outputs times taps: the map of products has so many channels.
 MOST_PRODUCTS = 256
 # The rows of a matrix in half precision are read 16 bytes at a time.
 _MULTIPLE = 8
+# Weights that one launch packs.
+MOST_WEIGHTS = 3
 # Elements of a program of each kernel. Small maps are to have programs for all multiprocessors.
 _BLOCK, _POSITIONS, _COLUMNS = 1024, 256, 2048
 
@@ -109,15 +112,43 @@ def _out_size(x, weight, stride, padding, dilation) -> List[int]:
             for n, k, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation)]
 
 
-def _tap_strides(spec: _Spec) -> Tuple[int, int, int]:
+def _tap_strides(weight: Sequence[int], strides: Sequence[int]) -> Tuple[int, int, int]:
     """Of the weight: the steps between outputs, channels and taps, which are one axis."""
-    w_o, w_c, w_row, w_col = spec.weight_strides
-    return w_o, w_c, w_row if spec.weight[3] == 1 else w_col
+    w_o, w_c, w_row, w_col = strides
+    return w_o, w_c, w_row if weight[3] == 1 else w_col
+
+
+@functools.lru_cache(maxsize=1024)
+def _pack_launch(weights: Tuple[Tuple[Tuple[int, ...], Tuple[int, ...]], ...], dtype: torch.dtype) -> Launch:
+    """Of the shapes and strides of one to three weights."""
+    from . import kernels
+    numbers: List[int] = []
+    for shape, strides in weights:
+        numbers += shape[0], shape[1], _columns(shape), *_tap_strides(shape, strides)
+    taps = [shape[2] * shape[3] for shape, _ in weights]
+    missing = MOST_WEIGHTS - len(weights)
+    blocks = max(cdiv(_columns(shape) * shape[1], _BLOCK) for shape, _ in weights)
+    return Launch(kernels.pack, (blocks, len(weights)), (*numbers, *[0] * (6 * missing)),
+                  (*taps, *[0] * missing, types_of(dtype)[1], _BLOCK))
+
+
+def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> List[Tensor]:
+    """Weights as the matrices (columns, C) that :func:`forward` multiplies by, in one launch.
+
+    Args:
+        weights: One to `MOST_WEIGHTS` of (O, C, k, k') each.
+        dtype: Of the maps.
+    """
+    weights = [contiguous_weight(weight) for weight in weights]
+    launch = _pack_launch(tuple([(tuple(weight.shape), weight.stride()) for weight in weights]), dtype)
+    taps = [weight.new_empty((_columns(weight.shape), weight.shape[1]), dtype=dtype) for weight in weights]
+    pairs: List[Any] = [t for pair in zip(weights, taps) for t in pair]
+    triton_support.launch(launch, *pairs, *[None] * (2 * (MOST_WEIGHTS - len(weights))))
+    return taps
 
 
 class _Forward(NamedTuple):
     sizes: _Sizes
-    pack: Launch
     add_taps: Launch
 
 
@@ -130,8 +161,6 @@ def _forward_launches(spec: _Spec) -> _Forward:
     block_p = max(_POSITIONS // sizes.block_o, 16)
     return _Forward(
         sizes,
-        Launch(kernels.pack, (cdiv(sizes.columns * sizes.channels, _BLOCK),),
-               (sizes.outputs, sizes.channels, sizes.columns, *_tap_strides(spec)), (sizes.taps, sizes.upcast, _BLOCK)),
         Launch(kernels.add_taps, (cdiv(sizes.positions, block_p),), sizes.shared,
                (sizes.k_w, sizes.taps, spec.has_bias, sizes.acc, sizes.upcast, block_p, sizes.block_o)))
 
@@ -153,7 +182,7 @@ def _backward_launches(spec: _Spec, grad_strides: Tuple[int, ...]) -> _Backward:
                (*sizes.shared, sizes.pixels, *grad_strides),
                (sizes.k_w, sizes.taps, sizes.acc, sizes.block_q, sizes.block_n, sizes.block_o)),
         Launch(kernels.unpack, (cdiv(numel, _BLOCK),),
-               (sizes.outputs, sizes.channels, numel, sizes.shares, *_tap_strides(spec)),
+               (sizes.outputs, sizes.channels, numel, sizes.shares, *_tap_strides(spec.weight, spec.weight_strides)),
                (sizes.acc, sizes.upcast, _BLOCK, sizes.block_o, max(_BLOCK // sizes.block_o, 1))))
 
 
@@ -164,6 +193,7 @@ def forward(
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
+        taps: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """F.conv2d of x in its dtype, whatever dtype weight and bias have.
 
@@ -172,6 +202,7 @@ def forward(
         weight: (O, C, k, k').
         bias: (O,) or None.
         stride, padding, dilation: Of the rows and of the columns.
+        taps: What :func:`pack` makes of the weight, or None.
 
     Returns:
         (B, O, H', W') channels_last, and the weight as a matrix (columns, C), which the backward pass reads.
@@ -182,14 +213,17 @@ def forward(
         return y, x.new_zeros((_columns(weight.shape), weight.shape[1]))
     launches = _forward_launches(_spec(x, weight, bias, stride, padding, dilation))
     sizes = launches.sizes
-    taps = torch.empty((sizes.columns, sizes.channels), dtype=x.dtype, device=x.device)
-    triton_support.launch(launches.pack, weight, taps)
+    if taps is None:
+        taps, = pack([weight], x.dtype)
     products = wide_product(nhwc(x).view(-1, sizes.channels), taps.t())
     triton_support.launch(launches.add_taps, products, *in_a_row(bias), y)
     return y, taps
 
 
-few_outputs_conv2d = torch.library.custom_op('fadc_timm::few_outputs_conv2d', forward, mutates_args=())
+few_outputs_conv2d = torch.library.custom_op(
+    'fadc_timm::few_outputs_conv2d', forward, mutates_args=(),
+    schema='(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation) '
+           '-> (Tensor, Tensor)')
 
 
 @few_outputs_conv2d.register_fake

@@ -162,12 +162,12 @@ def forward(
         high: Optional[Tensor],
         y: Tensor,
         save: bool,
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Optional[Tensor]]:
     """Write y (B, H', W', O) from x (B, H, W, C), both contiguous.
 
     Returns:
-        If save and there are gains, the high and the low part of the output (positions, O) before the output gains;
-        otherwise None.
+        If save and there are gains, the high and the low part of the output (positions, O) before the output gains,
+        otherwise twice None; and rest and mean of the kernel, as :func:`_pack` gives them.
     """
     save = save and call.split
     weight = contiguous_weight(weight)
@@ -190,7 +190,7 @@ def forward(
         triton_support.launch(launches.combine, high_part, low_part, low, high, bias, y)
     elif bias is not None:
         y += bias
-    return (high_part, low_part) if save else (None, None)
+    return *((high_part, low_part) if save else (None, None)), rest, mean
 
 
 def backward(
@@ -199,6 +199,7 @@ def backward(
         parts: Tuple[Optional[Tensor], Optional[Tensor]],
         x: Tensor,
         weight: Tensor,
+        packed: Tuple[Optional[Tensor], Optional[Tensor]],
         bias: Optional[Tensor],
         steps: Tensor,
         mask: Optional[Tensor],
@@ -210,11 +211,14 @@ def backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of weight (if wanted), bias, steps, mask, low and high from grad (B, H', W', O) contiguous.
 
-    The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale.
+    The gradient of x is added to grad_x (B, H, W, C), as whole multiples of 1/scale if there is a scale. packed: What
+    :func:`forward` made of the weight, or twice None.
     """
     weight = contiguous_weight(weight)
     launches = _launches(call, weight.stride(), scale is not None)
-    rest, mean = _pack(call, launches, weight)
+    rest, mean = packed
+    if rest is None:
+        rest, mean = _pack(call, launches, weight)
     cols, totals = _workspace(call, launches, x)
     grad = grad.view(call.positions, call.o)
     channel_blocks, chunks = launches.scatter_blocks

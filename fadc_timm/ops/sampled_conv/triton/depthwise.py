@@ -74,12 +74,16 @@ def forward(
         low: Optional[Tensor],
         high: Optional[Tensor],
         y: Tensor,
-) -> None:
-    """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C)."""
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Write y (B, H', W', C) from x (B, H, W, C), both contiguous; low and high are (B, C).
+
+    Returns:
+        The kernel and its mean, as :func:`_pack` gives them.
+    """
     weight, launches = contiguous_weight(weight), _launches(call, bias is not None, False)
-    masks = mask_in(steps, mask, call.step_groups, call.joint)
-    triton_support.launch(
-        launches.forward, x, steps, masks, low, high, *_pack(call, launches, weight), bias, y)
+    masks, kernel = mask_in(steps, mask, call.step_groups, call.joint), _pack(call, launches, weight)
+    triton_support.launch(launches.forward, x, steps, masks, low, high, *kernel, bias, y)
+    return kernel
 
 
 def backward(
@@ -87,6 +91,7 @@ def backward(
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
+        packed: Tuple[Optional[Tensor], Optional[Tensor]],
         bias: Optional[Tensor],
         steps: Tensor,
         mask: Optional[Tensor],
@@ -97,7 +102,9 @@ def backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of weight, bias, steps, mask, low and high; arguments as in `dense.backward`."""
     weight, launches = contiguous_weight(weight), _launches(call, bias is not None, scale is not None)
-    kernel, mean = _pack(call, launches, weight)
+    kernel, mean = packed
+    if kernel is None:
+        kernel, mean = _pack(call, launches, weight)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=call.wide, device=x.device)

@@ -75,24 +75,23 @@ def _forward(
         which are empty unless they were asked for.
     """
     y, *parts = forward(
-        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)
+        x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups)[:3]
     high_part, low_part = _filled(x, parts)
     return y, high_part, low_part
 
 
 def forward(
         x, weight, bias, steps, mask, low, high, act, base, gains_act, save, stride, padding, spacing, groups,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """:func:`_forward`, with None for empty results."""
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """:func:`_forward`, with None for empty results; and the weight and its mean as they are multiplied by."""
     y = _empty_output(x, weight, steps)
     if not y.numel():
-        return y, None, None
+        return y, None, None, None, None
     bias, low, high = in_a_row(bias, low, high)
     call = call_of(_spec(x, weight, steps, mask, low, high, act, base, gains_act, stride, padding, spacing, groups))
     tensors = nhwc(x), weight, bias, steps, mask, low, high, y.permute(0, 2, 3, 1)
     if call.is_depthwise:
-        depthwise.forward(call, *tensors)
-        return y, None, None
+        return y, None, None, *depthwise.forward(call, *tensors)
     return y, *dense.forward(call, *tensors, save)
 
 
@@ -139,11 +138,12 @@ def _gradient(
 
 def gradient(
         grad, high_part, low_part, x, weight, bias, steps, mask, low, high, act, base, gains_act, stride, padding,
-        spacing, groups, wants_weight=True,
+        spacing, groups, wants_weight=True, packed=(None, None),
 ) -> List[Optional[Tensor]]:
     """:func:`_gradient`, with None for empty tensors, which the two parts may be too.
 
     wants_weight: Whether the gradient of the weight is wanted, else it is None. It is a third of the products.
+    packed: The last two results of :func:`forward`, or twice None.
     """
     tensors = x, weight, bias, steps, mask, low, high
     if not grad.numel() or not x.numel():
@@ -156,11 +156,11 @@ def gradient(
         x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=torch.int64 if fixed else call.wide, device=x.device)
     if call.is_depthwise:
         grads = depthwise.backward(
-            call, nhwc(grad), nhwc(x), weight, bias, steps, mask, low, high, into, scale)
+            call, nhwc(grad), nhwc(x), weight, packed, bias, steps, mask, low, high, into, scale)
     else:
         parts = (None, None) if high_part is None or not high_part.numel() else (high_part, low_part)
         grads = dense.backward(
-            call, nhwc(grad), parts, nhwc(x), weight, bias, steps, mask, low, high, into, scale, wants_weight)
+            call, nhwc(grad), parts, nhwc(x), weight, packed, bias, steps, mask, low, high, into, scale, wants_weight)
     grad_x = (into if scale is None else into / scale).to(x.dtype).permute(0, 3, 1, 2)
     if bias is not None and grads[1] is not None:
         grads[1] = grads[1].to(bias.dtype)
