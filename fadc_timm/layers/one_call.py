@@ -17,7 +17,7 @@ from ..ops.recorded import Program, Programs, addresses_of
 from ..ops.runtime import (
     allows_tf32,
     as_dtype,
-    below_autocast,
+    below_autograd,
     convolution_dtype,
     is_plain_eager,
     match_layout,
@@ -299,7 +299,7 @@ def _call(kind: _Kind, t: _Tensors, save: bool) -> Tuple[Any, Optional[Program],
     if program is None:
         y, *between = programs.run(key, function, t, 1)
         return y, None, between
-    with below_autocast(t.x, kind.amp is not None):
+    with below_autograd(t.x):
         (y,), saved = program(t, addresses)
     if save and (_saved_tensors_hooks is None or _saved_tensors_hooks(False) is not None):
         # checkpointing and the like want as many tensors, of the same shapes, from each call
@@ -354,7 +354,7 @@ class _OneCall(torch.autograd.Function):
             if replay is None:
                 return None, *program.programs.run(key, function, inputs, _COUNT)
             latest = program.programs.latest = Latest(facts, inputs[:1 + _COUNT], replay)
-        with below_autocast(grad, amp is not None):
+        with below_autograd(grad):
             return None, *latest.value(inputs, addresses)[0]
 
 

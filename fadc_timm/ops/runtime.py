@@ -1,6 +1,7 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
+import operator
 from contextlib import nullcontext
-from functools import lru_cache, wraps
+from functools import lru_cache, reduce, wraps
 from typing import Any, Callable, ContextManager, Dict, List, MutableMapping, Optional, Sequence, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'allows_tf32', 'as_dtype', 'below_autocast', 'constant', 'contiguous_weight',
+    'accumulation_dtype', 'allows_tf32', 'as_dtype', 'below_autograd', 'constant', 'contiguous_weight',
     'convolution_dtype', 'empty_map', 'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting',
     'is_plain_eager', 'is_transformed', 'literal', 'makes_onnx', 'match_layout', 'nhwc', 'once_per_graph',
     'table_device', 'under_autocast', 'wide_product', 'without_autocast', 'writes_out']
@@ -209,19 +210,18 @@ def without_autocast(x: Tensor) -> ContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
-def below_autocast(x: Tensor, enabled: bool) -> ContextManager[Any]:
-    """A context in which torch's operators on x do not cast for autocast, if that is enabled.
+def below_autograd(x: Tensor) -> ContextManager[Any]:
+    """A context in which torch's operators on x neither ask autograd nor cast for autocast; views take half the time.
 
-    To enter it takes a tenth of the time of :func:`without_autocast`.
+    So they count no versions either: what they write to must be their own, or nobody else's to ask about.
     """
-    if not enabled:
-        return nullcontext()
-    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[x.device.type])
+    return torch._C._ExcludeDispatchKeyGuard(_KEYS_ABOVE[x.device.type])
 
 
-_AUTOCAST_KEYS = {
-    'cpu': torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
-    'cuda': torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)}
+_KEYS_ABOVE = {
+    name: reduce(operator.or_, [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in (
+        f'Autograd{backend}', 'ADInplaceOrView', f'Autocast{backend}')])
+    for name, backend in (('cpu', 'CPU'), ('cuda', 'CUDA'))}
 
 
 def exact_products(function: Callable) -> Callable:

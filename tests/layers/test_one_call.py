@@ -352,6 +352,26 @@ def test_results_of_replays_stay(device, monkeypatch, own_programs):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+def test_results_of_replays_are_ordinary(device, own_programs):
+    """They can be changed in place, and views of them, which is counted; with gradients and without."""
+    m, x = layer(device, freq_select=False), image(device)
+    expected = [m(x).relu(), *grads(m(x).relu(), [x, *m.parameters()])]
+    for _ in range(CALLS):
+        m(x).sum().backward()
+    y = m(x)
+    assert y.grad_fn.program is not None and y._version == 0
+    y[:, :, 1:].add_(1.).sub_(1.)
+    y.relu_()
+    assert y._version == 3
+    assert_same([y, *grads(y, [x, *m.parameters()])], expected, EXACT)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            y = m(x)
+        assert len(own_programs()) == 2 and not y.is_inference() and y.relu_()._version == 1
+    assert_same([y], expected[:1], EXACT)
+
+
+@pytest.mark.parametrize('device', DEVICES)
 def test_what_is_not_replayed(device, monkeypatch, own_programs):
     """Maps that start anywhere, and calls under deterministic algorithms: the same results."""
     m = layer(device, freq_select=False)
