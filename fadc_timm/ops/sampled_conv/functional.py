@@ -39,7 +39,7 @@ def _check_tensor(
     """Raise unless t has the given shape (None: any size), the device of `like`, and its dtype or `also`."""
     if not isinstance(t, Tensor):
         raise TypeError(f'{name} must be a tensor of shape {want}, got {type(t).__name__}.')
-    if t.dim() != len(shape) or any(s is not None and t.shape[i] != s for i, s in enumerate(shape)):
+    if t.dim() != len(shape) or any(s is not None and n != s for n, s in zip(t.shape, shape)):
         sizes = ', '.join('any' if s is None else str(s) for s in shape)
         raise ValueError(f'{name} must have shape {want} = ({sizes}), got {tuple(t.shape)}.')
     if t.device != like.device:
