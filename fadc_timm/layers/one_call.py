@@ -168,16 +168,16 @@ def _forward(layer: Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
     if t.fc_weight is not None:
         if means is None:
             means = t.x.mean(dim=(2, 3), dtype=t.fc_weight.dtype)[:, None]
-        norm = layer.norm
-        if norm is None or norm.groups or norm.batch_statistics or save:
+        norm, heads = layer.norm, (t.head_weight, t.head_bias, t.head_weight_2, t.head_bias_2)
+        if not save and (norm is None or not (norm.groups or norm.batch_statistics)):
+            statistics, eps = (t.running_mean, t.running_var, t.norm_weight, t.norm_bias), norm.eps if norm else 0.
+            low, high = gains.trunk_and_heads(means, t.fc_weight, t.fc_bias, statistics, eps, *heads)
+        else:
             trunk, mean = gains.trunk_forward(means, t.fc_weight, t.fc_bias)
             normalized = trunk
             if norm is not None:
                 normalized, norm_mean, norm_rstd = _normalize(norm, t, trunk)
-        else:
-            statistics = t.running_mean, t.running_var, t.norm_weight, t.norm_bias
-            normalized = gains.normalized_trunk(means, t.fc_weight, t.fc_bias, statistics, norm.eps)
-        low, high = gains.heads_forward(normalized, t.head_weight, t.head_bias, t.head_weight_2, t.head_bias_2)
+            low, high = gains.heads_forward(normalized, *heads)
         if t.head_weight_2 is None:
             low, high = (None, low) if layer.high_alone else (low, None)
     o = _convolve(selected, t.o_weight, t.o_bias, layer.o, o_taps)

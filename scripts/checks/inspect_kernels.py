@@ -154,20 +154,19 @@ class Gains:
     bias: bool = False
     means_dtype: torch.dtype = torch.float32
     dtypes: tuple[torch.dtype, ...] = SINGLE
-    norm: bool = False  # the trunk alone, with a BatchNorm of fixed statistics
+    inference: bool = False  # in one kernel, with a BatchNorm of fixed statistics
 
     def run(self, dtype: torch.dtype) -> None:
         width = self.parts * self.width
         weight, bias = empty(width, self.c, dtype=dtype), empty(width, dtype=dtype) if self.bias else None
         means = empty(self.b, self.n, self.c, dtype=self.means_dtype)
-        if self.norm:
-            some = empty(width, dtype=dtype)
-            gains_operator.normalized_trunk(means, weight, bias, (some, some, some, some), 1e-5)
+        head = empty(self.outputs, self.width, dtype=dtype), empty(self.outputs, dtype=dtype)
+        other = head if self.parts == 2 else (None, None)
+        if self.inference:
+            gains_operator.trunk_and_heads(means, weight, bias, (empty(width, dtype=dtype),) * 4, 1e-5, *head, *other)
             return
         y, mean = gains_operator.gains_trunk._init_fn(means, weight, bias)
         gains_operator.gains_trunk_backward._init_fn(y, mean, weight, bias)
-        head = empty(self.outputs, self.width, dtype=dtype), empty(self.outputs, dtype=dtype)
-        other = head if self.parts == 2 else (None, None)
         low, high = gains_operator.gains_heads._init_fn(y, *head, *other)
         gains_operator.gains_heads_backward._init_fn(low, high if self.parts == 2 else None, y, head[0], other[0])
 
@@ -197,7 +196,9 @@ LAYERS: tuple[Case, ...] = (
     Gains('AdaKern, resnet50 stage 2', 64, 28, 128, 16, 256),
     Gains('AdaKern, resnet50 stage 4', 64, 7, 512, 32, 1024),
     Gains('AdaKern, convnext_tiny stage 4', 64, 7, 768, 48, 768),
-    Gains('AdaKern in inference, resnet50 stage 4', 64, 7, 512, 32, 1024, norm=True),
+    Gains('AdaKern in inference, resnet50 stage 2', 64, 28, 128, 16, 256, inference=True),
+    Gains('AdaKern in inference, resnet50 stage 4', 64, 7, 512, 32, 1024, inference=True),
+    Gains('AdaKern in inference, convnext_tiny stage 4', 64, 7, 768, 48, 768, inference=True),
 )
 VARIANTS: tuple[Case, ...] = (
     Layer('bfloat16, bias, no mask', 2, 32, 48, 9, mask=False, bias=True, act='none', dtypes=(torch.bfloat16,)),
@@ -221,7 +222,11 @@ VARIANTS: tuple[Case, ...] = (
     Bands('bands, few pixels', 1, 1, 2, 1, dtypes=(torch.bfloat16, torch.float32)),
     Bands('bands, float64', 2, 12, 9, 14, 4, 2, act=False, dtypes=(torch.float64,)),
     Packed('three predictors', ((3, 192, 3), (1, 192, 7), (49, 192, 1)), (torch.bfloat16, torch.float32)),
-    Gains('AdaKern in inference, float64', 2, 3, 20, 5, 7, bias=True, norm=True, dtypes=(torch.float64,)),
+    Gains('AdaKern in inference, one pixel', 1, 1, 1, 1, 1, inference=True, dtypes=HALF),
+    Gains('AdaKern in inference, one wide part, bfloat16', 2, 130, 40, 130, 70, 1, True, dtypes=(torch.bfloat16,),
+          inference=True),
+    Gains('AdaKern in inference, float64', 2, 33, 2048, 128, 4096, bias=True, means_dtype=torch.float64,
+          dtypes=(torch.float64,), inference=True),
     Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF),
     Gains('AdaKern, one part, bfloat16', 2, 130, 40, 80, 70, parts=1, bias=True, dtypes=(torch.bfloat16,)),
     Gains('AdaKern, float64', 33, 3, 200, 16, 130, means_dtype=torch.float64, dtypes=(torch.float64,)),

@@ -131,6 +131,7 @@ def kernels_of(monkeypatch, run):
 
 
 WHOLE = ['trunk', 'heads']
+INFERENCE = ['trunk_and_heads']
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -161,12 +162,12 @@ def test_ada_kern_in_kernels(cfg, device, monkeypatch):
 @pytest.mark.parametrize('part', [*('fc', 'act'), *(pytest.param(n, marks=pytest.mark.sweep) for n in ('low', 'high'))])
 def test_what_is_put_on_ada_kerns_modules(part, device, monkeypatch):
     """Hooks, a forward, a parametrization or another class: the modules run as modules, with the same results."""
-    m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device)
+    m = off_identity(make(padding=1, freq_select=False, dtype=torch.float64)).to(device).eval()
     x, seen = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device), []
     module = getattr(m.ada_kern, part)
     with set_backend('triton'), torch.no_grad():
         expected, names = kernels_of(monkeypatch, lambda: m(x))
-        assert names == WHOLE
+        assert names == INFERENCE
 
         def runs_as_module():
             y, names = kernels_of(monkeypatch, lambda: m(x))
@@ -190,7 +191,7 @@ def test_what_is_put_on_ada_kerns_modules(part, device, monkeypatch):
         module.__class__, kept = other, type(module)
         runs_as_module()
         module.__class__ = kept
-        assert kernels_of(monkeypatch, lambda: m(x))[1] == WHOLE
+        assert kernels_of(monkeypatch, lambda: m(x))[1] == INFERENCE
         # hooks of the norm are called, as it is a module in any case
         handle = m.ada_kern.norm.register_forward_hook(lambda *_: seen.append('norm'))
         assert kernels_of(monkeypatch, lambda: m(x))[1] == WHOLE and seen[-1] == 'norm'

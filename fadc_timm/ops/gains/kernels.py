@@ -8,19 +8,44 @@ import triton.language as tl
 
 from ..triton_math import dot, jit_of_any_size, round_to
 
-__all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_gradient']
+__all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_and_heads', 'trunk_gradient']
+
+
+@triton.jit
+def _sum_of_parts(means, b, c, c_live, parts, channels, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_C: tl.constexpr):
+    """Some channels c of the mean of sample b: the sum over n of means (B, n, C), n = parts."""
+    total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
+    own = means + b * parts * channels
+    for first in range(0, parts, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        live = (n < parts)[:, None] & c_live[None, :]
+        total += tl.load(own + n[:, None] * channels + c[None, :], mask=live, other=0.).to(ACC)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _fixed_norm(value, k, live, norm_mean, norm_var, norm_weight, norm_bias, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Some channels k behind a BatchNorm of fixed statistics; weight and bias may be None."""
+    var = tl.load(norm_var + k, mask=live, other=1.).to(ACC)
+    value = (value - tl.load(norm_mean + k, mask=live, other=0.).to(ACC)) / tl.sqrt(var + EPS)
+    if norm_weight is not None:
+        value *= tl.load(norm_weight + k, mask=live, other=0.).to(ACC)
+    if norm_bias is not None:
+        value += tl.load(norm_bias + k, mask=live, other=0.).to(ACC)
+    return value
 
 
 @jit_of_any_size
 def trunk(
-        means, weight, bias, norm_mean, norm_var, norm_weight, norm_bias, y, mean,
+        means, weight, bias, y, mean,
         parts, channels, outputs,
-        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+        ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
         BLOCK_O: tl.constexpr,
 ):
     """mean (B, C): the sum of means (B, parts, C); y (B, outputs): mean @ weight.T + bias.
 
-    Grid: samples, blocks of outputs. With norm_mean, y is behind a BatchNorm of fixed statistics.
+    Grid: samples, blocks of outputs.
     """
     b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_live = o < outputs
@@ -28,12 +53,7 @@ def trunk(
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         c_live = c < channels
-        total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
-        for first in range(0, parts, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            at = (b * parts + n)[:, None] * channels + c[None, :]
-            total += tl.load(means + at, mask=(n < parts)[:, None] & c_live[None, :], other=0.).to(ACC)
-        m = tl.sum(total, axis=0)
+        m = _sum_of_parts(means, b, c, c_live, parts, channels, ACC, BLOCK_N, BLOCK_C)
         tl.store(mean + b * channels + c, m, mask=c_live & (tl.program_id(1) == 0))
         at = o[:, None] * channels + c[None, :]
         w = tl.load(weight + at, mask=o_live[:, None] & c_live[None, :], other=0.).to(ACC)
@@ -41,13 +61,6 @@ def trunk(
     value = tl.sum(acc, axis=1)
     if bias is not None:
         value += tl.load(bias + o, mask=o_live, other=0.).to(ACC)
-    if norm_mean is not None:
-        var = tl.load(norm_var + o, mask=o_live, other=1.).to(ACC)
-        value = (value - tl.load(norm_mean + o, mask=o_live, other=0.).to(ACC)) / tl.sqrt(var + EPS)
-        if norm_weight is not None:
-            value *= tl.load(norm_weight + o, mask=o_live, other=0.).to(ACC)
-        if norm_bias is not None:
-            value += tl.load(norm_bias + o, mask=o_live, other=0.).to(ACC)
     tl.store(y + b * outputs + o, round_to(value, y, UPCAST), mask=o_live)
 
 
@@ -122,9 +135,8 @@ def trunk_gradient(
 
 
 @triton.jit
-def _relu(x, at, live, ACC: tl.constexpr):
-    """ReLU of some elements of x, zero where nothing is live; NaN stays NaN."""
-    value = tl.load(x + at, mask=live, other=0.).to(ACC)
+def _relu(value):
+    """ReLU; NaN stays NaN."""
     return tl.where(value <= 0., 0., value)
 
 
@@ -141,7 +153,7 @@ def _head(
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         live = k < width
-        r = _relu(x, b * inputs + first + k, live, ACC)
+        r = _relu(tl.load(x + b * inputs + first + k, mask=live, other=0.).to(ACC))
         w = tl.load(weight + o[:, None] * width + k[None, :], mask=o_live[:, None] & live[None, :], other=0.).to(ACC)
         acc += w * r[None, :]
     value = tl.sum(acc, axis=1) + tl.load(bias + o, mask=o_live, other=0.).to(ACC)
@@ -168,6 +180,95 @@ def heads(
 
 
 @triton.jit
+def _behind_the_trunk(
+        k, live, b, means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias,
+        parts, channels,
+        EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Some channels k of the trunk of sample b, behind the norm and ReLU; zero where they are not live."""
+    acc = tl.zeros([BLOCK_K, BLOCK_C], dtype=ACC)
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        c_live = c < channels
+        m = _sum_of_parts(means, b, c, c_live, parts, channels, ACC, BLOCK_N, BLOCK_C)
+        at = k[:, None] * channels + c[None, :]
+        acc += tl.load(fc_weight + at, mask=live[:, None] & c_live[None, :], other=0.).to(ACC) * m[None, :]
+    value = tl.sum(acc, axis=1)
+    if fc_bias is not None:
+        value += tl.load(fc_bias + k, mask=live, other=0.).to(ACC)
+    if norm_mean is not None:
+        value = _fixed_norm(value, k, live, norm_mean, norm_var, norm_weight, norm_bias, EPS, ACC)
+    return tl.where(live, _relu(value), 0.)
+
+
+@triton.jit
+def _times_head(x, weight, o, o_live, start, width, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What some inputs x, from `start` on, add to some outputs o of a head."""
+    k = start + tl.arange(0, BLOCK_K)
+    at = o[:, None] * width + k[None, :]
+    w = tl.load(weight + at, mask=o_live[:, None] & (k < width)[None, :], other=0.).to(ACC)
+    return tl.sum(w * x[None, :], axis=1)
+
+
+@triton.jit
+def _trunk_and_head(
+        means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, weight, bias, y,
+        first, parts, channels, inputs, outputs, span,
+        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):
+    """Of one sample `span` outputs of a head, which reads `inputs` channels of the trunk, from `first` on.
+
+    WIDE: These are more than BLOCK_K. Then those behind are computed again for every block of outputs.
+    """
+    b, low = tl.program_id(0).to(tl.int64), tl.program_id(1) * span
+    k = tl.arange(0, BLOCK_K)
+    x = _behind_the_trunk(
+        first + k, k < inputs, b, means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, parts,
+        channels, EPS, ACC, BLOCK_N, BLOCK_C, BLOCK_K)
+    for start in range(low, min(low + span, outputs), BLOCK_O):
+        o = start + tl.arange(0, BLOCK_O)
+        o_live = o < outputs
+        value = _times_head(x, weight, o, o_live, 0, inputs, ACC, BLOCK_K)
+        if WIDE:
+            for more in range(BLOCK_K, inputs, BLOCK_K):
+                k = more + tl.arange(0, BLOCK_K)
+                others = _behind_the_trunk(
+                    first + k, k < inputs, b, means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias,
+                    parts, channels, EPS, ACC, BLOCK_N, BLOCK_C, BLOCK_K)
+                value += _times_head(others, weight, o, o_live, more, inputs, ACC, BLOCK_K)
+        value += tl.load(bias + o, mask=o_live, other=0.).to(ACC)
+        tl.store(y + b * outputs + o, round_to(value, y, UPCAST), mask=o_live)
+
+
+@jit_of_any_size
+def trunk_and_heads(
+        means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, weight, bias, weight_2, bias_2, y, y_2,
+        parts, channels, inputs, outputs, span,
+        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):
+    """`trunk`, with norm_mean a BatchNorm of fixed statistics, and `heads`, of which each reads `inputs` channels.
+
+    Every program computes the trunk's channels that its outputs read. Grid: samples, spans of outputs, which are
+    multiples of BLOCK_O, parts of the kernel. weight_2, bias_2 and y_2 are None if there is one part.
+    """
+    if weight_2 is None:
+        _trunk_and_head(
+            means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, weight, bias, y, 0, parts, channels,
+            inputs, outputs, span, EPS, ACC, UPCAST, WIDE, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_O)
+    else:
+        if tl.program_id(2) == 0:
+            _trunk_and_head(
+                means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, weight, bias, y, 0, parts,
+                channels, inputs, outputs, span, EPS, ACC, UPCAST, WIDE, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_O)
+        else:
+            _trunk_and_head(
+                means, fc_weight, fc_bias, norm_mean, norm_var, norm_weight, norm_bias, weight_2, bias_2, y_2, inputs,
+                parts, channels, inputs, outputs, span, EPS, ACC, UPCAST, WIDE, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_O)
+
+
+@triton.jit
 def _head_parameters_gradient(
         x, grad, grad_weight, grad_bias,
         first, batch, inputs, width, outputs,
@@ -184,7 +285,8 @@ def _head_parameters_gradient(
         live, b = b < batch, b.to(tl.int64)
         at = b[None, :] * outputs + o[:, None]
         g = tl.load(grad + at, mask=o_live[:, None] & live[None, :], other=0.).to(ACC)
-        r = _relu(x, b[:, None] * inputs + first + k[None, :], live[:, None] & k_live[None, :], ACC)
+        at = b[:, None] * inputs + first + k[None, :]
+        r = _relu(tl.load(x + at, mask=live[:, None] & k_live[None, :], other=0.).to(ACC))
         acc = dot(g, r, acc, 'ieee', False)
         total += g
     at = o[:, None] * width + k[None, :]

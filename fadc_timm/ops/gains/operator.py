@@ -4,7 +4,7 @@ Parameters and maps of any float dtype are read as they are. All sums are in flo
 autocast changes nothing. The caller asks whether Triton can run (`triton_support.why_not_on`).
 """
 import functools
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
 
 __all__ = [
     'gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'heads_forward',
-    'heads_gradient', 'normalized_trunk', 'trunk', 'trunk_forward', 'trunk_gradient']
+    'heads_gradient', 'trunk', 'trunk_and_heads', 'trunk_forward', 'trunk_gradient']
 
 _Shape = Tuple[int, ...]
 
@@ -26,12 +26,16 @@ def _accumulated(a: Tensor, b: Tensor) -> torch.dtype:
     return accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
 
 
+def _shapes(tensors: Sequence[Optional[Tensor]]) -> Tuple[Optional[_Shape], ...]:
+    return tuple([None if t is None else t.shape for t in tensors])
+
+
 # the trunk
 
 
 @functools.lru_cache(maxsize=1024)
 def _trunk_launch(
-        means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: torch.dtype, eps: float = 0.) -> Launch:
+        means: _Shape, weight: _Shape, bias: Optional[_Shape], dtype: torch.dtype) -> Launch:
     if len(means) != 3 or len(weight) != 2 or weight[1] != means[2] or bias not in (None, weight[:1]):
         raise ValueError(
             f'The trunk wants means (B, n, C), weight (O, C) and bias (O,) or None, got {list(means)}, {list(weight)} '
@@ -40,7 +44,7 @@ def _trunk_launch(
     (b, parts, channels), outputs = means, weight[0]
     block_c, block_o = block(channels, 16, 128), 16
     return Launch(kernels.trunk, (b, cdiv(outputs, block_o)), (parts, channels, outputs),
-                  (eps, types_of(dtype)[0], is_interpreted(), block(parts, 1, 32), block_c, block_o))
+                  (types_of(dtype)[0], is_interpreted(), block(parts, 1, 32), block_c, block_o))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,40 +70,13 @@ def trunk_forward(means: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tupl
     Raises:
         ValueError: The shapes do not fit.
     """
-    return _trunk(means, weight, bias, (None,) * 4, 0.)
-
-
-def _trunk(
-        means: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        norm: Tuple[Optional[Tensor], ...],
-        eps: float,
-) -> Tuple[Tensor, Tensor]:
     dtype, batch = _accumulated(means, weight), means.shape[0]
-    launch = _trunk_launch(means.shape, weight.shape, None if bias is None else bias.shape, dtype, eps)
+    launch = _trunk_launch(means.shape, weight.shape, None if bias is None else bias.shape, dtype)
     y = weight.new_empty((batch, weight.shape[0]))
     mean = torch.empty((batch, means.shape[2]), dtype=dtype, device=means.device)
     if batch:
-        triton_support.launch(launch, *in_a_row(means, weight, bias, *norm), y, mean)
+        triton_support.launch(launch, *in_a_row(means, weight, bias), y, mean)
     return y, mean
-
-
-def normalized_trunk(
-        means: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        norm: Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]],
-        eps: float,
-) -> Tensor:
-    """The first result of :func:`trunk_forward` behind a BatchNorm, without gradients.
-
-    Args:
-        means, weight, bias: As there.
-        norm: The running mean and variance of the BatchNorm, its weight and its bias, (O,) or for the last two None.
-        eps: Of the BatchNorm.
-    """
-    return _trunk(means, weight, bias, norm, eps)[0]
 
 
 gains_trunk = torch.library.custom_op('fadc_timm::gains_trunk', trunk_forward, mutates_args=())
@@ -224,8 +201,7 @@ def heads_forward(
         ValueError: The shapes do not fit.
     """
     parameters = weight, bias, weight_2, bias_2
-    launch = _heads_launch(
-        x.shape, tuple([None if p is None else p.shape for p in parameters]), _accumulated(x, weight))
+    launch = _heads_launch(x.shape, _shapes(parameters), _accumulated(x, weight))
     y, y_2 = _of_heads(x, *parameters)
     if x.shape[0]:
         triton_support.launch(launch, *in_a_row(x, *parameters), y, None if weight_2 is None else y_2)
@@ -317,3 +293,71 @@ def heads(
     tensors = x, weight, bias, weight_2, bias_2
     y, y_2 = form_of_call(gains_heads, _EagerHeads, heads_forward, tensors)(*tensors)
     return y, None if weight_2 is None else y_2
+
+
+# both, in inference
+
+
+@functools.lru_cache(maxsize=1024)
+def _trunk_and_heads_launch(
+        means: _Shape,
+        fc_weight: _Shape,
+        fc_bias: Optional[_Shape],
+        norm: Tuple[Optional[_Shape], ...],
+        shapes: Tuple[Optional[_Shape], ...],
+        dtype: torch.dtype,
+        eps: float,
+) -> Launch:
+    # the two launches that this one takes the place of, for what they say of the shapes
+    _trunk_launch(means, fc_weight, fc_bias, dtype)
+    grid = _heads_launch((means[0], fc_weight[0]), shapes, dtype).grid
+    if any(shape not in (None, fc_weight[:1]) for shape in norm):
+        raise ValueError(f'The norm wants {fc_weight[0]} channels, got {norm}.')
+    from . import kernels
+    (b, n, channels), (outputs, inputs) = means, shapes[0] or ()
+    block_n, block_k = block(n, 1, 32), block(inputs, 16, 128)
+    most = 2048 if dtype == torch.float64 else 4096  # elements that registers hold
+    block_c = block(channels, 16, min(256, most // max(block_n, block_k)))
+    block_o = block(outputs, 16, min(256, most // block_k))
+    # Each span computes the trunk's channels again: there are as many as fill a GPU, and 8 at most.
+    spans = min(max(512 // max(b * grid[2], 1), 1), 8)
+    span = cdiv(cdiv(outputs, spans), block_o) * block_o
+    return Launch(kernels.trunk_and_heads, (b, cdiv(outputs, span), grid[2]), (n, channels, inputs, outputs, span),
+                  (eps, types_of(dtype)[0], is_interpreted(), inputs > block_k, block_n, block_c, block_k, block_o), 8)
+
+
+def trunk_and_heads(
+        means: Tensor,
+        fc_weight: Tensor,
+        fc_bias: Optional[Tensor],
+        norm: Tuple[Optional[Tensor], ...],
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        weight_2: Optional[Tensor],
+        bias_2: Optional[Tensor],
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The heads of the trunk, behind a BatchNorm of fixed statistics or none, in one launch and without gradients.
+
+    Args:
+        means, fc_weight, fc_bias: means, weight and bias of :func:`trunk_forward`; O is K or, with two parts, 2 * K.
+        norm: Mean, variance, weight and bias of the BatchNorm, (2 * K,) or (K,). The last two may be None, and all of
+            them, for no norm.
+        eps: Of the BatchNorm.
+        weight, bias, weight_2, bias_2: As in :func:`heads_forward`.
+
+    Returns:
+        (B, O) in the dtype of weight; that of the second part, or None.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    parameters = weight, bias, weight_2, bias_2
+    launch = _trunk_and_heads_launch(
+        means.shape, fc_weight.shape, None if fc_bias is None else fc_bias.shape, _shapes(norm), _shapes(parameters),
+        _accumulated(means, weight), eps)
+    shape = means.shape[0], weight.shape[0]
+    y, y_2 = weight.new_empty(shape), None if weight_2 is None else weight.new_empty(shape)
+    if shape[0]:
+        triton_support.launch(launch, *in_a_row(means, fc_weight, fc_bias, *norm, *parameters), y, y_2)
+    return y, y_2

@@ -112,25 +112,80 @@ def test_trunk(case, dtype, device):
         assert torch.equal(gains.trunk(*tensors), actual[0])
 
 
-@pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('affine', [True, False])
-@pytest.mark.parametrize('case, dtype', EXACT, ids=str)
-def test_normalized_trunk(case, dtype, affine, device):
-    """A BatchNorm of fixed statistics behind the trunk, in its kernel."""
-    means, weight, *bias = case.trunk(dtype, device)
-    bias = bias[0] if bias else None
-    norm = nn.BatchNorm1d(weight.shape[0], 0.1, affine=affine, dtype=torch.float64).eval()
+# Cases and norms in the interpreter: every norm for the first case, and every case with one.
+NORMED = [pytest.param(case, dtype, norm, marks=() if dtype == torch.float64 and (norm == 'affine' or i == 0)
+                       or (dtype, norm, i) == (torch.bfloat16, 'affine', 0) else pytest.mark.sweep)
+          for dtype in DTYPES for norm in ('affine', 'plain', None) for i, case in enumerate((
+              *CASES, Case(33, 3, 300, 64, 700, bias=True), Case(2, 2, 20, 130, 48)))]
+
+
+def norm_of(kind, channels, device, dtype):
+    """A BatchNorm whose numbers are those of no other, values that the dtype holds, or None."""
+    if kind is None:
+        return None
+    norm = nn.BatchNorm1d(channels, 0.1, affine=kind == 'affine', dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for t in (*norm.parameters(), norm.running_mean):
-            t.uniform_(-1, 1)
-        norm.running_var.uniform_(0.01, 2)
-        norm.to(device, dtype)
-        parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        actual = gains.normalized_trunk(means, weight, bias, parts, norm.eps)
-        y = trunk_definition(*[None if t is None else t.double() for t in (means, weight, bias)])
-        expected = norm.double()(y)
-    assert actual.dtype == dtype
-    assert error(actual, expected) < 2 * TOLERANCES[dtype]
+            t.uniform_(-1, 1, generator=generator)
+        norm.running_var.uniform_(0.01, 2, generator=generator)
+    return norm.to(device, dtype)
+
+
+def tensors_of(norm):
+    return (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype, kind', NORMED, ids=str)
+def test_trunk_and_heads(case, dtype, kind, device):
+    """With a BatchNorm of fixed statistics between them, and without."""
+    means, fc_weight, *fc_bias = case.trunk(dtype, device)
+    fc_bias = fc_bias[0] if fc_bias else None
+    _, *heads = case.heads(dtype, device)
+    norm = norm_of(kind, fc_weight.shape[0], device, dtype)
+    with torch.no_grad():
+        padded = heads + [None] * (4 - len(heads))
+        actual = gains.trunk_and_heads(means, fc_weight, fc_bias, tensors_of(norm), 0.1, *padded)
+        y = trunk_definition(*[None if t is None else t.double() for t in (means, fc_weight, fc_bias)])
+        y = y if norm is None else norm.double()(y)
+        expected = heads_definition(y, *[t.double() for t in heads])
+    assert case.parts == 2 or actual[1] is None
+    for a, e in zip(actual, expected):
+        assert a.dtype == dtype and a.shape == e.shape
+        assert error(a, e.cpu()) < 2 * TOLERANCES[dtype]
+
+
+@pytest.mark.filterwarnings('ignore:invalid value:RuntimeWarning')
+@pytest.mark.parametrize('device', DEVICES)
+def test_trunk_and_heads_not_a_number(device):
+    """NaN goes to all outputs of its sample, or of its channel's part, and nowhere else; infinity as in torch."""
+    case = Case(3, 2, 5, 3, 4)
+    means, fc_weight = case.trunk(device=device)
+    _, *heads = case.heads(device=device)
+    with torch.no_grad():
+        means[0, 1, 2] = float('nan')
+        means[1, 0, 0] = float('inf')
+        fc_weight[1, 3] = float('nan')
+        actual = gains.trunk_and_heads(means, fc_weight, None, (None,) * 4, 0., *heads)
+        expected = heads_definition(trunk_definition(means, fc_weight), *heads)
+    assert expected[0].isnan().all() and expected[1].isfinite()[2].all()
+    for a, e in zip(actual, expected):
+        assert torch.equal(a.isnan(), e.isnan()) and error(a[2].nan_to_num(), e[2].nan_to_num().cpu()) <= 2e-15
+
+
+def test_trunk_and_heads_shapes():
+    def call(channels=4, norm=6, width=3):
+        some = torch.empty(norm)
+        return gains.trunk_and_heads(
+            torch.empty(2, 3, 4), torch.empty(6, channels), None, (some, some, None, None), 0., torch.empty(5, width),
+            torch.empty(5), torch.empty(5, width), torch.empty(5))
+
+    for options, message in (
+            (dict(channels=5), r'The trunk wants .*\[6, 5\]'), (dict(width=4), r'The heads want .*\[2, 6\], \[5, 4\]'),
+            (dict(norm=5), r'The norm wants 6 channels')):
+        with pytest.raises(ValueError, match=message):
+            call(**options)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -332,7 +387,7 @@ def test_cuda_graph(device):
 
 
 def test_few_launches_and_no_copies(monkeypatch):
-    """One kernel per pass for the trunk and for both heads; a CUDA graph can hold all of it."""
+    """One kernel per pass for the trunk and for both heads, one for all in inference; a CUDA graph can hold it."""
     launches = []
     monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
     with no_copies():
@@ -343,7 +398,9 @@ def test_few_launches_and_no_copies(monkeypatch):
             weight, bias = (torch.empty(s, dtype=dtype, device='cuda') for s in ((12, 16), (12,)))
             ys = operator.gains_heads._init_fn(y, weight, bias, weight, bias)
             operator.gains_heads_backward._init_fn(*ys, y, weight, weight)
-    assert len(launches) == 2 * 4
+            fc_weight, some = (torch.empty(s, dtype=dtype, device='cuda') for s in ((32, 8), (32,)))
+            gains.trunk_and_heads(means, fc_weight, None, (some,) * 4, 0., weight, bias, weight, bias)
+    assert len(launches) == 2 * 5
 
 
 @pytest.mark.parametrize('parts', [1, 2])
