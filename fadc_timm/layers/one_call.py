@@ -135,24 +135,24 @@ def _convolution_gradient(
     return of_x if into is None else into.add_(of_x), of_weight, of_bias
 
 
-def _normalize(norm: Norm, t: _Tensors, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """AdaKern's norm of y (B, K), and the mean and the inverse deviation that its backward pass reads."""
+def _normalize(norm: Norm, t: _Tensors, y: Tensor) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """AdaKern's norm of y (B, K), and the mean and the inverse deviation that its backward pass reads, if any."""
     if norm.groups:
         batch, width = y.shape
         return torch.native_group_norm(y, t.norm_weight, t.norm_bias, batch, width, 1, norm.groups, norm.eps)
-    return torch.native_batch_norm(
+    return gains.norm_forward(
         y, t.norm_weight, t.norm_bias, t.running_mean, t.running_var, norm.batch_statistics, norm.momentum, norm.eps)
 
 
 def _norm_gradient(
         norm: Norm, t: _Tensors, between: _Between, grad: Tensor) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     y, mean, rstd = between.trunk, between.norm_mean, between.norm_rstd
-    wanted = [True, t.norm_weight is not None, t.norm_bias is not None]
     if norm.groups:
+        wanted = [True, t.norm_weight is not None, t.norm_bias is not None]
         return _aten.native_group_norm_backward(
             grad, y, mean, rstd, t.norm_weight, *grad.shape, 1, norm.groups, wanted)
-    return _aten.native_batch_norm_backward(
-        grad, y, t.norm_weight, t.running_mean, t.running_var, mean, rstd, norm.batch_statistics, norm.eps, wanted)
+    return gains.norm_gradient(
+        grad, y, t.norm_weight, t.norm_bias, t.running_mean, t.running_var, mean, rstd, norm.eps)
 
 
 def _forward(layer: Layer, t: _Tensors, save: bool) -> Tuple[Tensor, _Between]:
@@ -382,6 +382,8 @@ def _run(frame: Frame, kind: _Kind, t: _Tensors, save: bool, cast: Tensor) -> Te
         number = frame.batches[0].get(frame.batches[1])
         if number is not None:
             number.add_(1)
+        # for what was saved of them in other calls: a launch changes them, of which autograd is not told
+        torch.autograd.graph.increment_version((t.running_mean, t.running_var))
     y = _OneCall.apply(kind, *t) if save else _call(kind, t, False)[0]
     return y if is_last and not cast.is_contiguous() else match_layout(y, cast)
 

@@ -31,9 +31,8 @@ _EMPTY = {
 # torch's functions for recorded operators, which take a third of the time of a call of the operator itself.
 _FAST: Dict[Any, Callable[..., Any]] = {
     _aten.mm.out: torch.mm, _aten.bmm.out: torch.bmm, _aten.mm.default: torch.mm, _aten.bmm.default: torch.bmm,
-    _aten.native_batch_norm.default: torch.native_batch_norm, _aten.addmm_.default: Tensor.addmm_,
-    _aten.baddbmm_.default: Tensor.baddbmm_, _aten.add_.Tensor: Tensor.add_, _aten.zero_.default: Tensor.zero_,
-    _aten.convolution.default: torch.convolution, _aten.sum.dim_IntList: torch.sum}
+    _aten.addmm_.default: Tensor.addmm_, _aten.baddbmm_.default: Tensor.baddbmm_, _aten.add_.Tensor: Tensor.add_,
+    _aten.zero_.default: Tensor.zero_, _aten.convolution.default: torch.convolution, _aten.sum.dim_IntList: torch.sum}
 for _multiply in ('mm', 'bmm'):  # with a dtype for the result, from torch 2.8 on
     if hasattr(getattr(_aten, _multiply), 'dtype'):
         _FAST[getattr(_aten, _multiply).dtype] = getattr(torch, _multiply)

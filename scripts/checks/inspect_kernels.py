@@ -143,7 +143,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Gains:
-    """The trunk and the heads that predict AdaKern's gains, from n parts of the mean of a map of c channels."""
+    """Trunk, BatchNorm and heads that predict AdaKern's gains, from n parts of the mean of a map of c channels."""
     name: str
     b: int
     n: int
@@ -155,6 +155,7 @@ class Gains:
     means_dtype: torch.dtype = torch.float32
     dtypes: tuple[torch.dtype, ...] = SINGLE
     inference: bool = False  # in one kernel, with a BatchNorm of fixed statistics
+    fixed: bool = False  # the statistics of the BatchNorm in training
 
     def run(self, dtype: torch.dtype) -> None:
         width = self.parts * self.width
@@ -162,11 +163,14 @@ class Gains:
         means = empty(self.b, self.n, self.c, dtype=self.means_dtype)
         head = empty(self.outputs, self.width, dtype=dtype), empty(self.outputs, dtype=dtype)
         other = head if self.parts == 2 else (None, None)
+        some = empty(width, dtype=dtype)
         if self.inference:
-            gains_operator.trunk_and_heads(means, weight, bias, (empty(width, dtype=dtype),) * 4, 1e-5, *head, *other)
+            gains_operator.trunk_and_heads(means, weight, bias, (some,) * 4, 1e-5, *head, *other)
             return
         y, mean = gains_operator.gains_trunk._init_fn(means, weight, bias)
         gains_operator.gains_trunk_backward._init_fn(y, mean, weight, bias)
+        _, *of_batch = gains_operator.norm_forward(y, some, some, some, some, not self.fixed, 0.1, 1e-5)
+        gains_operator.norm_gradient(y, y, some, some, some, some, of_batch[0], of_batch[1], 1e-5)
         low, high = gains_operator.gains_heads._init_fn(y, *head, *other)
         gains_operator.gains_heads_backward._init_fn(low, high if self.parts == 2 else None, y, head[0], other[0])
 
@@ -227,8 +231,9 @@ VARIANTS: tuple[Case, ...] = (
           inference=True),
     Gains('AdaKern in inference, float64', 2, 33, 2048, 128, 4096, bias=True, means_dtype=torch.float64,
           dtypes=(torch.float64,), inference=True),
-    Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF),
+    Gains('AdaKern, one pixel', 1, 1, 1, 1, 1, bias=True, dtypes=HALF, fixed=True),
     Gains('AdaKern, one part, bfloat16', 2, 130, 40, 80, 70, parts=1, bias=True, dtypes=(torch.bfloat16,)),
+    Gains('AdaKern, fixed statistics', 700, 3, 48, 48, 70, fixed=True, dtypes=(torch.float32, torch.float64)),
     Gains('AdaKern, float64', 33, 3, 200, 16, 130, means_dtype=torch.float64, dtypes=(torch.float64,)),
     Bands('bands, one factor', 2, 200, 20, 65, 2, factors=(2,), dtypes=HALF),
     Predictor('predictor, bfloat16, no bias', 2, 12, 9, 27, bias=False, dtypes=(torch.bfloat16,)),

@@ -131,6 +131,7 @@ def kernels_of(monkeypatch, run):
 
 
 WHOLE = ['trunk', 'heads']
+NORMED = ['trunk', 'norm', 'heads']  # with a BatchNorm, which is no module's call
 INFERENCE = ['trunk_and_heads']
 
 
@@ -139,7 +140,7 @@ INFERENCE = ['trunk_and_heads']
     dict(freq_select=False), dict(freq_select=False, kernel_decompose='high', ada_kern_norm='layernorm2d'),
     dict(bands=(2,)), dict(freq_select=False, **DEPTHWISE)], ids=ids)
 def test_ada_kern_in_kernels(cfg, device, monkeypatch):
-    """Trunk and heads are a kernel each, forward and backward, with a norm folded too."""
+    """Trunk, BatchNorm and heads are a kernel each, forward and backward, and a folded norm is none."""
     m = off_identity(make(padding=1, **cfg, dtype=torch.float64)).to(device)
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
     for fold in (False, True):
@@ -152,9 +153,10 @@ def test_ada_kern_in_kernels(cfg, device, monkeypatch):
         expected += grads(expected[0], [x, *m.parameters()])
         with set_backend('triton'):
             (y,), names = kernels_of(monkeypatch, lambda: (m(x),))
-        assert names == WHOLE
+        called = NORMED if isinstance(m.ada_kern.norm, torch.nn.BatchNorm2d) else WHOLE
+        assert names == called
         actual, names = kernels_of(monkeypatch, lambda: (y, *grads(y, [x, *m.parameters()])))  # noqa: B023
-        assert names == ['heads_gradient', 'trunk_gradient']
+        assert names == [f'{name}_gradient' for name in called[::-1]]
         assert_same(actual, expected, EXACT)
 
 
@@ -209,7 +211,7 @@ def test_half_model(dtype, device, monkeypatch):
         expected = exact(x.double())
     with set_backend('triton'):
         y, names = kernels_of(monkeypatch, lambda: m(x))
-    assert names == WHOLE and y.dtype == dtype
+    assert names == NORMED and y.dtype == dtype
     assert error(y.detach(), expected.detach().cpu()) < 16 * torch.finfo(dtype).eps
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..triton_math import dot, jit_of_any_size, round_to
 
-__all__ = ['heads', 'heads_gradient', 'trunk', 'trunk_and_heads', 'trunk_gradient']
+__all__ = ['heads', 'heads_gradient', 'norm', 'norm_gradient', 'trunk', 'trunk_and_heads', 'trunk_gradient']
 
 
 @triton.jit
@@ -25,14 +25,20 @@ def _sum_of_parts(means, b, c, c_live, parts, channels, ACC: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _fixed_norm(value, k, live, norm_mean, norm_var, norm_weight, norm_bias, EPS: tl.constexpr, ACC: tl.constexpr):
-    """Some channels k behind a BatchNorm of fixed statistics; weight and bias may be None."""
-    var = tl.load(norm_var + k, mask=live, other=1.).to(ACC)
-    value = (value - tl.load(norm_mean + k, mask=live, other=0.).to(ACC)) / tl.sqrt(var + EPS)
-    if norm_weight is not None:
-        value *= tl.load(norm_weight + k, mask=live, other=0.).to(ACC)
-    if norm_bias is not None:
-        value += tl.load(norm_bias + k, mask=live, other=0.).to(ACC)
+def _fixed_statistics(running_mean, running_var, k, live, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Of some channels k of a BatchNorm: the running mean, and the inverse deviation."""
+    mean = tl.load(running_mean + k, mask=live, other=0.).to(ACC)
+    return mean, 1. / tl.sqrt(tl.load(running_var + k, mask=live, other=1.).to(ACC) + EPS)
+
+
+@triton.jit
+def _normalized(value, mean, rstd, weight, bias, k, live, ACC: tl.constexpr):
+    """Some channels k behind a BatchNorm, of one sample or of some; weight and bias may be None."""
+    value = (value - mean) * rstd
+    if weight is not None:
+        value *= tl.load(weight + k, mask=live, other=0.).to(ACC)
+    if bias is not None:
+        value += tl.load(bias + k, mask=live, other=0.).to(ACC)
     return value
 
 
@@ -135,6 +141,102 @@ def trunk_gradient(
 
 
 @triton.jit
+def _update(running, k, live, value, share, UPCAST: tl.constexpr, ACC: tl.constexpr):
+    """Move a running statistic by a share of the way to a value."""
+    old = tl.load(running + k, mask=live, other=0.).to(ACC)
+    tl.store(running + k, round_to(share * value + (1. - share) * old, running, UPCAST), mask=live)
+
+
+@triton.jit
+def _of_samples(start, k, k_live, batch, channels, BLOCK_B: tl.constexpr):
+    """Where some channels k of BLOCK_B samples are, from a first one on, and which of them there are."""
+    b = start + tl.arange(0, BLOCK_B)
+    return b.to(tl.int64)[:, None] * channels + k[None, :], (b < batch)[:, None] & k_live[None, :]
+
+
+@triton.jit
+def norm(
+        x, weight, bias, running_mean, running_var, y, mean, rstd,
+        batch, channels, momentum, momentum_rest,
+        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y (B, K): x (B, K) behind a BatchNorm; grid: blocks of channels.
+
+    With mean and rstd, which are written, the statistics are the batch's, and the running ones, if there are any, are
+    updated; the sum of both numbers is the momentum, as one has the digits of float32. Else the running ones are taken.
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < channels
+    if mean is not None:
+        total = tl.zeros([BLOCK_B, BLOCK_K], dtype=ACC)
+        for start in range(0, batch, BLOCK_B):
+            at, live = _of_samples(start, k, k_live, batch, channels, BLOCK_B)
+            total += tl.load(x + at, mask=live, other=0.).to(ACC)
+        m = tl.sum(total, axis=0) / batch
+        total = tl.zeros([BLOCK_B, BLOCK_K], dtype=ACC)
+        for start in range(0, batch, BLOCK_B):
+            at, live = _of_samples(start, k, k_live, batch, channels, BLOCK_B)
+            distance = tl.where(live, tl.load(x + at, mask=live, other=0.).to(ACC) - m[None, :], 0.)
+            total += distance * distance
+        squares = tl.sum(total, axis=0)
+        r = 1. / tl.sqrt(squares / batch + EPS)
+        tl.store(mean + k, m, mask=k_live)
+        tl.store(rstd + k, r, mask=k_live)
+        if running_mean is not None:
+            share = tl.cast(momentum, ACC) + tl.cast(momentum_rest, ACC)
+            _update(running_mean, k, k_live, m, share, UPCAST, ACC)
+            _update(running_var, k, k_live, squares / (batch - 1), share, UPCAST, ACC)
+    else:
+        m, r = _fixed_statistics(running_mean, running_var, k, k_live, EPS, ACC)
+    for start in range(0, batch, BLOCK_B):
+        at, live = _of_samples(start, k, k_live, batch, channels, BLOCK_B)
+        value = tl.load(x + at, mask=live, other=0.).to(ACC)
+        value = _normalized(value, m[None, :], r[None, :], weight, bias, k[None, :], k_live[None, :], ACC)
+        tl.store(y + at, round_to(value, y, UPCAST), mask=live)
+
+
+@triton.jit
+def norm_gradient(
+        grad, x, weight, running_mean, running_var, mean, rstd, grad_x, grad_weight, grad_bias,
+        batch, channels,
+        EPS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Gradients of `norm` for x, weight and bias.
+
+    Grid: blocks of channels. Without mean and rstd the statistics were the running ones, which do not depend on x.
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_live = k < channels
+    if mean is not None:
+        m = tl.load(mean + k, mask=k_live, other=0.).to(ACC)
+        r = tl.load(rstd + k, mask=k_live, other=0.).to(ACC)
+    else:
+        m, r = _fixed_statistics(running_mean, running_var, k, k_live, EPS, ACC)
+    total = tl.zeros([BLOCK_B, BLOCK_K], dtype=ACC)
+    product = tl.zeros([BLOCK_B, BLOCK_K], dtype=ACC)
+    for start in range(0, batch, BLOCK_B):
+        at, live = _of_samples(start, k, k_live, batch, channels, BLOCK_B)
+        g = tl.load(grad + at, mask=live, other=0.).to(ACC)
+        total += g
+        product += g * (tl.load(x + at, mask=live, other=0.).to(ACC) - m[None, :])
+    of_bias, of_weight = tl.sum(total, axis=0), tl.sum(product, axis=0) * r
+    if grad_weight is not None:
+        tl.store(grad_weight + k, round_to(of_weight, grad_weight, UPCAST), mask=k_live)
+    if grad_bias is not None:
+        tl.store(grad_bias + k, round_to(of_bias, grad_bias, UPCAST), mask=k_live)
+    factor = r
+    if weight is not None:
+        factor *= tl.load(weight + k, mask=k_live, other=0.).to(ACC)
+    for start in range(0, batch, BLOCK_B):
+        at, live = _of_samples(start, k, k_live, batch, channels, BLOCK_B)
+        g = tl.load(grad + at, mask=live, other=0.).to(ACC)
+        if mean is not None:
+            normalized = (tl.load(x + at, mask=live, other=0.).to(ACC) - m[None, :]) * r[None, :]
+            g -= (of_bias[None, :] + normalized * of_weight[None, :]) / batch
+        tl.store(grad_x + at, round_to(g * factor[None, :], grad_x, UPCAST), mask=live)
+
+
+@triton.jit
 def _relu(value):
     """ReLU; NaN stays NaN."""
     return tl.where(value <= 0., 0., value)
@@ -197,7 +299,8 @@ def _behind_the_trunk(
     if fc_bias is not None:
         value += tl.load(fc_bias + k, mask=live, other=0.).to(ACC)
     if norm_mean is not None:
-        value = _fixed_norm(value, k, live, norm_mean, norm_var, norm_weight, norm_bias, EPS, ACC)
+        mean, rstd = _fixed_statistics(norm_mean, norm_var, k, live, EPS, ACC)
+        value = _normalized(value, mean, rstd, norm_weight, norm_bias, k, live, ACC)
     return tl.where(live, _relu(value), 0.)
 
 

@@ -1,9 +1,10 @@
-"""AdaKern's trunk and heads in Triton as operators of torch, and their gradients.
+"""AdaKern's trunk, norm and heads in Triton, and their gradients. Trunk and heads are operators of torch.
 
 Parameters and maps of any float dtype are read as they are. All sums are in float32, or float64 where a tensor is, and
 autocast changes nothing. The caller asks whether Triton can run (`triton_support.why_not_on`).
 """
 import functools
+from ctypes import c_float
 from typing import Any, Optional, Sequence, Tuple
 
 import torch
@@ -16,7 +17,7 @@ from ..triton_support import Launch, block, cdiv, is_interpreted, types_of
 
 __all__ = [
     'gains_heads', 'gains_heads_backward', 'gains_trunk', 'gains_trunk_backward', 'heads', 'heads_forward',
-    'heads_gradient', 'trunk', 'trunk_and_heads', 'trunk_forward', 'trunk_gradient']
+    'heads_gradient', 'norm_forward', 'norm_gradient', 'trunk', 'trunk_and_heads', 'trunk_forward', 'trunk_gradient']
 
 _Shape = Tuple[int, ...]
 
@@ -147,6 +148,102 @@ def trunk(means: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tenso
     """The first result of :func:`gains_trunk`."""
     tensors = means, weight, bias
     return form_of_call(gains_trunk, _EagerTrunk, trunk_forward, tensors)(*tensors)[0]
+
+
+# the norm
+
+
+@functools.lru_cache(maxsize=1024)
+def _norm_launch(
+        x: _Shape,
+        shapes: Tuple[Optional[_Shape], ...],
+        dtype: torch.dtype,
+        eps: float,
+        momentum: Optional[float],
+) -> Launch:
+    """Of the forward pass, or where momentum is None of the backward pass."""
+    if len(x) != 2 or any(shape not in (None, x[1:]) for shape in shapes) or (shapes[2] is None) != (shapes[3] is None):
+        raise ValueError(
+            'The norm wants x (B, K), weight (K,) and bias (K,) or None, and both running statistics (K,) or neither; '
+            f'got {", ".join(str(None if s is None else list(s)) for s in (x, *shapes))}.')
+    from . import kernels
+    batch, channels = x
+    block_b, block_k = block(batch, 16, 128), 16
+    grid, constants = (cdiv(channels, block_k),), (eps, types_of(dtype)[0], is_interpreted(), block_b, block_k)
+    if momentum is None:
+        return Launch(kernels.norm_gradient, grid, (batch, channels), constants)
+    single = c_float(momentum).value  # numbers of a launch are float32
+    return Launch(kernels.norm, grid, (batch, channels, single, momentum - single), constants)
+
+
+def norm_forward(
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        running_mean: Optional[Tensor],
+        running_var: Optional[Tensor],
+        batch_statistics: bool,
+        momentum: float,
+        eps: float,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """A BatchNorm, as `torch.native_batch_norm` computes it.
+
+    With batch_statistics the running statistics are updated, and autograd is not told that they change.
+
+    Args:
+        x: (B, K), at least two samples where the statistics are those of the batch.
+        weight, bias, running_mean, running_var: (K,) or None.
+        batch_statistics: Whether the statistics are those of the batch; else they are the running ones.
+        momentum: Share of the batch's statistics in the new running ones.
+        eps: Added to the variance.
+
+    Returns:
+        (B, K) in the dtype of x; mean and inverse deviation (K,) of the batch in float32 or float64, or None.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    statistics = running_mean, running_var
+    dtype = accumulation_dtype(x.dtype)
+    launch = _norm_launch(x.shape, _shapes((weight, bias, *statistics)), dtype, eps, momentum)
+    y, mean, rstd = x.new_empty(x.shape), None, None
+    if batch_statistics:
+        mean, rstd = (x.new_empty(x.shape[1:], dtype=dtype) for _ in range(2))
+    found = in_a_row(*statistics)
+    triton_support.launch(launch, *in_a_row(x, weight, bias), *found, y, mean, rstd)
+    if batch_statistics:
+        for running, updated in zip(statistics, found):
+            if running is not None and running is not updated:
+                running.copy_(updated)
+    return y, mean, rstd
+
+
+def norm_gradient(
+        grad: Tensor,
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        running_mean: Optional[Tensor],
+        running_var: Optional[Tensor],
+        mean: Optional[Tensor],
+        rstd: Optional[Tensor],
+        eps: float,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Gradients of :func:`norm_forward` for x, weight and bias; None for what is None.
+
+    Args:
+        grad: (B, K).
+        x, weight, bias, running_mean, running_var, eps: As there. Of the bias only shape and dtype are read. The
+            running statistics may be None where the batch's were taken.
+        mean, rstd: As returned there.
+    """
+    launch = _norm_launch(
+        x.shape, _shapes((weight, bias, running_mean, running_var)), accumulation_dtype(x.dtype), eps, None)
+    of_x = x.new_empty(x.shape)
+    of_weight, of_bias = (None if p is None else p.new_empty(p.shape) for p in (weight, bias))
+    triton_support.launch(
+        launch, *in_a_row(grad, x, weight, running_mean, running_var), mean, rstd, of_x, of_weight, of_bias)
+    return of_x, of_weight, of_bias
 
 
 # the heads

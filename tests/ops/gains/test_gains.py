@@ -1,4 +1,4 @@
-"""AdaKern's trunk and heads in Triton: against torch's linear layers in float64, with every gradient.
+"""AdaKern's trunk, norm and heads in Triton: against torch in float64, with every gradient.
 
 On a CPU in Triton's interpreter; `pytest -m gpu` runs the same on a GPU, where the kernels are compiled.
 """
@@ -186,6 +186,130 @@ def test_trunk_and_heads_shapes():
             (dict(norm=5), r'The norm wants 6 channels')):
         with pytest.raises(ValueError, match=message):
             call(**options)
+
+
+class Normed(NamedTuple):
+    """A trunk (b, k) and its BatchNorm: statistics of the batch or fixed ones, running ones or none, affine or not."""
+    b: int
+    k: int
+    batch_statistics: bool = True
+    running: bool = True
+    affine: bool = True
+    momentum: float = 0.1
+
+    def __str__(self):
+        flags = 'batch_statistics', 'running', 'affine'
+        return f'b{self.b}-k{self.k}' + ''.join(f'-{name}' for name in flags if getattr(self, name))
+
+    def tensors(self, dtype, device):
+        """x, a gradient of the output, and weight, bias and running statistics or None, values that the dtype holds."""
+        x, grad, *others = draw(
+            (self.b, self.k), (self.b, self.k), *((self.k,),) * 4, dtype=dtype, device=device)
+        weight, bias, mean, var = (t.detach() for t in others)
+        parameters = (weight, bias) if self.affine else (None, None)
+        return (x.detach(), grad.detach(), *parameters,
+                *((mean, var.abs() + 0.1) if self.running else (None, None)))
+
+
+def normed(case, x, grad, *parts, eps=0.01):
+    """The kernels' output, running statistics behind it, and gradients."""
+    weight, bias, running_mean, running_var = [None if t is None else t.clone() for t in parts]
+    y, mean, rstd = gains.norm_forward(
+        x, weight, bias, running_mean, running_var, case.batch_statistics, case.momentum, eps)
+    if case.batch_statistics:
+        assert mean.dtype == rstd.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    else:
+        assert mean is None and rstd is None
+    after = running_mean, running_var
+    if case.batch_statistics:  # the next call changes them before the backward pass
+        running_mean = running_var = None
+    return [y, *after, *gains.norm_gradient(grad, x, weight, bias, running_mean, running_var, mean, rstd, eps)]
+
+
+def normed_by_torch(case, x, grad, *parts, eps=0.01):
+    weight, bias, running_mean, running_var = [None if t is None else t.clone() for t in parts]
+    leaves = [t if t is None else t.requires_grad_() for t in (x.clone(), weight, bias)]
+    y = F.batch_norm(
+        leaves[0], running_mean, running_var, *leaves[1:], case.batch_statistics, case.momentum, eps)
+    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], grad)
+    return [y.detach(), running_mean, running_var, *grads, *(None,) * (3 - len(grads))]
+
+
+def as_double(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+NORMS = [Normed(33, 5), Normed(2, 1), Normed(2, 48, running=False), Normed(33, 130, affine=False, momentum=0.7),
+         Normed(700, 48), Normed(1, 5, False), Normed(2, 48, False, affine=False), Normed(700, 130, False)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype', [
+    pytest.param(case, dtype, marks=() if dtype == torch.float64 or i in (0, 5) else pytest.mark.sweep)
+    for dtype in DTYPES for i, case in enumerate(NORMS)], ids=str)
+def test_norm(case, dtype, device):
+    """Output, running statistics and gradients."""
+    tensors = case.tensors(dtype, device)
+    eps = 1. if case.b == 2 else 0.01  # of two samples the gradient is a difference of near numbers where eps is small
+    actual = normed(case, *tensors, eps=eps)
+    expected = normed_by_torch(case, *as_double(tensors), eps=eps)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            assert a.dtype == dtype and a.shape == e.shape
+            assert error(a, e.cpu()) <= 2 * TOLERANCES[dtype]
+    if case.running:
+        assert torch.equal(actual[1], tensors[4]) != case.batch_statistics
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('running', [True, False])
+def test_norm_of_a_common_offset(running, device):
+    """float32 as accurate as torch's, where all samples are far from zero."""
+    case = Normed(64, 5, running=running)
+    x, *others = case.tensors(torch.float32, device)
+    x += 1000
+    exact = normed_by_torch(case, x.double(), *as_double(others))
+    actual, torchs = normed(case, x, *others), normed_by_torch(case, x, *others)
+    for a, t, e in zip(actual, torchs, exact):
+        if a is not None:
+            assert error(a, e.cpu()) <= max(2 * error(t, e.cpu()), 1e-6)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('batch_statistics', [True, False])
+def test_norm_not_a_number(batch_statistics, device):
+    """As in torch: all of the channel with the statistics of the batch, the sample alone with fixed ones."""
+    case = Normed(3, 4, batch_statistics)
+    x, *others = case.tensors(torch.float64, device)
+    x[1, 2] = float('nan')
+    for a, e in zip(normed(case, x, *others), normed_by_torch(case, x, *others)):
+        assert torch.equal(a.isnan(), e.isnan())
+        assert error(a.nan_to_num(), e.nan_to_num().cpu()) <= 2e-15
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_norm_of_any_layout_and_dtype(device):
+    """Running statistics that are parts of others are updated in place; a half trunk has parameters of float32."""
+    case = Normed(9, 5)
+    x, grad, weight, bias, mean, var = case.tensors(torch.float64, device)
+    both = torch.stack([mean, var], 1)
+    y, *_ = gains.norm_forward(
+        x.t().contiguous().t(), weight, bias, both[:, 0], both[:, 1], True, case.momentum, 0.01)
+    expected = normed_by_torch(case, x, grad, weight, bias, mean, var)
+    for a, e in zip((y, both[:, 0], both[:, 1]), expected):
+        assert error(a, e.cpu()) <= 2e-15
+    halves = *[t.bfloat16() for t in (x, grad)], *[t.float() for t in (weight, bias, mean, var)]
+    for i, (a, e) in enumerate(zip(normed(case, *halves), normed_by_torch(case, *as_double(halves)))):
+        assert a.dtype == (torch.bfloat16 if i in (0, 3) else torch.float32)
+        assert error(a, e.cpu()) <= TOLERANCES[a.dtype]
+
+
+@pytest.mark.parametrize('shapes', [
+    ((2, 3, 1), (3,), (3,), (3,), (3,)), ((2, 3), (2,), (3,), (3,), (3,)), ((2, 3), None, None, (3,), None)], ids=str)
+def test_norm_shapes(shapes):
+    with pytest.raises(ValueError, match=r'The norm wants x \(B, K\).* got \[2, 3'):
+        gains.norm_forward(*[None if s is None else torch.empty(s) for s in shapes], True, 0.1, 0.)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -387,20 +511,24 @@ def test_cuda_graph(device):
 
 
 def test_few_launches_and_no_copies(monkeypatch):
-    """One kernel per pass for the trunk and for both heads, one for all in inference; a CUDA graph can hold it."""
+    """One kernel per pass for the trunk, the norm and both heads, one in inference; a CUDA graph can hold them."""
     launches = []
     monkeypatch.setattr(triton_support, 'launch', lambda this, *tensors: launches.append(this))
     with no_copies():
         for dtype in (torch.float16, torch.float32):
             means, weight = torch.empty(2, 3, 8, device='cuda'), torch.empty(32, 8, dtype=dtype, device='cuda')
             y, mean = operator.gains_trunk._init_fn(means, weight, None)
+            some = torch.empty(32, dtype=dtype, device='cuda')
+            for batch_statistics in (True, False):
+                _, *saved = gains.norm_forward(y, some, some, some, some, batch_statistics, 0.1, 0.)
+                gains.norm_gradient(y, y, some, some, some, some, *saved, 0.)
             operator.gains_trunk_backward._init_fn(y, mean, weight, None)
             weight, bias = (torch.empty(s, dtype=dtype, device='cuda') for s in ((12, 16), (12,)))
             ys = operator.gains_heads._init_fn(y, weight, bias, weight, bias)
             operator.gains_heads_backward._init_fn(*ys, y, weight, weight)
-            fc_weight, some = (torch.empty(s, dtype=dtype, device='cuda') for s in ((32, 8), (32,)))
+            fc_weight = torch.empty(32, 8, dtype=dtype, device='cuda')
             gains.trunk_and_heads(means, fc_weight, None, (some,) * 4, 0., weight, bias, weight, bias)
-    assert len(launches) == 2 * 5
+    assert len(launches) == 2 * 9
 
 
 @pytest.mark.parametrize('parts', [1, 2])

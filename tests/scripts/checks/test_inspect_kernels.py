@@ -12,7 +12,8 @@ DENSE = (
 DEPTHWISE = tuple(f'depthwise_kernels {name}' for name in ('forward', 'backward', 'products', 'kernel_gradient'))
 BANDS = tuple(f'kernels {name}' for name in (
     'synthesise_rows', 'mix', 'mix_gradient', 'rows_gradient', 'synthesise_rows_gradient'))
-GAINS = tuple(f'kernels {name}' for name in ('trunk', 'trunk_gradient', 'heads', 'heads_gradient', 'trunk_and_heads'))
+GAINS = tuple(f'kernels {name}' for name in (
+    'trunk', 'trunk_gradient', 'norm', 'norm_gradient', 'heads', 'heads_gradient', 'trunk_and_heads'))
 
 
 @pytest.mark.parametrize('only, kernels', [
