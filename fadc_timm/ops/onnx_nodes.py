@@ -65,22 +65,22 @@ def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`."""
-    return _matmul(a, b) if makes_onnx() else a @ b
+    return _matmul(a, b) if makes_onnx(a) else a @ b
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """`a * b`, of one dtype."""
-    return _multiply(a, b) if makes_onnx() else a * b
+    return _multiply(a, b) if makes_onnx(a) else a * b
 
 
 def grid_sample(x: Tensor, grid: Tensor) -> Tensor:
     """`F.grid_sample`, bilinear, with zeros outside of the map."""
-    sample: Any = _grid_sample if makes_onnx() else F.grid_sample
+    sample: Any = _grid_sample if makes_onnx(x) else F.grid_sample
     return sample(x, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
     """`x.clamp(low, high)`."""
-    if makes_onnx():
+    if makes_onnx(x):
         return _clip(x, *(literal(bound, x.dtype, x.device) for bound in (low, high)))
     return F.hardtanh(x, low, high)  # the older exporter makes one node of it, and two of clamp

@@ -1,5 +1,6 @@
 """Questions about dtypes, layouts and the running program that no operator owns."""
 import operator
+import threading
 from contextlib import nullcontext
 from functools import lru_cache, reduce, wraps
 from typing import Any, Callable, ContextManager, Dict, List, MutableMapping, Optional, Sequence, TypeVar, cast
@@ -150,7 +151,7 @@ def is_exporting() -> bool:
     # torch has is_exporting from 2.7 on
     captures = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
     # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
-    return _writes_out or captures() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+    return _writing_out.is_on or captures() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 if hasattr(torch.compiler, 'is_exporting'):
@@ -158,19 +159,22 @@ if hasattr(torch.compiler, 'is_exporting'):
     is_exporting = torch.compiler.assume_constant_result(is_exporting)
 
 
-_writes_out = False
+class _WritingOut(threading.local):
+    is_on = False
+
+
+_writing_out = _WritingOut()
 
 
 def writes_out(function: _Function) -> _Function:
     """Decorate what torch's ONNX exporter calls after it has captured a network: a graph is made there too."""
     @wraps(function)
     def wrapped(*args: Any) -> Any:
-        global _writes_out
-        before, _writes_out = _writes_out, True
+        before, _writing_out.is_on = _writing_out.is_on, True
         try:
             return function(*args)
         finally:
-            _writes_out = before
+            _writing_out.is_on = before
 
     return cast(_Function, wrapped)
 
@@ -182,14 +186,17 @@ def _constant(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def literal(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.tensor`, of a number or of tuples of numbers, which writes into a tensor where a graph may not."""
-    return _constant(values, dtype, device) if _writes_out else torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, dtype, device) if _writing_out.is_on else torch.tensor(values, dtype=dtype, device=device)
 
 
-def makes_onnx() -> bool:
-    """Whether torch's ONNX exporter makes a graph; not the older one, and not where dynamo captures the network."""
-    return _writes_out or (
-        is_exporting() and not torch.jit.is_tracing() and not torch.compiler.is_dynamo_compiling()
-        and torch.onnx.is_in_onnx_export())
+def makes_onnx(x: Tensor) -> bool:
+    """Whether torch's ONNX exporter makes a graph with x; not the older one, and not where dynamo captures the network.
+
+    The exporter's tensors are of classes of their own. Other threads have ordinary ones at the same time.
+    """
+    return _writing_out.is_on or (
+        type(x) not in (Tensor, torch.nn.Parameter) and is_exporting() and not torch.jit.is_tracing()
+        and not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result

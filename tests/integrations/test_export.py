@@ -1,4 +1,5 @@
 """Exported networks: torch.export, ONNX, and quantisation of an exported graph."""
+import copy
 import time
 
 import pytest
@@ -78,6 +79,54 @@ def test_onnx_captures_a_layer_as_one_operator(monkeypatch):
     assert not any('fadc_timm' in name for name in operators(program))
     assert error(program.module()(x), conv(x).double()) < 1e-5
     assert error(captured.module()(x), conv(x).double()) < 1e-5
+
+
+class HooksWithin(torch.nn.Module):
+    """What holds during a call alone, and a result that a hook took."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        dilations = []
+        hook = self.conv.ada_dr.register_forward_hook(lambda module, args, output: dilations.append(output[0]))
+        y = self.conv(x)
+        hook.remove()
+        self.conv.ada_dr.dilation_act = 'zero'
+        z = self.conv(x)
+        self.conv.ada_dr.dilation_act = 'abs'
+        return torch.cat([y, z, copy.copy(self.conv)(x), dilations[0]], 1)
+
+
+class Mapped(torch.nn.Module):
+    """A transform of a layer, and a hook on a part of another that stays."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.convs = torch.nn.ModuleList([conv, copy.deepcopy(conv)])
+        self.convs[1].freq_select.register_forward_hook(lambda module, args, output: 2 * output)
+
+    def forward(self, x):
+        return torch.vmap(self.convs[0])(x[:, None])[:, 0] + self.convs[1](x)
+
+
+@pytest.mark.parametrize('wrap, backend', [
+    (HooksWithin, None), (HooksWithin, 'torchvision'), (HooksWithin, 'reference'), (Mapped, None)])
+@torch.no_grad()
+def test_onnx_of_layers_in_other_states(wrap, backend, tmp_path):
+    """The file says what a layer was when it was called."""
+    conv, x = off_identity(FADConv2d(4, 4, 3, padding=1, backend=backend)).eval(), torch.randn(2, 4, 9, 8)
+    model = wrap(conv).eval()
+    to_onnx(model, tmp_path / 'model.onnx', x)
+    assert (run(tmp_path / 'model.onnx')(x) - model(x)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_captured_layers_are_of_one_process():
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    with pytest.raises(RuntimeError, match='captured layer 1 is not in this process'):
+        torch.ops.fadc_timm.whole_layer(x, [weight], 1)
 
 
 @torch.no_grad()
