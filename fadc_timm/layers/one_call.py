@@ -325,6 +325,7 @@ class _OneCall(torch.autograd.Function):
         if grad is None:
             return (None,) * (1 + _COUNT)
         refuse_more('triton', grad)
+        grad = grad.resolve_neg()  # kernels read memory
         saved = list(ctx.saved_tensors)
         for i, bias in zip(_BIASES, ctx.biases):
             saved[i] = bias
@@ -421,7 +422,7 @@ def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         if p is None:
             continue
         fits = p.dtype == of_kern if 3 <= i < 13 else p.dtype == dtype or (amp is not None and p.dtype == torch.float32)
-        if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta:
+        if not fits or p.get_device() != device or type(p) not in _PLAIN or p.is_meta or p.is_neg():
             return None
     # the heads' kernel adds a bias
     if (t.head_weight is not None and t.head_bias is None) or (t.head_weight_2 is not None and t.head_bias_2 is None):

@@ -273,15 +273,18 @@ def _has_function_modes() -> bool:
 def is_plain_eager(*tensors: Optional[Tensor]) -> bool:
     """Whether nothing but autograd looks at operators on these tensors: no compiler, tracer, mode, transform, subclass.
 
+    Nor may they be views that torch negates when it reads them, as the imaginary part of a conjugate is.
+
     A default device is no such mode. Then a Python function with a gradient of its own does what an operator of torch
     does, without the 0.2 milliseconds that torch takes to call one that is written in Python.
     """
+    if torch.compiler.is_compiling():  # first, as dynamo does not know is_neg
+        return False
     for t in tensors:
-        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta):
+        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or t.is_neg()):
             return False
     return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() or _has_function_modes() or is_transformed())
+        torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or _has_function_modes() or is_transformed())
 
 
 def form_of_call(

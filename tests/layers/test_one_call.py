@@ -448,6 +448,28 @@ def test_layout(device):
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', ['x', 'weight', 'grad'])
+@pytest.mark.parametrize('replayed', [False, True])
+def test_negated_views(replayed, name, device, monkeypatch):
+    """Which torch reads with the other sign: in one call, and part by part."""
+    def results(sign):
+        tensors = dict(x=x.detach(), weight=m.weight.detach(), grad=torch.ones_like(y))
+        if name in tensors:
+            tensors[name] = sign(tensors[name])
+        wanted = [tensors['x'].requires_grad_(), tensors['weight'].requires_grad_()]
+        out = torch.func.functional_call(m, dict(weight=wanted[1]), (wanted[0],))
+        return [out, *torch.autograd.grad(out, wanted, tensors['grad'])]
+
+    m, x = layer(device, freq_select=False), image(device)
+    for _ in range(CALLS if replayed else 1):
+        y = m(x)
+        y.sum().backward()
+    expected = results(torch.neg)
+    assert_same(results(torch._neg_view), expected, EXACT)
+    assert_same(by_parts(monkeypatch, lambda: results(torch._neg_view)), expected, EXACT)
+
+
 def put_a_hook(module):
     return module.register_forward_pre_hook(lambda *_: None).remove
 

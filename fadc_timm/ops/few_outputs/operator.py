@@ -301,7 +301,7 @@ def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]) -> Tuple[Opt
             return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ctx.options)
 
         return *formula_gradients(formula, tensors, grad), None, None, None
-    grads = gradient(grad, taps, *tensors, *ctx.options)
+    grads = gradient(grad.resolve_neg(), taps, *tensors, *ctx.options)
     return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], None, None, None
 
 

@@ -121,7 +121,7 @@ def _trunk_backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]):
         return None, None, None
     refuse_more('triton', grad)
     mean, weight, bias = ctx.saved_tensors
-    grad_mean, grad_weight, grad_bias = gradient(grad, mean, weight, bias)
+    grad_mean, grad_weight, grad_bias = gradient(grad.resolve_neg(), mean, weight, bias)
     return grad_mean[:, None].expand(-1, ctx.parts, -1), grad_weight, None if bias is None else grad_bias
 
 
@@ -352,6 +352,7 @@ def _heads_backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor], grad_2
     if grad is None and grad_2 is None:
         return (None,) * 5
     refuse_more('triton', grad, grad_2)
+    grad, grad_2 = (None if g is None else g.resolve_neg() for g in (grad, grad_2))
     x, weight, weight_2 = ctx.saved_tensors
     if weight_2 is None:
         return *gradient(grad, None, x, weight, None)[:3], None, None

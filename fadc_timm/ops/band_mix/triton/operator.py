@@ -95,7 +95,8 @@ def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor], grad_means: 
     if grad is None and grad_means is None:
         return None, None, None, None
     refuse_more('triton', grad, grad_means)
-    grad = torch.zeros_like(x) if grad is None else grad
+    grad = torch.zeros_like(x) if grad is None else grad.resolve_neg()
+    grad_means = None if grad_means is None else grad_means.resolve_neg()
     return *gradient(grad, grad_means, x, maps, coefficients, ctx.factors, ctx.act), None, None
 
 

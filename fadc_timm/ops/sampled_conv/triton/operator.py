@@ -221,7 +221,7 @@ def _backward_with(gradient: Any, ctx: Any, grad: Optional[Tensor]):
     if grad is None:
         return (None,) * 15
     refuse_more('triton', grad)
-    grads = gradient(grad, *ctx.saved_tensors, *ctx.options)
+    grads = gradient(grad.resolve_neg(), *ctx.saved_tensors, *ctx.options)
     return *[g if n else None for g, n in zip(grads, ctx.needs_input_grad)], *(None,) * 8
 
 
