@@ -117,7 +117,8 @@ def _rows(t: Tensor, start: int, count: int) -> Tensor:
 
 def _by_bundle(call: Call, t: Tensor) -> Tensor:
     """(positions, bundles * n) as (bundles, positions, n)."""
-    return t.unflatten(1, (call.bundles, -1)).transpose(0, 1)
+    rows, columns = t.shape
+    return t.view(rows, call.bundles, columns // call.bundles).transpose(0, 1)
 
 
 def _product(call: Call, columns: Tensor, kernel: Tensor, out: Tensor) -> None:
