@@ -67,6 +67,8 @@ def _runner(path: Path, x: torch.Tensor, threads: int) -> Step:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # the threads of one file would keep the cores busy while the other file runs
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
