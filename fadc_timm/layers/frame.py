@@ -131,8 +131,8 @@ _Place = Optional[Tuple[Dict[str, Any], str]]
 class Frame:
     """A layer as it was found. It stays with the layer itself, and not with copies of it.
 
-    owner: The layer. places: Of the tensors of a call but the map. batches: Of the number of
-        batches that a norm saw. latest: What is known of calls like the latest one, for the caller.
+    owner: The layer. places: Of the tensors of a call except for the map. batches: Of the number of batches that a norm
+        saw. latest: What is known of calls like the latest one, for the caller.
     """
     __slots__ = ('batches', 'facts', 'latest', 'layer', 'owner', 'places')
 

@@ -391,11 +391,9 @@ def _run(frame: Frame, kind: _Kind, t: _Tensors, save: bool, cast: Tensor) -> Te
 
 def _again(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     """The output for a call like the latest one of :func:`_anew`, about which less has to be asked, or None."""
-    if torch.compiler.is_compiling():
-        return None
     frame: Optional[Frame] = layer.__dict__.get('_frame')
     latest = None if frame is None else frame.latest
-    if frame is None or latest is None or has_global_hooks() or not is_plain_eager(x) or frame_of(layer) is not frame:
+    if frame is None or latest is None or not is_plain_eager(x) or frame_of(layer) is not frame:
         return None
     t = _tensors(frame, x)
     if t is None or not latest.holds(_facts(layer, x), t):
@@ -406,8 +404,6 @@ def _again(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
 
 def _anew(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
     """The output, or None where the parts have to be called one by one."""
-    if torch.compiler.is_compiling() or has_global_hooks():
-        return None
     frame = frame_of(layer)
     if frame is None:
         return None
@@ -450,5 +446,7 @@ def in_one_call(layer: 'FADConv2d', x: Tensor) -> Optional[Tensor]:
         hooks, if a parameter does not fit x in dtype or device, and for what is rare (replicated padding, a padding
         that crops, empty batches).
     """
+    if torch.compiler.is_compiling() or has_global_hooks():
+        return None
     y = _again(layer, x)
     return y if y is not None or not takes_predictions(x, layer.backend) else _anew(layer, x)

@@ -344,13 +344,13 @@ def _launch_step(values: _Values, step: _Step) -> None:
         values.steps.append(launch)
         return
     places = [None if a is None else values.address(a) for a in step.args]
-    start = tuple([place for place in places if place is not None])
+    present = tuple([place for place in places if place is not None])
 
     def launch_again(v: List[Any], at: List[int]) -> None:
         relaunch(at[-1], *[None if place is None else at[place[0]] + place[1] for place in places])
 
     def launch_on_all(v: List[Any], at: List[int]) -> None:
-        relaunch(at[-1], *[at[i] + n for i, n in start])
+        relaunch(at[-1], *[at[i] + n for i, n in present])
 
     values.steps.append(launch_again if None in places else launch_on_all)
 
