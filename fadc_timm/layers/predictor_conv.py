@@ -6,18 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import few_outputs
-from ..ops.runtime import constant, convolution_dtype, is_exporting, is_transformed, under_autocast
+from ..ops.runtime import are_known, constant, convolution_dtype, is_exporting, is_transformed, under_autocast
 
 __all__ = ['PredictorConv2d']
 
 MOST = 4  # outputs; with more, oneDNN's convolution is the faster one
-BLOCK = 8  # outputs that a runtime's convolution computes together, however few are wanted
+BLOCK = 16  # outputs that a runtime's convolution computes together, however few are wanted
 
 
 @constant
-def _one_hot(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A kernel (1, k, 1, k) that adds up k maps, each moved by its place."""
-    return torch.eye(k, dtype=dtype, device=device)[None, :, None]
+def _one_hot(outputs: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A kernel (O, O*k, 1, k) that adds up k maps for each output, each moved by its place."""
+    maps = torch.eye(outputs * k, dtype=dtype, device=device).view(outputs, k, -1)
+    return maps.transpose(1, 2).unsqueeze(2).contiguous()
 
 
 class PredictorConv2d(nn.Conv2d):
@@ -63,7 +64,7 @@ class PredictorConv2d(nn.Conv2d):
                 return few_outputs.call(
                     under_autocast(x), self.weight, self.bias, self.stride, self.padding, self.dilation)
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-        if is_exporting() and exact and self._fills_a_block():
+        if is_exporting() and exact and self._fills_a_block(x):
             return self._by_columns(x)
         if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
@@ -89,13 +90,17 @@ class PredictorConv2d(nn.Conv2d):
         assert isinstance(y, Tensor)
         return y if self.bias is None else y + self.bias[:, None, None]
 
-    def _fills_a_block(self) -> bool:
-        return (self.out_channels == self.groups == 1 and 1 < self.kernel_size[1] <= BLOCK
-                and self.padding_mode == 'zeros' and not isinstance(self.padding, str))
+    def _fills_a_block(self, x: Tensor) -> bool:
+        columns = self.kernel_size[1]
+        if self.out_channels > 1 and not are_known(*x.shape[2:]):
+            return False  # a node of symbolic sizes takes torch's exporter tens of milliseconds
+        return (self.groups == 1 < columns and self.out_channels * columns <= BLOCK and self.padding_mode == 'zeros'
+                and not isinstance(self.padding, str))
 
     def _by_columns(self, x: Tensor) -> Tensor:
-        """The only output from one map per column of the kernel: as many outputs as a runtime computes anyway."""
+        """Each output from one map per column of the kernel: as many outputs as a runtime computes anyway."""
         (s, s_cols), (p, p_cols), (d, d_cols) = self.stride, (int(n) for n in self.padding), self.dilation
-        maps = F.conv2d(x, self.weight.permute(3, 1, 2, 0), None, (s, 1), (p, 0), (d, 1))
-        moves = _one_hot(self.kernel_size[1], x.dtype, x.device)
+        columns = self.weight.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(3)  # (O*k, C, k, 1)
+        maps = F.conv2d(x, columns, None, (s, 1), (p, 0), (d, 1))
+        moves = _one_hot(self.out_channels, self.kernel_size[1], x.dtype, x.device)
         return F.conv2d(maps, moves, self.bias, (1, s_cols), (0, p_cols), (1, d_cols))

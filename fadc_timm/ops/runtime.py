@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    'accumulation_dtype', 'allows_tf32', 'as_dtype', 'below_autograd', 'constant', 'contiguous_weight',
+    'accumulation_dtype', 'allows_tf32', 'are_known', 'as_dtype', 'below_autograd', 'constant', 'contiguous_weight',
     'convolution_dtype', 'empty_map', 'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting',
     'is_plain_eager', 'is_transformed', 'literal', 'makes_onnx', 'match_layout', 'nhwc', 'once_per_graph',
     'table_device', 'under_autocast', 'wide_product', 'without_autocast', 'writes_out']
@@ -87,6 +87,11 @@ def allows_tf32() -> bool:
     # from torch 2.9 on; once it was set, torch does not let anyone read the older setting
     precision = getattr(torch.backends.cuda.matmul, 'fp32_precision', None)
     return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == 'tf32'
+
+
+def are_known(*sizes: int) -> bool:
+    """Whether none of them is symbolic."""
+    return all(type(n) is int for n in sizes)
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:

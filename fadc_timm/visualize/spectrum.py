@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers import FADConv2d
 from ..layers.hooks import LayerCall
 from ..ops.runtime import accumulation_dtype
-from ..ops.sampled_conv.arguments import sample_kernels
+from ..ops.sampled_conv.folded_gains import sample_kernels
 from ._common import GREY, INK, fitted, run_watched, stages_of, wrapped
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def _kernel_spectrum(kernels: Tensor) -> np.ndarray:
 def _adapted_kernels(call: LayerCall) -> Tensor:
     """The kernels that AdaKern makes for each image, (B, O, C/groups, k, k)."""
     low_in, low_out, high_in, high_out = (None if g is None else g.float() for g in call.gains)
-    return sample_kernels(call.layer.weight.float(), (low_in, low_out, high_in, high_out), call.layer.groups)
+    weight = call.layer.weight.float()
+    return sample_kernels(weight, (low_in, low_out, high_in, high_out), call.layer.groups).view(-1, *weight.shape)
 
 
 def collect_spectra(model: nn.Module, x: Tensor) -> List[LayerSpectra]:

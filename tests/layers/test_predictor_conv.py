@@ -49,12 +49,13 @@ def test_predictor_conv_compiled(size):
 
 
 @needs_dynamo
-@pytest.mark.parametrize('k, stride, padding, dilation', [(3, 1, 1, 1), (7, 2, 3, 1), ((5, 3), (1, 2), (0, 4), (2, 1))])
-def test_predictor_conv_exported(k, stride, padding, dilation):
-    """One output, from a map per column of the kernel; a kernel too wide for that stays one convolution."""
-    for width, convolutions in ((k, 2), ((k[0] if isinstance(k, tuple) else k, 9), 1)):
-        conv, plain = pair(4, 1, width, stride, padding, dilation)
-        x = torch.randn(2, 4, 13, 14, dtype=torch.float64)
+@pytest.mark.parametrize('outputs', [1, 3])
+@pytest.mark.parametrize('k, stride, padding, dilation', [(3, 1, 1, 1), (5, 2, 3, 1), ((5, 3), (1, 2), (0, 4), (2, 1))])
+def test_predictor_conv_exported(k, stride, padding, dilation, outputs):
+    """Few outputs, from a map each per column of the kernel; with a kernel too wide for that one convolution."""
+    for width, convolutions in ((k, 2), ((k[0] if isinstance(k, tuple) else k, 17), 1)):
+        conv, plain = pair(4, outputs, width, stride, padding, dilation)
+        x = torch.randn(2, 4, 13, 26, dtype=torch.float64)
         exported = torch.export.export(conv.eval(), (x,))
         assert sum('conv2d' in str(node.target) for node in exported.graph.nodes) == convolutions
         assert error(exported.module()(x), plain(x)) < 1e-13

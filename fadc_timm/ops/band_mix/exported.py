@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..onnx_nodes import multiply
-from ..runtime import accumulation_dtype, as_dtype, constant, without_autocast
+from ..runtime import accumulation_dtype, are_known, as_dtype, constant, without_autocast
 from .frequencies import Frequencies, frequencies
 from .low_pass import edges, low_passes_by_products
 
@@ -131,7 +131,7 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     exact, maps = as_dtype(x, dtype), torch.sigmoid(as_dtype(maps, dtype))
     if groups > 1:
         exact, maps = (t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (exact, maps))
-    mix = _of_known_size if all(type(n) is int for n in x.shape[2:]) else _of_any_size
+    mix = _of_known_size if are_known(*x.shape[2:]) else _of_any_size
     with without_autocast(x):
         y = mix(exact, maps, factors)
     if groups > 1:

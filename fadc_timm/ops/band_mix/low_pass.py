@@ -12,6 +12,7 @@ from torch import Tensor
 from ..onnx_nodes import clamp, matmul, multiply
 from ..runtime import (
     accumulation_dtype,
+    are_known,
     as_dtype,
     constant,
     is_exporting,
@@ -128,7 +129,7 @@ def low_passes_by_products(x: Tensor, factors: List[int]) -> Tensor:
     """
     (b, c, h, w), count = x.shape, len(factors)
     args = tuple(factors), x.dtype, x.device
-    if type(h) is int and type(w) is int and (is_exporting() or is_plain_eager(x)):
+    if are_known(h, w) and (is_exporting() or is_plain_eager(x)):
         down, up = (_constant_table(i, h, args[0], True, *args[1:]) for i in range(2))
         across, back = (_constant_table(i, w, args[0], False, *args[1:]) for i in range(2))
         return (up @ (down @ (x @ across))).reshape(b, c, count, h, back.shape[1]) @ back

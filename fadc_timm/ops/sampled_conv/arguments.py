@@ -37,29 +37,6 @@ def headroom(taps: int) -> int:
     return 1 << (taps - 1).bit_length()
 
 
-def sample_kernels(weight: Tensor, gains: Gains, groups: int) -> Tensor:
-    """The kernel of each sample: the gains applied to a kernel.
-
-    Args:
-        weight: Kernel (O, C/groups, k, k).
-        gains: (low_in (B, C), low_out (B, O), high_in (B, C), high_out (B, O)), each None for ones, at least one given.
-        groups: Convolution groups.
-
-    Returns:
-        (B, O, C/groups, k, k)
-    """
-    def of_part(part: Tensor, into: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
-        if into is not None:
-            # input channels are counted within the group of the output channel
-            into = into.unflatten(1, (groups, 1, -1)).expand(-1, -1, len(weight) // groups, -1).flatten(1, 2)
-            part = part * into[:, :, :, None, None]
-        return part if out is None else part * out[:, :, None, None, None]
-
-    low_in, low_out, high_in, high_out = gains
-    mean, rest = split_kernel(weight)
-    return of_part(mean, low_in, low_out) + of_part(rest, high_in, high_out)
-
-
 def step_groups(steps: Tensor, kernel_size: int, spacing: Optional[Sequence[int]]) -> int:
     """Number of groups of channels with steps of their own, for steps and spacing as in :class:`ConvArgs`."""
     return steps.shape[1] // (2 * kernel_size ** 2) if spacing else steps.shape[1]

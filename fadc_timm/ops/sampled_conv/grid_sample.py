@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
-from ..onnx_nodes import clamp, grid_sample, multiply
+from ..onnx_nodes import clamp, grid_sample, matmul, multiply
 from ..runtime import (
     accumulation_dtype,
+    are_known,
     as_dtype,
     constant,
     is_exporting,
     is_transformed,
     literal,
+    makes_onnx,
     match_layout,
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, headroom, scale_channels, split_kernel
+from .arguments import ConvArgs, combine_parts, headroom, scale_channels
+from .folded_gains import has_small_kernels, sample_kernels
 from .reference import bilinear
 
 
@@ -91,12 +94,8 @@ def _tiny_gain(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((1,), 1e-20, dtype=dtype, device=device)
 
 
-def _known(*sizes: int) -> bool:
-    return all(type(n) is int for n in sizes)
-
-
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
-    """Where the taps read, one tap below the other: (B*G, k*k*H', W', 2), of symbolic sizes (B*G, k*k, H'*W', 2)."""
+    """Where the taps read: (B*G, k*k, H'*W', 2)."""
     taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
     call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
     steps = as_dtype(args.steps, dtype)
@@ -110,15 +109,12 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
         start, moves, sizes = _coordinates(*call)
         grid = (2 * (steps * moves + start) + 1) / sizes - 1
     else:  # in few nodes, at the price of a rounding
-        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if _known(*size, *out_size) \
+        start, moves = (_constant_coordinates(i, *call) for i in range(2)) if are_known(*size, *out_size) \
             else _traced_coordinates(*call)
         grid = multiply(steps, moves) + start
     # Beyond -2 and 2 every weight is zero on maps of all sizes, and any finite position has an integer floor.
     grid = clamp(grid, -2., 2.)  # (B*G, k*k*2, H', W')
-    if _known(*out_size):
-        return grid.unflatten(1, (taps, 2)).permute(0, 1, 3, 4, 2).flatten(1, 2)
-    # not with the rows below one another, as that copy would ask about symbolic sizes
-    return grid.view(grid.shape[0], taps, 2, out_size[0] * out_size[1]).permute(0, 1, 3, 2)
+    return grid.reshape(grid.shape[0], taps, 2, out_size[0] * out_size[1]).permute(0, 1, 3, 2)
 
 
 def _written_out(x: Tensor, grid: Tensor) -> Tensor:
@@ -161,7 +157,8 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
     b, taps, groups = args.x.shape[0], args.kernel_size ** 2, args.step_groups
     dtype = accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
-    split = args.has_gains and not args.is_depthwise
+    small_kernels = has_small_kernels(args)
+    split = args.has_gains and not args.is_depthwise and not small_kernels
     if split and high_in is not None and is_exporting():
         # The map is smaller than its samples. Their total has the gain divided out again.
         scale = as_dtype(high_in, dtype) + _tiny_gain(dtype, x.device)
@@ -169,56 +166,33 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
         x, high_in = scale_channels(x, scale), None
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    samples = sample(x, _grid(args, dtype))
-    samples = samples.view(*samples.shape[:2], taps, *args.out_size)  # (B*G, C/G, k*k, H', W')
+    samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k, H'*W')
+    pixels = args.out_size[0] * args.out_size[1]
     if args.mask is not None:
         mask = as_dtype(args.mask, dtype)
         mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = multiply(samples, mask.unsqueeze(1))
+        samples = multiply(samples, mask.reshape(mask.shape[0], 1, taps, pixels))
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
-    if args.has_gains and args.is_depthwise:
-        return match_layout(_depthwise(args, as_dtype(samples, args.x.dtype)), args.x)
-    mean, kernel = args.split_weight() if split else (None, args.weight)
-    scaled = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
+    if small_kernels:
+        kernels = sample_kernels(args.weight, args.gains, args.groups)  # (B, g, O/g, C/g*k*k)
+        columns = as_dtype(samples, args.x.dtype).reshape(b, args.groups, kernels.shape[3], pixels)
+        if are_known(pixels) or makes_onnx(x):
+            y = matmul(kernels, columns)
+        else:  # torch's product would ask about symbolic sizes, which only depthwise kernels have here
+            y = (kernels.transpose(2, 3) * columns).sum(2)
+        y = y.view(b, len(args.weight), *args.out_size)
+        return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
     # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = as_dtype(scaled, args.x.dtype).flatten(1, 2)
+    columns = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None]
+    columns = as_dtype(columns, args.x.dtype).reshape(b, args.x.shape[1] * taps, *args.out_size)
+    mean, kernel = args.split_weight() if split else (None, args.weight)
     high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = scale_channels(samples.sum(2), low_in)
+        total = scale_channels(samples.sum(2).view(b, args.x.shape[1], *args.out_size), low_in)
         if args.x.dtype == torch.float16:
             total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
     return match_layout(y, args.x)
-
-
-def _depthwise_kernels(args: ConvArgs) -> Tensor:
-    """The kernel of each image, of the depthwise operator under gains: (B, C, 1, k*k).
-
-    What `sample_kernels` gives for one channel per group, in fewer nodes of an exported graph.
-    """
-    low_in, low_out, high_in, high_out = args.gains
-    mean, rest = split_kernel(args.weight.reshape(1, len(args.weight), 1, -1))
-    low = scale_channels(scale_channels(mean, low_in), low_out)
-    return low + scale_channels(scale_channels(rest, high_in), high_out)
-
-
-def _depthwise(args: ConvArgs, samples: Tensor) -> Tensor:
-    """The depthwise operator under gains, of masked samples (B, C, k*k, H', W')."""
-    if _known(*samples.shape[1:]):
-        y = (_depthwise_kernels(args) @ samples.flatten(3)).squeeze(2).unflatten(2, args.out_size)
-        return y if args.bias is None else y + args.bias[:, None, None]
-    # For symbolic sizes, about which the product would ask: both parts of a channel's kernel at once.
-    columns, (mean, rest) = samples.flatten(1, 2), args.split_weight()
-    kernels = torch.cat((rest, torch.ones_like(rest)), 1).flatten(0, 1).flatten(1)[:, :, None, None]  # (C*2, k*k, 1, 1)
-    parts = F.conv2d(columns, kernels, groups=args.groups).unflatten(1, (-1, 2))  # (B, C, 2, H', W')
-    low_in, low_out, high_in, high_out = args.gains
-    one = torch.ones_like(next(g for g in args.gains if g is not None))
-    high, low = (one if g is None else g for g in (high_in, low_in))
-    gains = torch.stack((
-        high if high_out is None else high * high_out,
-        (low if low_out is None else low * low_out) * mean.flatten()), 2)
-    y = (parts * gains[:, :, :, None, None]).sum(2)
-    return y if args.bias is None else y + args.bias[:, None, None]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..derivatives import once
 from ..runtime import accumulation_dtype, match_layout
-from .arguments import ConvArgs, combine_parts, sample_kernels, scale_channels, why_not_transformed
+from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
+from .folded_gains import sample_kernels
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -138,7 +139,10 @@ def forward(args: ConvArgs) -> Tensor:
             conv(scale_channels(full.x, high_in), rest),
             conv(scale_channels(full.x, low_in), mean.expand_as(rest).contiguous()), full)
     else:
-        y = conv(full.x, sample_kernels(full.weight, full.gains, full.groups)[0] if full.has_gains else full.weight)
+        weight = full.weight
+        if full.has_gains:
+            weight = sample_kernels(weight, full.gains, full.groups).view(weight.shape)
+        y = conv(full.x, weight)
         if full.bias is not None:
             y = y + full.bias[:, None, None]
     return once(match_layout(y.to(args.x.dtype), args.x), 'torchvision')

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...runtime import match_layout
-from ..arguments import NO_GAINS, ConvArgs, sample_kernels, why_not_transformed
+from ..arguments import NO_GAINS, ConvArgs, why_not_transformed
+from ..folded_gains import sample_kernels
 from .operator import sampled_conv2d
 
 
@@ -24,7 +25,7 @@ def forward(args: ConvArgs) -> Tensor:
     split = args.has_gains and not args.is_depthwise
     weight = args.weight
     if args.has_gains and args.is_depthwise:
-        weight = sample_kernels(weight, args.gains, args.groups)
+        weight = sample_kernels(weight, args.gains, args.groups).view(-1, *weight.shape)
     gains = args.gains if split else NO_GAINS
     # A graph of torch.jit.trace may be trained, whatever the grad mode in which it was made.
     save = gains[3] is not None and (
