@@ -98,7 +98,7 @@ def captures_whole(layer: Any, x: Tensor) -> bool:
     if not (_KEEPS_CONSTANTS and makes_onnx(x)):
         return False
     name = named_backend() if layer.backend is None else layer.backend
-    return (name in (None, 'grid_sample') and layer._parameters.get('weight') is not None
+    return (name in (None, 'grid_sample', 'torchvision') and layer._parameters.get('weight') is not None
             and not any(m.training or (m is not layer and does_more(m)) for m in layer.modules())
             and not (has_global_hooks() or is_transformed() or torch.is_autocast_enabled(x.device.type)))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """ONNX files of FADC networks against their plain ones: nodes, time of the export, time in ONNX Runtime on a CPU.
 
-    python -m scripts.bench.exported [--models resnet18 convnext_atto] [--any-size] [--threads 2]
+    python -m scripts.bench.exported [--models resnet18 convnext_atto] [--any-size] [--threads 2] [--deform-conv 128]
 
 It prints a table; a ratio of times to run is the median of the ratios of all rounds, with their quartiles. The networks
 are off the identity, as in `scripts.bench.model`. An export is timed in a process of its own, in processor time. The
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from fadc_timm._writing import markdown_table
-from fadc_timm.layers import FADC_LAYERS
+from fadc_timm.layers import FADC_LAYERS, FADConv2d
 from scripts.bench.measure import Clock, interleave
 from scripts.bench.subjects import Step, make_models
 from scripts.results import quartiles
@@ -74,12 +74,15 @@ def _runner(path: Path, x: torch.Tensor, threads: int) -> Step:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def compare(name: str, size: int, any_size: bool, threads: int, repeats: int) -> list[str]:
+def compare(name: str, size: int, any_size: bool, threads: int, repeats: int, deform_conv: int) -> list[str]:
     """A line of the table, for a base architecture."""
     import onnx
 
     models = {key: model.eval() for key, model in make_models(f'{name}_fadc', ('plain', 'fadc')).items()}
-    layers = sum(isinstance(m, FADC_LAYERS) for m in models['fadc'].modules())
+    layers = [m for m in models['fadc'].modules() if isinstance(m, FADC_LAYERS)]
+    for layer in layers:
+        if isinstance(layer, FADConv2d) and deform_conv and (layer.groups > 1 or layer.out_channels <= deform_conv):
+            layer.backend = 'torchvision'
     x = torch.randn(1, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
         paths = {variant: Path(folder, f'{variant}.onnx') for variant in models}
@@ -96,7 +99,7 @@ def compare(name: str, size: int, any_size: bool, threads: int, repeats: int) ->
         samples = interleave(steps, clock, repeats, 60.)
     plain, fadc = samples.values()
     ratio, low, high = quartiles([f / p for p, f in zip(plain, fadc)])
-    return [f'`{name}_fadc`', 'any' if any_size else str(size), f'{(nodes[1] - nodes[0]) / layers:.0f}',
+    return [f'`{name}_fadc`', 'any' if any_size else str(size), f'{(nodes[1] - nodes[0]) / len(layers):.0f}',
             f'{seconds[0]:.1f}', f'{seconds[1]:.1f}', f'{seconds[1] / seconds[0]:.1f}',
             f'{quartiles(plain)[0]:.0f}', f'{quartiles(fadc)[0]:.0f}', f'{ratio:.2f} ({low:.2f} to {high:.2f})',
             f'{error:.0e}']
@@ -113,8 +116,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--any-size', action='store_true', help='with symbolic batch, height and width')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help="ONNX Runtime's")
     parser.add_argument('--repeats', type=int, default=50)
+    parser.add_argument('--deform-conv', type=int, default=0, metavar='CHANNELS',
+                        help="layers of groups, and of at most so many output channels, with ONNX's DeformConv")
     args = parser.parse_args(argv)
-    lines = [compare(name, args.size, args.any_size, args.threads, args.repeats) for name in args.models]
+    lines = [compare(name, args.size, args.any_size, args.threads, args.repeats, args.deform_conv)
+             for name in args.models]
     print(markdown_table(HEADER, lines))
 
 

@@ -15,9 +15,10 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
 from ..derivatives import once
-from ..runtime import accumulation_dtype, match_layout
+from ..onnx_nodes import multiply
+from ..runtime import accumulation_dtype, are_known, as_dtype, is_exporting, literal, match_layout
 from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
-from .folded_gains import sample_kernels
+from .folded_gains import has_small_kernels, sample_kernels
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -118,8 +119,68 @@ def _at_a_time(b: int) -> int:
     return b if b <= rounds * divisor else -(-b // rounds)
 
 
+def _is_convolution(args: ConvArgs) -> bool:
+    """Whether padding and output size are a convolution's, as those of every layer without negative padding are."""
+    sizes = (1 + (n + 2 * p - d * (args.kernel_size - 1) - 1) // s for n, p, d, s in zip(
+        args.x.shape[2:], args.padding, args.spacing or (1, 1), args.stride))
+    return min(args.padding) >= 0 and all(n == m for n, m in zip(sizes, args.out_size))
+
+
+def _exported_offsets(args: ConvArgs) -> Tensor:
+    """What moves the taps of a convolution (B, G*k*k*2, H', W'), in few nodes of a graph."""
+    if args.spacing is not None:
+        return args.steps
+    k, groups = args.kernel_size, args.step_groups
+    taps = literal(tuple(((float(v),),) for i in range(k) for j in range(k) for v in (i - k // 2, j - k // 2)),
+                   args.steps.dtype, args.steps.device)
+    offset = args.steps if groups == 1 else args.steps.unsqueeze(2)
+    offset = multiply(offset, taps) - taps
+    return offset if groups == 1 else offset.flatten(1, 2)
+
+
+def _exported(args: ConvArgs) -> Tensor:
+    """:func:`forward` of finite steps in few nodes of a graph, with one call of torchvision's operator where it can be.
+
+    In an ONNX file the operator is DeformConv, which opset 19 has first.
+    """
+    x, mask, offset, groups = args.x, args.mask, _exported_offsets(args), args.groups
+    b = x.shape[0]
+    folds = has_small_kernels(args) and are_known(b)
+    if mask is None:
+        mask = offset.new_ones(1).expand(b, offset.shape[1] // 2, *args.out_size)
+
+    def conv(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
+        spacing = args.spacing or (1, 1)
+        return torch.ops.torchvision.deform_conv2d(
+            x, weight, offset, mask, x.new_zeros(len(weight)), *args.stride, *args.padding, *spacing, groups,
+            offset.shape[1] // (2 * args.kernel_size ** 2), True)
+
+    if not args.has_gains:
+        y = conv(x, args.weight, offset, mask, groups)
+    elif folds:
+        # each image is a group of channels, with a kernel of its own
+        weight = sample_kernels(args.weight, args.gains, groups).view(-1, *args.weight.shape[1:])
+        x, offset, mask = (t if b == 1 else t.flatten(0, 1).unsqueeze(0) for t in (x, offset, mask))
+        y = conv(x, weight, offset, mask, b * groups).view(b, len(args.weight), *args.out_size)
+    elif args.is_depthwise:
+        # both parts of a channel's kernel at once: the rest, and ones under the mean
+        mean, rest = args.split_weight()
+        weight = torch.stack((rest, torch.ones_like(rest)), 1).flatten(0, 1)  # (C*2, 1, k, k)
+        high, low = conv(x, weight, offset, mask, groups).unflatten(1, (-1, 2)).unbind(2)
+        return combine_parts(scale_channels(high, args.gains[2]), scale_channels(low * mean[:, 0], args.gains[0]), args)
+    else:
+        mean, rest = args.split_weight()
+        ones = rest.new_ones(1).expand(x.shape[1], 1, *rest.shape[2:])
+        total = conv(scale_channels(x, args.gains[0]), ones, offset, mask, x.shape[1])
+        high = conv(scale_channels(x, args.gains[2]), rest, offset, mask, groups)
+        return combine_parts(high, F.conv2d(total, mean, groups=groups), args)
+    return y if args.bias is None else y + args.bias[:, None, None]
+
+
 def forward(args: ConvArgs) -> Tensor:
     full = args.to(accumulation_dtype(args.x.dtype))
+    if is_exporting() and _is_convolution(args):  # else in torch's operators too, some dozens more
+        return as_dtype(_exported(full), args.x.dtype)
     low_in, _, high_in, _ = full.gains
     b = full.x.shape[0]
 
