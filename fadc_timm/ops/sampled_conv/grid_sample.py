@@ -168,10 +168,13 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k, H'*W')
     pixels = args.out_size[0] * args.out_size[1]
+    if not small_kernels:
+        samples = samples.view(*samples.shape[:3], *args.out_size)
     if args.mask is not None:
         mask = as_dtype(args.mask, dtype)
         mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = multiply(samples, mask.reshape(mask.shape[0], 1, taps, pixels))
+        samples = multiply(
+            samples, mask.reshape(mask.shape[0], 1, taps, pixels) if small_kernels else mask.unsqueeze(1))
     if groups > 1:
         samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
     if small_kernels:
@@ -184,14 +187,14 @@ def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample
         y = y.view(b, len(args.weight), *args.out_size)
         return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
     # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None]
-    columns = as_dtype(columns, args.x.dtype).reshape(b, args.x.shape[1] * taps, *args.out_size)
+    columns = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
+    columns = as_dtype(columns, args.x.dtype).flatten(1, 2)
     mean, kernel = args.split_weight() if split else (None, args.weight)
     high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = scale_channels(samples.sum(2).view(b, args.x.shape[1], *args.out_size), low_in)
+        total = scale_channels(samples.sum(2), low_in)
         if args.x.dtype == torch.float16:
             total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
