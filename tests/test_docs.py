@@ -12,7 +12,7 @@ from tests.support.processes import ROOT
 PAGES = sorted(str(page.relative_to(ROOT)) for pattern in (
     'README.md', 'CONTRIBUTING.md', 'docs/*.md', 'fadc_timm/**/README.md', 'scripts/README.md', 'tests/README.md')
     for page in ROOT.glob(pattern))
-OPTIONAL = ('peft', 'segmentation_models_pytorch', 'transformers')
+OPTIONAL = ('onnx', 'onnxscript', 'peft', 'segmentation_models_pytorch', 'transformers')
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
