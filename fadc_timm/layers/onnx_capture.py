@@ -98,6 +98,8 @@ def captures_whole(layer: Any, x: Tensor) -> bool:
     if not (_KEEPS_CONSTANTS and makes_onnx(x)):
         return False
     name = named_backend() if layer.backend is None else layer.backend
+    if name == 'torchvision' and layer.inner_padding < 0 and layer.sampling == 'dilation':
+        return False  # the operator detaches steps in place then, which a decomposition may not
     return (name in (None, 'grid_sample', 'torchvision') and layer._parameters.get('weight') is not None
             and not any(m.training or (m is not layer and does_more(m)) for m in layer.modules())
             and not (has_global_hooks() or is_transformed() or torch.is_autocast_enabled(x.device.type)))

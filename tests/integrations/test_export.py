@@ -272,6 +272,28 @@ def test_deform_conv(kind, any_size, opset, tmp_path):
 
 
 @torch.no_grad()
+def test_deform_conv_of_negative_padding(tmp_path):
+    """A layer whose samples start within the map: not one operator, and no convolution of the same size."""
+    conv = off_identity(FADConv2d(4, 4, 3, dilation=3, padding=1, backend='torchvision')).eval()
+    x = torch.randn(2, 4, 12, 12)
+    to_onnx(conv, tmp_path / 'model.onnx', x)
+    assert error(run(tmp_path / 'model.onnx')(x), conv(x).double()) < 1e-5
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+@torch.no_grad()
+def test_exported_torchvision_of_any_values(groups):
+    """Positions that are no numbers, or far away, and no images: torchvision's kernels would read anywhere."""
+    conv = off_identity(FADConv2d(4, 4, 3, padding=1, groups=groups, freq_select=False, backend='torchvision')).eval()
+    for x in (torch.randn(2, 4, 20, 20), torch.randn(0, 4, 20, 20)):
+        program = torch.export.export(conv, (x,)).module()
+        assert program(x).shape == x.shape
+        for value in (1e30, float('inf'), float('nan')):
+            x[:1, 0, 5:9, 5:9] = value
+            torch.testing.assert_close(program(x), conv(x), equal_nan=True)
+
+
+@torch.no_grad()
 def test_gains_of_zero(tmp_path):
     """The gains that scale the map before it is sampled are taken out of the total again, without a division by 0."""
     conv = off_identity(FADConv2d(4, 28, 3, padding=1)).eval()  # not one kernel for each image

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..derivatives import once
 from ..onnx_nodes import multiply
-from ..runtime import accumulation_dtype, are_known, as_dtype, is_exporting, literal, match_layout
+from ..runtime import accumulation_dtype, are_known, as_dtype, is_exporting, literal, makes_onnx, match_layout
 from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
 from .folded_gains import has_small_kernels, sample_kernels
 
@@ -138,16 +138,23 @@ def _exported_offsets(args: ConvArgs) -> Tensor:
     return offset if groups == 1 else offset.flatten(1, 2)
 
 
+_FAR = 1e9  # pixels, an integer of 32 bits and outside of every map
+
+
 def _exported(args: ConvArgs) -> Tensor:
-    """:func:`forward` of finite steps in few nodes of a graph, with one call of torchvision's operator where it can be.
+    """:func:`forward` in few nodes of a graph, with one call of torchvision's operator where it can be.
 
     In an ONNX file the operator is DeformConv, which opset 19 has first.
     """
     x, mask, offset, groups = args.x, args.mask, _exported_offsets(args), args.groups
     b = x.shape[0]
-    folds = has_small_kernels(args) and are_known(b)
+    folds = has_small_kernels(args) and are_known(b) and b > 0
     if mask is None:
         mask = offset.new_ones(1).expand(b, offset.shape[1] // 2, *args.out_size)
+    if not makes_onnx(x):  # torchvision's kernels cast positions to integers, see `deform_conv2d`
+        exact = offset.detach()
+        mask = mask + (exact - exact).unflatten(1, (-1, 2)).sum(2)
+        offset = torch.nan_to_num(offset, 0.).clamp(-_FAR, _FAR)
 
     def conv(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
         spacing = args.spacing or (1, 1)
