@@ -27,6 +27,16 @@ def why_not(args: ConvArgs) -> Optional[str]:
     return why_not_transformed()
 
 
+def _readable(offset: Tensor, mask: Tensor, limit: float) -> Tuple[Tensor, Tensor]:
+    """Offsets and a mask that torchvision's kernels can read, which cast positions to integers.
+
+    Huge offsets are kept within the limit, an integer outside of the map. One that is not finite becomes a mask of NaN.
+    """
+    exact = offset.detach()
+    mask = mask + (exact - exact).unflatten(1, (mask.shape[1], 2)).sum(2)
+    return torch.nan_to_num(offset, 0.).clamp(-limit, limit), mask
+
+
 def deform_conv2d(
         x: Tensor,
         weight: Tensor,
@@ -43,13 +53,9 @@ def deform_conv2d(
     g = n // (2 * k * k)
     if mask is None:
         mask = torch.ones(b, g * k * k, out_h, out_w, device=x.device, dtype=x.dtype)
-    # It casts positions to integers. So huge offsets are kept within the integers, outside of the map as before, and
-    # one that is not finite becomes a mask of NaN.
-    exact = offset.detach()
-    mask = mask + (exact - exact).unflatten(1, (g * k * k, 2)).sum(2)
     limit = float(x.shape[2] + x.shape[3] + out_h * stride[0] + out_w * stride[1] + padding[0] + padding[1]
                   + k * (spacing[0] + spacing[1]))
-    offset = torch.nan_to_num(offset, 0.).clamp(-limit, limit)
+    offset, mask = _readable(offset, mask, limit)
     return torch.ops.torchvision.deform_conv2d(
         x, weight, offset, mask, torch.zeros(weight.shape[0], device=x.device, dtype=x.dtype),
         stride[0], stride[1], padding[0], padding[1], spacing[0], spacing[1], groups, g, True)
@@ -151,10 +157,8 @@ def _exported(args: ConvArgs) -> Tensor:
     folds = has_small_kernels(args) and are_known(b) and b > 0
     if mask is None:
         mask = offset.new_ones(1).expand(b, offset.shape[1] // 2, *args.out_size)
-    if not makes_onnx(x):  # torchvision's kernels cast positions to integers, see `deform_conv2d`
-        exact = offset.detach()
-        mask = mask + (exact - exact).unflatten(1, (-1, 2)).sum(2)
-        offset = torch.nan_to_num(offset, 0.).clamp(-_FAR, _FAR)
+    if not makes_onnx(x):  # a program that runs torchvision's kernels
+        offset, mask = _readable(offset, mask, _FAR)
 
     def conv(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
         spacing = args.spacing or (1, 1)
