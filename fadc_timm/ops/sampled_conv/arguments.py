@@ -34,7 +34,7 @@ def headroom(taps: int) -> int:
 
     The range of float16 is then that of a sample, as in a plain convolution. A power of two rounds nothing.
     """
-    return 1 << (taps - 1).bit_length()
+    return 1 << (int(taps) - 1).bit_length()  # a tensor, where it comes from a shape in torch.jit.trace
 
 
 def step_groups(steps: Tensor, kernel_size: int, spacing: Optional[Sequence[int]]) -> int:

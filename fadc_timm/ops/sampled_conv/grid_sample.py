@@ -5,7 +5,6 @@ For devices without another backend, and for exporters. Half dtypes are sampled 
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
@@ -23,9 +22,10 @@ from ..runtime import (
     once_per_graph,
     table_device,
 )
-from .arguments import ConvArgs, combine_parts, headroom, scale_channels
+from .arguments import ConvArgs
 from .folded_gains import has_small_kernels, sample_kernels
 from .reference import bilinear
+from .samples import multiply_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -83,15 +83,6 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 
 
 _traced_coordinates = once_per_graph(_scaled)
-
-
-@constant
-def _tiny_gain(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to gains, so that none is zero: too little to show.
-
-    One element and no scalar: torch's ONNX exporter drops the addition of a scalar below 1e-8.
-    """
-    return torch.full((1,), 1e-20, dtype=dtype, device=device)
 
 
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
@@ -153,49 +144,33 @@ def differentiable(args: ConvArgs) -> Tensor:
     return forward(args, _written_out)
 
 
-def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
-    b, taps, groups = args.x.shape[0], args.kernel_size ** 2, args.step_groups
-    dtype = accumulation_dtype(args.x.dtype)
-    x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
-    small_kernels = has_small_kernels(args)
-    split = args.has_gains and not args.is_depthwise and not small_kernels
-    if split and high_in is not None and is_exporting():
-        # The map is smaller than its samples. Their total has the gain divided out again.
-        scale = as_dtype(high_in, dtype) + _tiny_gain(dtype, x.device)
-        low_in = (1. if low_in is None else as_dtype(low_in, dtype)) / scale
-        x, high_in = scale_channels(x, scale), None
+def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor], Tensor], in_rows: bool) -> Tensor:
+    """Of x (B, C, H, W), the samples under the mask: (B, C, k*k, H', W'), or (B, C, k*k, H'*W') without in_rows."""
+    taps, groups = args.kernel_size ** 2, args.step_groups
+    b, pixels = x.shape[0], args.out_size[0] * args.out_size[1]
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    samples = sample(x, _grid(args, dtype))  # (B*G, C/G, k*k, H'*W')
-    pixels = args.out_size[0] * args.out_size[1]
-    if not small_kernels:
+    samples = sample(x, _grid(args, x.dtype))  # (B*G, C/G, k*k, H'*W')
+    if in_rows:
         samples = samples.view(*samples.shape[:3], *args.out_size)
     if args.mask is not None:
-        mask = as_dtype(args.mask, dtype)
+        mask = as_dtype(args.mask, x.dtype)
         mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
         samples = multiply(
-            samples, mask.reshape(mask.shape[0], 1, taps, pixels) if small_kernels else mask.unsqueeze(1))
-    if groups > 1:
-        samples = samples.unflatten(0, (b, groups)).flatten(1, 2)
-    if small_kernels:
-        kernels = sample_kernels(args.weight, args.gains, args.groups)  # (B, g, O/g, C/g*k*k)
-        columns = as_dtype(samples, args.x.dtype).reshape(b, args.groups, kernels.shape[3], pixels)
-        if are_known(pixels) or makes_onnx(x):
-            y = matmul(kernels, columns)
-        else:  # torch's product would ask about symbolic sizes, which only depthwise kernels have here
-            y = (kernels.transpose(2, 3) * columns).sum(2)
-        y = y.view(b, len(args.weight), *args.out_size)
-        return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
-    # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
-    columns = as_dtype(columns, args.x.dtype).flatten(1, 2)
-    mean, kernel = args.split_weight() if split else (None, args.weight)
-    high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
-    if mean is None:
-        y = high if args.bias is None else high + args.bias[:, None, None]
-    else:
-        total = scale_channels(samples.sum(2), low_in)
-        if args.x.dtype == torch.float16:
-            total, mean = total / headroom(taps), mean * headroom(taps)
-        y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
-    return match_layout(y, args.x)
+            samples, mask.unsqueeze(1) if in_rows else mask.reshape(mask.shape[0], 1, taps, pixels))
+    return samples if groups == 1 else samples.unflatten(0, (b, groups)).flatten(1, 2)
+
+
+def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
+    if not has_small_kernels(args):
+        return multiply_samples(args, lambda x: _masked_samples(args, x, sample, True))
+    b, pixels = args.x.shape[0], args.out_size[0] * args.out_size[1]
+    kernels = sample_kernels(args.weight, args.gains, args.groups)  # (B, g, O/g, C/g*k*k)
+    samples = _masked_samples(args, as_dtype(args.x, accumulation_dtype(args.x.dtype)), sample, False)
+    columns = as_dtype(samples, args.x.dtype).reshape(b, args.groups, kernels.shape[3], pixels)
+    if are_known(pixels) or makes_onnx(args.x):
+        y = matmul(kernels, columns)
+    else:  # torch's product would ask about symbolic sizes, which only depthwise kernels have here
+        y = (kernels.transpose(2, 3) * columns).sum(2)
+    y = y.view(b, len(args.weight), *args.out_size)
+    return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)

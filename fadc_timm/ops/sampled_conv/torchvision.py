@@ -16,9 +16,19 @@ from torch import Tensor
 
 from ..derivatives import once
 from ..onnx_nodes import multiply
-from ..runtime import accumulation_dtype, are_known, as_dtype, is_exporting, literal, makes_onnx, match_layout
+from ..runtime import (
+    accumulation_dtype,
+    are_known,
+    as_dtype,
+    constant,
+    is_exporting,
+    literal,
+    makes_onnx,
+    match_layout,
+)
 from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
 from .folded_gains import has_small_kernels, sample_kernels
+from .samples import multiply_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -147,8 +157,14 @@ def _exported_offsets(args: ConvArgs) -> Tensor:
 _FAR = 1e9  # pixels, an integer of 32 bits and outside of every map
 
 
+@constant
+def _copies(channels: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A kernel (C*k*k, 1, k, k), of C groups, that makes a channel of each tap."""
+    return torch.eye(k * k, dtype=dtype, device=device).view(k * k, 1, k, k).repeat(channels, 1, 1, 1)
+
+
 def _exported(args: ConvArgs) -> Tensor:
-    """:func:`forward` in few nodes of a graph, with one call of torchvision's operator where it can be.
+    """:func:`forward` in few nodes of a graph, with one call of torchvision's operator.
 
     In an ONNX file the operator is DeformConv, which opset 19 has first.
     """
@@ -180,11 +196,10 @@ def _exported(args: ConvArgs) -> Tensor:
         high, low = conv(x, weight, offset, mask, groups).unflatten(1, (-1, 2)).unbind(2)
         return combine_parts(scale_channels(high, args.gains[2]), scale_channels(low * mean[:, 0], args.gains[0]), args)
     else:
-        mean, rest = args.split_weight()
-        ones = rest.new_ones(1).expand(x.shape[1], 1, *rest.shape[2:])
-        total = conv(scale_channels(x, args.gains[0]), ones, offset, mask, x.shape[1])
-        high = conv(scale_channels(x, args.gains[2]), rest, offset, mask, groups)
-        return combine_parts(high, F.conv2d(total, mean, groups=groups), args)
+        channels, k = x.shape[1], args.kernel_size
+        copies = _copies(channels, k, x.dtype, x.device)
+        return multiply_samples(
+            args, lambda x: conv(x, copies, offset, mask, channels).view(b, channels, k * k, *args.out_size))
     return y if args.bias is None else y + args.bias[:, None, None]
 
 
