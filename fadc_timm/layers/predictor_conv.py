@@ -100,7 +100,7 @@ class PredictorConv2d(nn.Conv2d):
     def _by_columns(self, x: Tensor) -> Tensor:
         """Each output from one map per column of the kernel: as many outputs as a runtime computes anyway."""
         (s, s_cols), (p, p_cols), (d, d_cols) = self.stride, (int(n) for n in self.padding), self.dilation
-        columns = self.weight.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(3)  # (O*k, C, k, 1)
+        columns = self.weight.permute(0, 3, 1, 2).reshape(-1, self.in_channels, self.kernel_size[0], 1)
         maps = F.conv2d(x, columns, None, (s, 1), (p, 0), (d, 1))
         moves = _one_hot(self.out_channels, self.kernel_size[1], x.dtype, x.device)
         return F.conv2d(maps, moves, self.bias, (1, s_cols), (0, p_cols), (1, d_cols))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import literal, makes_onnx
+from .runtime import are_known, literal, makes_onnx
 
-__all__ = ['clamp', 'grid_sample', 'matmul', 'multiply']
+__all__ = ['clamp', 'grid_sample', 'has_few_pixels', 'matmul', 'multiply']
 
 OPSET = 18  # the one in which the exporter writes, before it converts to the one that is asked for
 
@@ -61,6 +61,15 @@ def _grid_sample(x: Tensor, grid: Tensor, *, mode: str, padding_mode: str, align
 @_node('Clip', lambda x, low, high: list(x.shape))
 def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return x.clamp(low, high)
+
+
+def has_few_pixels(x: Tensor) -> bool:
+    """Whether a product with a matrix between all pixels of x (B, C, H, W) is the fastest way from pixels to others.
+
+    On more than 8x8 a product takes a runtime longer than to sample, and than to go through the frequencies.
+    """
+    h, w = x.shape[2:]
+    return makes_onnx(x) and are_known(h, w) and h == w <= 8
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """ONNX files of FADC networks against their plain ones: nodes, time of the export, time in ONNX Runtime on a CPU.
 
-    python -m scripts.bench.exported [--models resnet18 convnext_atto] [--any-size] [--threads 2] [--deform-conv 128]
+    python -m scripts.bench.exported [--models resnet18 convnext_atto] [--any-size] [--threads 2] [--deform-conv]
 
 It prints a table; a ratio of times to run is the median of the ratios of all rounds, with their quartiles. The networks
 are off the identity, as in `scripts.bench.model`. An export is timed in a process of its own, in processor time. The
@@ -74,14 +74,14 @@ def _runner(path: Path, x: torch.Tensor, threads: int) -> Step:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def compare(name: str, size: int, any_size: bool, threads: int, repeats: int, deform_conv: int) -> list[str]:
+def compare(name: str, size: int, any_size: bool, threads: int, repeats: int, deform_conv: bool) -> list[str]:
     """A line of the table, for a base architecture."""
     import onnx
 
     models = {key: model.eval() for key, model in make_models(f'{name}_fadc', ('plain', 'fadc')).items()}
     layers = [m for m in models['fadc'].modules() if isinstance(m, FADC_LAYERS)]
     for layer in layers:
-        if isinstance(layer, FADConv2d) and deform_conv and (layer.groups > 1 or layer.out_channels <= deform_conv):
+        if isinstance(layer, FADConv2d) and deform_conv:
             layer.backend = 'torchvision'
     x = torch.randn(1, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--any-size', action='store_true', help='with symbolic batch, height and width')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help="ONNX Runtime's")
     parser.add_argument('--repeats', type=int, default=50)
-    parser.add_argument('--deform-conv', type=int, default=0, metavar='CHANNELS',
-                        help="layers of groups, and of at most so many output channels, with ONNX's DeformConv")
+    parser.add_argument('--deform-conv', action='store_true', help="with ONNX's DeformConv in place of GridSample")
     args = parser.parse_args(argv)
     lines = [compare(name, args.size, args.any_size, args.threads, args.repeats, args.deform_conv)
              for name in args.models]

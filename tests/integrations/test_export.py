@@ -271,6 +271,37 @@ def test_deform_conv(kind, any_size, opset, tmp_path):
         assert error(run(path)(x), conv(x).double()) < 1e-5  # 1e-6
 
 
+FEW_PIXELS = [  # of the layer, height and width
+    (dict(groups=1), 7), (dict(groups=8, kernel_size=7, padding=3), 8),
+    *(pytest.param(kind, 7, marks=pytest.mark.sweep) for kind in (
+        dict(groups=2, stride=2), dict(dilation=2, padding=2, bias=False), dict(dilation_groups=2, spatial_group=4),
+        dict(padding=0), dict(dilation=4, padding=1), dict(kernel_decompose='none'),
+        dict(kernel_decompose='low', lowfreq_att=True), dict(kernel_decompose='high', bands=(2,)),
+        dict(sampling='deform'), dict(sampling='deform', groups=8, stride=2),
+        dict(sampling='deform', offset_groups=2, dilation=2, padding=2, modulated=False))),
+    *(pytest.param(dict(out_channels=40), size, marks=pytest.mark.sweep) for size in (1, 2, 3, 8, 9)),
+    pytest.param(dict(padding_mode='replicate'), 5, marks=pytest.mark.sweep)]
+
+
+@pytest.mark.parametrize('any_batch', [False, pytest.param(True, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize('backend', ['grid_sample', pytest.param('torchvision', marks=pytest.mark.sweep)])
+@pytest.mark.parametrize('kind, size', FEW_PIXELS)
+@torch.no_grad()
+def test_few_pixels(kind, size, backend, any_batch, tmp_path):
+    """On few pixels bands and samples are products with matrices."""
+    onnx = pytest.importorskip('onnx')
+    kind = dict(out_channels=8, kernel_size=3, padding=1) | kind
+    conv = off_identity(FADConv2d(8, **kind, backend=backend)).eval()
+    path, x = tmp_path / 'model.onnx', torch.randn(2, 8, size, size)
+    to_onnx(conv, path, x, sizes=({0: torch.export.Dim('b', max=64)},) if any_batch else None)
+    nodes = onnx.load(path).graph.node
+    samples = [node.op_type for node in nodes if node.op_type in ('DeformConv', 'GridSample')]
+    assert len(samples) == (size > 8) and len(nodes) <= MOST_NODES + (conv.bias is not None)
+    for batch in (2, 3, 1) if any_batch else (2,):
+        x = torch.randn(batch, 8, size, size)
+        assert error(run(path)(x), conv(x).double()) < 1e-5
+
+
 @torch.no_grad()
 def test_deform_conv_of_negative_padding(tmp_path):
     """A layer whose samples start within the map: not one operator, and no convolution of the same size."""

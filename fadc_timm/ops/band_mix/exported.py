@@ -1,8 +1,8 @@
 """The band mix in few nodes of a graph for other runtimes.
 
 Where sizes are known, it is the fused operator's way: analysis, projections, and a last product along the rows that
-applies the steps, so that no low-pass is stored. Its tables are constants. Where sizes are symbolic, the low-passes are
-products with tables that the graph computes.
+applies the steps, so that no low-pass is stored. Its tables are constants. On few pixels it is one product with the mix
+of the bands' matrices. Where sizes are symbolic, the low-passes are products with tables that the graph computes.
 """
 from functools import lru_cache
 from typing import List, NamedTuple, Tuple
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..onnx_nodes import multiply
+from ..onnx_nodes import has_few_pixels, matmul, multiply
 from ..runtime import accumulation_dtype, are_known, as_dtype, constant, without_autocast
 from .frequencies import Frequencies, frequencies
-from .low_pass import edges, low_passes_by_products
+from .low_pass import edges, low_pass, low_passes_by_products
 
 __all__ = ['mix_exported_bands']
 
@@ -109,6 +109,36 @@ def _of_known_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
     return x * _steps(maps, [0], len(factors)) + y
 
 
+@constant
+def _bands(
+        weighted: bool,
+        n: int,
+        m: int,
+        factors: Tuple[int, ...],
+        bands: int,
+        dtype: torch.dtype,
+        device: torch.device,
+) -> Tensor:
+    """The matrix (n*m, n*m), from the left of which a map is multiplied, of each weighted band, twice; or of the rest.
+
+    Returns:
+        (bands, n*m, n*m) or, not weighted, (n*m, n*m).
+    """
+    pixels = torch.eye(n * m, dtype=torch.float64).view(1, -1, n, m)
+    lows = torch.cat([pixels, *low_pass(pixels, list(factors), 'fft')]).flatten(2)
+    table = 2 * torch.cat([lows[:-1] - lows[1:], lows[-1:]])[:bands] if weighted else lows[-1]
+    return table.to(dtype).to(device)
+
+
+def _of_few_pixels(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
+    (h, w), bands = x.shape[2:], maps.shape[1]
+    call = h, w, tuple(factors), bands, x.dtype, x.device
+    mix = multiply(maps.reshape(-1, bands, 1, h * w), _bands(True, *call)).sum(1)
+    if bands == len(factors):  # the lowest band has no weight
+        mix = mix + _bands(False, *call)
+    return matmul(x.flatten(2), mix).view(x.shape)
+
+
 def _of_any_size(x: Tensor, maps: Tensor, factors: List[int]) -> Tensor:
     lows, filters = low_passes_by_products(x, factors), len(factors)
     steps = _steps(maps, [1 + i for i in range(filters) for _ in range(lows.shape[2] // filters)], filters)
@@ -131,7 +161,7 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     exact, maps = as_dtype(x, dtype), torch.sigmoid(as_dtype(maps, dtype))
     if groups > 1:
         exact, maps = (t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (exact, maps))
-    mix = _of_known_size if are_known(*x.shape[2:]) else _of_any_size
+    mix = _of_few_pixels if has_few_pixels(x) else _of_known_size if are_known(*x.shape[2:]) else _of_any_size
     with without_autocast(x):
         y = mix(exact, maps, factors)
     if groups > 1:

@@ -8,24 +8,20 @@ import torch
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
-from ..onnx_nodes import clamp, grid_sample, matmul, multiply
+from ..onnx_nodes import clamp, grid_sample, has_few_pixels, multiply
 from ..runtime import (
-    accumulation_dtype,
     are_known,
     as_dtype,
     constant,
     is_exporting,
     is_transformed,
     literal,
-    makes_onnx,
-    match_layout,
     once_per_graph,
     table_device,
 )
 from .arguments import ConvArgs
-from .folded_gains import has_small_kernels, sample_kernels
 from .reference import bilinear
-from .samples import multiply_samples
+from .samples import convolve_few_pixels, convolve_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -144,33 +140,21 @@ def differentiable(args: ConvArgs) -> Tensor:
     return forward(args, _written_out)
 
 
-def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor], Tensor], in_rows: bool) -> Tensor:
-    """Of x (B, C, H, W), the samples under the mask: (B, C, k*k, H', W'), or (B, C, k*k, H'*W') without in_rows."""
+def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of a map x (B, C, H, W), the samples under the mask: (B, C, k*k, H'*W')."""
     taps, groups = args.kernel_size ** 2, args.step_groups
     b, pixels = x.shape[0], args.out_size[0] * args.out_size[1]
     if groups > 1:
         x = x.unflatten(1, (groups, -1)).flatten(0, 1)
     samples = sample(x, _grid(args, x.dtype))  # (B*G, C/G, k*k, H'*W')
-    if in_rows:
-        samples = samples.view(*samples.shape[:3], *args.out_size)
     if args.mask is not None:
         mask = as_dtype(args.mask, x.dtype)
         mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = multiply(
-            samples, mask.unsqueeze(1) if in_rows else mask.reshape(mask.shape[0], 1, taps, pixels))
+        samples = multiply(samples, mask.reshape(mask.shape[0], 1, taps, pixels))
     return samples if groups == 1 else samples.unflatten(0, (b, groups)).flatten(1, 2)
 
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
-    if not has_small_kernels(args):
-        return multiply_samples(args, lambda x: _masked_samples(args, x, sample, True))
-    b, pixels = args.x.shape[0], args.out_size[0] * args.out_size[1]
-    kernels = sample_kernels(args.weight, args.gains, args.groups)  # (B, g, O/g, C/g*k*k)
-    samples = _masked_samples(args, as_dtype(args.x, accumulation_dtype(args.x.dtype)), sample, False)
-    columns = as_dtype(samples, args.x.dtype).reshape(b, args.groups, kernels.shape[3], pixels)
-    if are_known(pixels) or makes_onnx(args.x):
-        y = matmul(kernels, columns)
-    else:  # torch's product would ask about symbolic sizes, which only depthwise kernels have here
-        y = (kernels.transpose(2, 3) * columns).sum(2)
-    y = y.view(b, len(args.weight), *args.out_size)
-    return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
+    if has_few_pixels(args.x):
+        return convolve_few_pixels(args)
+    return convolve_samples(args, lambda x: _masked_samples(args, x, sample))

@@ -1,14 +1,16 @@
-"""Samples times a kernel, in torch's operators."""
-from typing import Callable
+"""Samples times a kernel, in torch's operators, and samples of few pixels as a product."""
+from typing import Callable, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime import accumulation_dtype, as_dtype, constant, is_exporting, match_layout
+from ..onnx_nodes import matmul, multiply
+from ..runtime import accumulation_dtype, are_known, as_dtype, constant, is_exporting, makes_onnx, match_layout
 from .arguments import ConvArgs, combine_parts, headroom, scale_channels
+from .folded_gains import has_small_kernels, sample_kernels
 
-__all__ = ['multiply_samples']
+__all__ = ['convolve_few_pixels', 'convolve_samples']
 
 
 @constant
@@ -20,36 +22,107 @@ def _tiny_gain(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((1,), 1e-20, dtype=dtype, device=device)
 
 
-def multiply_samples(args: ConvArgs, masked_samples: Callable[[Tensor], Tensor]) -> Tensor:
-    """The operator from samples of its map: a 1x1 convolution, and with gains another one of their sum over the taps.
+def convolve_samples(args: ConvArgs, masked_samples: Callable[[Tensor], Tensor]) -> Tensor:
+    """The operator from samples of its map.
+
+    With gains it is a product with a kernel for each image where these are small, and elsewhere a 1x1 convolution of
+    the samples, and another one of their sum over the taps.
 
     Args:
         args: The call.
-        masked_samples: Makes the samples under the mask (B, C, k*k, H', W') from a map (B, C, H, W) in the
-            accumulation dtype: the call's map, or that map with its channels scaled.
+        masked_samples: Makes the samples under the mask from a map (B, C, H, W) in the accumulation dtype: the call's
+            map, or that map with its channels scaled. They are (B, C, k*k, H'*W'), in exported graphs also
+            (B, C, k*k, H', W').
 
     Returns:
         (B, O, H', W').
     """
-    taps, dtype = args.kernel_size ** 2, accumulation_dtype(args.x.dtype)
+    (h, w), taps, dtype = args.out_size, args.kernel_size ** 2, accumulation_dtype(args.x.dtype)
     x, (low_in, _, high_in, _) = as_dtype(args.x, dtype), args.gains
-    split = args.has_gains and not args.is_depthwise
-    if split and high_in is not None and is_exporting():
+    if has_small_kernels(args):
+        kernels = sample_kernels(args.weight, args.gains, args.groups)  # (B, g, O/g, C/g*k*k)
+        columns = as_dtype(masked_samples(x), args.x.dtype).reshape(-1, args.groups, kernels.shape[3], h * w)
+        if are_known(h, w) or makes_onnx(x):
+            y = matmul(kernels, columns)
+        else:  # torch's product would ask about symbolic sizes, which only depthwise kernels have here
+            y = (kernels.transpose(2, 3) * columns).sum(2)
+        y = y.view(-1, len(args.weight), h, w)
+        return match_layout(y if args.bias is None else y + args.bias[:, None, None], args.x)
+    if high_in is not None and is_exporting():
         # The map is smaller than its samples. Their total has the gain divided out again.
         scale = as_dtype(high_in, dtype) + _tiny_gain(dtype, x.device)
         low_in = (1. if low_in is None else as_dtype(low_in, dtype)) / scale
         x, high_in = scale_channels(x, scale), None
     samples = masked_samples(x)
     # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = samples if high_in is None or not split else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
-    columns = as_dtype(columns, args.x.dtype).flatten(1, 2)
-    mean, kernel = args.split_weight() if split else (None, args.weight)
+    columns = samples if high_in is None else samples * as_dtype(high_in, dtype)[:, :, None, None]
+    columns = as_dtype(columns, args.x.dtype).reshape(-1, x.shape[1] * taps, h, w)
+    mean, kernel = args.split_weight() if args.has_gains else (None, args.weight)
     high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = scale_channels(samples.sum(2), low_in)
+        total = samples.sum(2)
+        total = scale_channels(total.view(-1, x.shape[1], h, w) if total.dim() == 3 else total, low_in)
         if args.x.dtype == torch.float16:
             total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
     return match_layout(y, args.x)
+
+
+@constant
+def _distances(
+        of: str,
+        n: int,
+        out_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        first: Tuple[Tuple[int, ...], ...],
+        dtype: torch.dtype,
+        device: torch.device,
+) -> Tensor:
+    """How far the taps are from the rows (0 of the axis of 2) and from the columns (1) of a map of n times n pixels.
+
+    Args:
+        of: 'moves', the places of the taps from the centre of the kernel: (1, 2, 1, k*k, 1). 'start', the pixels from
+            which their steps go, less each row and column: (1, 2, n, k*k, H'*W').
+        n: Height and width of the map.
+        out_size: H', W'.
+        stride: Of the convolution.
+        first: For the rows and for the columns, the pixel from which a row or column of taps of position 0 starts.
+    """
+    k = len(first[0])
+    if of == 'moves':
+        table = torch.stack(torch.meshgrid([torch.arange(k) - k // 2] * 2, indexing='ij')).view(1, 2, 1, k * k, 1)
+    else:
+        pixels = [torch.tensor(first[a])[:, None] + torch.arange(out_size[a]) * stride[a] for a in range(2)]
+        rows = pixels[0][:, None, :, None].expand(k, k, *out_size)
+        cols = pixels[1][None, :, None, :].expand(k, k, *out_size)
+        table = torch.stack((rows, cols)).view(1, 2, 1, k * k, -1) - torch.arange(n)[:, None, None]
+    return table.to(dtype).to(device)
+
+
+def _by_product(args: ConvArgs, x: Tensor) -> Tensor:
+    """Of a map x (B, C, n, n), the samples under the mask (B, C, k*k, H', W'): x times a matrix of bilinear weights.
+
+    The weight of a row is `max(1 - distance, 0)`, and so is that of a column.
+    """
+    n, k, (h, w) = x.shape[2], args.kernel_size, args.out_size
+    first = tuple(tuple(args.first_pixel(axis, i) for i in range(k)) for axis in range(2))
+    call = n, (h, w), args.stride, first, x.dtype, x.device
+    steps = as_dtype(args.steps, x.dtype)
+    if args.spacing is None:
+        steps = multiply(steps.reshape(-1, 1, 1, 1, h * w), _distances('moves', *call))
+    else:
+        steps = steps.reshape(-1, k * k, 2, h * w).transpose(1, 2).unsqueeze(2)
+    near = F.relu(1 - (steps + _distances('start', *call)).abs())  # (B*G, 2, n, k*k, H'*W')
+    rows, cols = near.split(1, 1)
+    if args.mask is not None:
+        rows = multiply(rows, as_dtype(args.mask, x.dtype).reshape(-1, 1, 1, k * k, h * w))
+    weights = multiply(rows.transpose(1, 2), cols).reshape(-1, n * n, k * k * h * w)
+    samples = matmul(x.reshape(-1, x.shape[1] // args.step_groups, n * n), weights)
+    return samples.view(-1, x.shape[1], k * k, h, w)
+
+
+def convolve_few_pixels(args: ConvArgs) -> Tensor:
+    """The operator where :func:`has_few_pixels`."""
+    return convolve_samples(args, lambda x: _by_product(args, x))

@@ -15,7 +15,7 @@ import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 
 from ..derivatives import once
-from ..onnx_nodes import multiply
+from ..onnx_nodes import has_few_pixels, multiply
 from ..runtime import (
     accumulation_dtype,
     are_known,
@@ -28,7 +28,7 @@ from ..runtime import (
 )
 from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
 from .folded_gains import has_small_kernels, sample_kernels
-from .samples import multiply_samples
+from .samples import convolve_few_pixels, convolve_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -198,13 +198,15 @@ def _exported(args: ConvArgs) -> Tensor:
     else:
         channels, k = x.shape[1], args.kernel_size
         copies = _copies(channels, k, x.dtype, x.device)
-        return multiply_samples(
+        return convolve_samples(
             args, lambda x: conv(x, copies, offset, mask, channels).view(b, channels, k * k, *args.out_size))
     return y if args.bias is None else y + args.bias[:, None, None]
 
 
 def forward(args: ConvArgs) -> Tensor:
     full = args.to(accumulation_dtype(args.x.dtype))
+    if has_few_pixels(args.x):
+        return as_dtype(convolve_few_pixels(full), args.x.dtype)
     if is_exporting() and _is_convolution(args):  # else in torch's operators too, some dozens more
         return as_dtype(_exported(full), args.x.dtype)
     low_in, _, high_in, _ = full.gains

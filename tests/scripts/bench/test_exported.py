@@ -7,7 +7,7 @@ from tests.support.small_model import MODEL
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.sweep]
 
 
-@pytest.mark.parametrize('options', [[], ['--any-size'], ['--deform-conv', '128']])
+@pytest.mark.parametrize('options', [[], ['--any-size'], ['--deform-conv']])
 def test_line(options, capsys):
     for package in ('onnx', 'onnxruntime', 'onnxscript'):
         pytest.importorskip(package)
