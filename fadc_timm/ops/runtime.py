@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     'accumulation_dtype', 'allows_tf32', 'are_known', 'as_dtype', 'below_autograd', 'constant', 'contiguous_weight',
-    'convolution_dtype', 'empty_map', 'exact_products', 'form_of_call', 'in_a_row', 'is_depthwise', 'is_exporting',
-    'is_plain_eager', 'is_transformed', 'literal', 'makes_onnx', 'match_layout', 'nhwc', 'once_per_graph',
-    'table_device', 'under_autocast', 'wide_product', 'without_autocast', 'writes_out']
+    'convolution_dtype', 'empty_map', 'exact_products', 'fold_groups', 'form_of_call', 'in_a_row', 'is_depthwise',
+    'is_exporting', 'is_plain_eager', 'is_transformed', 'literal', 'makes_onnx', 'match_layout', 'nhwc',
+    'once_per_graph', 'table_device', 'under_autocast', 'unfold_groups', 'wide_product', 'without_autocast',
+    'writes_out']
 
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
@@ -110,6 +111,24 @@ def convolution_dtype(x: Tensor) -> torch.dtype:
 def under_autocast(x: Tensor) -> Tensor:
     """x in its :func:`convolution_dtype`."""
     return as_dtype(x, convolution_dtype(x))
+
+
+def fold_groups(x: Tensor, groups: int) -> Tensor:
+    """x (B, G*C, ...) as (B*G, C, ...)."""
+    if groups == 1:
+        return x
+    if torch.jit.is_tracing():  # the older ONNX exporter forgets in flatten that the batch may have any size
+        return x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def unfold_groups(x: Tensor, groups: int) -> Tensor:
+    """x (B*G, C, ...) as (B, G*C, ...)."""
+    if groups == 1:
+        return x
+    if torch.jit.is_tracing():
+        return x.reshape(-1, x.shape[1] * groups, *x.shape[2:])
+    return x.unflatten(0, (-1, groups)).flatten(1, 2)
 
 
 def empty_map(like: Tensor, shape: Optional[Sequence[int]] = None) -> Tensor:

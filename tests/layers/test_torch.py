@@ -201,6 +201,18 @@ def test_trace(cfg):
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit.trace. is deprecated')
+@pytest.mark.parametrize('backend', list_backends('cpu'))
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_trace_in_half(dtype, backend):
+    """Half precisions compute with numbers that come from shapes."""
+    m = off_identity(make(padding=1, backend=backend)).to(dtype).eval()
+    traced = torch.jit.trace(m, torch.randn(2, 4, 10, 9, dtype=dtype))
+    x = torch.randn(3, 4, 7, 8, dtype=dtype)
+    assert torch.equal(traced(x), m(x))
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit.trace. is deprecated')
 @pytest.mark.parametrize('side', [6, 12])
 @pytest.mark.parametrize('cfg', [None, dict(), dict(freq_select_for='v')], ids=ids)
 @torch.no_grad()

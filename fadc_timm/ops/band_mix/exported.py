@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..onnx_nodes import has_few_pixels, matmul, multiply
-from ..runtime import accumulation_dtype, are_known, as_dtype, constant, without_autocast
+from ..runtime import (
+    accumulation_dtype,
+    are_known,
+    as_dtype,
+    constant,
+    fold_groups,
+    unfold_groups,
+    without_autocast,
+)
 from .frequencies import Frequencies, frequencies
 from .low_pass import edges, low_pass, low_passes_by_products
 
@@ -159,11 +167,8 @@ def mix_exported_bands(x: Tensor, maps: Tensor, factors: List[int], groups: int)
     """
     dtype = accumulation_dtype(x.dtype)
     exact, maps = as_dtype(x, dtype), torch.sigmoid(as_dtype(maps, dtype))
-    if groups > 1:
-        exact, maps = (t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (exact, maps))
+    exact, maps = (fold_groups(t, groups) for t in (exact, maps))
     mix = _of_few_pixels if has_few_pixels(x) else _of_known_size if are_known(*x.shape[2:]) else _of_any_size
     with without_autocast(x):
         y = mix(exact, maps, factors)
-    if groups > 1:
-        y = y.unflatten(0, (-1, groups)).flatten(1, 2)
-    return as_dtype(y, x.dtype)
+    return as_dtype(unfold_groups(y, groups), x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
 from ..kept_tables import KeptTables, prepare
-from ..runtime import empty_map, exact_products, nhwc
+from ..runtime import empty_map, exact_products, fold_groups, nhwc, unfold_groups
 from .frequencies import frequencies
 from .low_pass import edges, low_pass
 
@@ -238,15 +238,8 @@ def _backward(ctx, grad: Tensor):
 mix_low_passes.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _by_groups(x: Tensor, groups: int) -> Tensor:
-    """x (B, S*C, H, W) as (B*S, C, H, W): each group of channels a sample of its own."""
-    return x.unflatten(1, (groups, -1)).flatten(0, 1)
-
-
 def forward(x: Tensor, steps: Tensor, factors: List[int]) -> Tensor:
     """:func:`mix_low_passes` for steps (B, 1 + M, S, H, W) of S groups of channels."""
     groups = steps.shape[2]
-    if groups == 1:
-        return mix_low_passes(x, steps[:, :, 0], factors)
-    y = mix_low_passes(_by_groups(x, groups), steps.transpose(1, 2).flatten(0, 1), factors)
-    return y.unflatten(0, (-1, groups)).flatten(1, 2)
+    y = mix_low_passes(fold_groups(x, groups), steps.transpose(1, 2).flatten(0, 1), factors)
+    return unfold_groups(y, groups)

@@ -13,11 +13,13 @@ from ..runtime import (
     are_known,
     as_dtype,
     constant,
+    fold_groups,
     is_exporting,
     is_transformed,
     literal,
     once_per_graph,
     table_device,
+    unfold_groups,
 )
 from .arguments import ConvArgs
 from .reference import bilinear
@@ -85,9 +87,7 @@ def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     """Where the taps read: (B*G, k*k, H'*W', 2)."""
     taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
     call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
-    steps = as_dtype(args.steps, dtype)
-    if args.step_groups > 1:
-        steps = steps.unflatten(1, (args.step_groups, -1)).flatten(0, 1)
+    steps = fold_groups(as_dtype(args.steps, dtype), args.step_groups)
     if args.spacing is not None:
         steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
         steps = steps + 0 * steps  # an infinite step has no place, where clamping would give it one
@@ -142,16 +142,11 @@ def differentiable(args: ConvArgs) -> Tensor:
 
 def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Of a map x (B, C, H, W), the samples under the mask: (B, C, k*k, H'*W')."""
-    taps, groups = args.kernel_size ** 2, args.step_groups
-    b, pixels = x.shape[0], args.out_size[0] * args.out_size[1]
-    if groups > 1:
-        x = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    samples = sample(x, _grid(args, x.dtype))  # (B*G, C/G, k*k, H'*W')
+    samples = sample(fold_groups(x, args.step_groups), _grid(args, x.dtype))  # (B*G, C/G, k*k, H'*W')
     if args.mask is not None:
-        mask = as_dtype(args.mask, x.dtype)
-        mask = mask if groups == 1 else mask.unflatten(1, (groups, taps)).flatten(0, 1)
-        samples = multiply(samples, mask.reshape(mask.shape[0], 1, taps, pixels))
-    return samples if groups == 1 else samples.unflatten(0, (b, groups)).flatten(1, 2)
+        mask = fold_groups(as_dtype(args.mask, x.dtype), args.step_groups)
+        samples = multiply(samples, mask.reshape(mask.shape[0], 1, samples.shape[2], samples.shape[3]))
+    return unfold_groups(samples, args.step_groups)
 
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
