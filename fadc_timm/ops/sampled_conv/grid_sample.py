@@ -22,6 +22,7 @@ from ..runtime import (
     unfold_groups,
 )
 from .arguments import ConvArgs
+from .folded_gains import has_small_kernels
 from .reference import bilinear
 from .samples import convolve_few_pixels, convolve_samples
 
@@ -141,12 +142,15 @@ def differentiable(args: ConvArgs) -> Tensor:
 
 
 def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Of a map x (B, C, H, W), the samples under the mask: (B, C, k*k, H'*W')."""
+    """Of a map x (B, C, H, W), the samples under the mask, as :func:`convolve_samples` wants them."""
     samples = sample(fold_groups(x, args.step_groups), _grid(args, x.dtype))  # (B*G, C/G, k*k, H'*W')
-    if args.mask is not None:
-        mask = fold_groups(as_dtype(args.mask, x.dtype), args.step_groups)
-        samples = multiply(samples, mask.reshape(mask.shape[0], 1, samples.shape[2], samples.shape[3]))
-    return unfold_groups(samples, args.step_groups)
+    mask = None if args.mask is None else fold_groups(as_dtype(args.mask, x.dtype), args.step_groups)
+    if not has_small_kernels(args):
+        samples = samples.view(*samples.shape[:3], *args.out_size)
+        mask = None if mask is None else mask.unsqueeze(1)
+    elif mask is not None:
+        mask = mask.reshape(mask.shape[0], 1, samples.shape[2], samples.shape[3])
+    return unfold_groups(samples if mask is None else multiply(samples, mask), args.step_groups)
 
 
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:

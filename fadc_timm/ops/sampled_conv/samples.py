@@ -31,8 +31,8 @@ def convolve_samples(args: ConvArgs, masked_samples: Callable[[Tensor], Tensor])
     Args:
         args: The call.
         masked_samples: Makes the samples under the mask from a map (B, C, H, W) in the accumulation dtype: the call's
-            map, or that map with its channels scaled. They are (B, C, k*k, H'*W'), in exported graphs also
-            (B, C, k*k, H', W').
+            map, or that map with its channels scaled. They are (B, C, k*k, H', W'); where :func:`has_small_kernels`,
+            also (B, C, k*k, H'*W').
 
     Returns:
         (B, O, H', W').
@@ -55,15 +55,14 @@ def convolve_samples(args: ConvArgs, masked_samples: Callable[[Tensor], Tensor])
         x, high_in = scale_channels(x, scale), None
     samples = masked_samples(x)
     # the taps of a channel are channels of their own, in the order of the kernel's
-    columns = samples if high_in is None else samples * as_dtype(high_in, dtype)[:, :, None, None]
-    columns = as_dtype(columns, args.x.dtype).reshape(-1, x.shape[1] * taps, h, w)
+    columns = samples if high_in is None else samples * as_dtype(high_in, dtype)[:, :, None, None, None]
+    columns = as_dtype(columns, args.x.dtype).flatten(1, 2)
     mean, kernel = args.split_weight() if args.has_gains else (None, args.weight)
     high = F.conv2d(columns, kernel.reshape(len(kernel), -1, 1, 1), groups=args.groups)
     if mean is None:
         y = high if args.bias is None else high + args.bias[:, None, None]
     else:
-        total = samples.sum(2)
-        total = scale_channels(total.view(-1, x.shape[1], h, w) if total.dim() == 3 else total, low_in)
+        total = scale_channels(samples.sum(2), low_in)
         if args.x.dtype == torch.float16:
             total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
