@@ -50,13 +50,14 @@ def test_export(stages, name):
 
 
 @needs_any_size
-def test_export_asks_nothing_about_sizes():
-    """A layer and its tables are made for every size, not only for multiples."""
+@pytest.mark.parametrize('strict', [False, True])
+def test_export_asks_nothing_about_sizes(strict):
+    """A layer and its tables are made for every size, not only for multiples; also where dynamo captures them."""
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3, 2, 1), off_identity(FADConv2d(4, 4, 3, stride=2, padding=1)),
         off_identity(FADConv2d(4, 4, 7, padding=3, groups=4))).eval()
     sizes = {0: torch.export.Dim('batch'), **{i: torch.export.Dim(name, min=5) for i, name in ((2, 'h'), (3, 'w'))}}
-    exported = torch.export.export(model, (photos()[:2],), dynamic_shapes=(sizes,))
+    exported = torch.export.export(model, (photos()[:2],), dynamic_shapes=(sizes,), strict=strict)
     for x in (photos()[:2], photos(33)[:3], photos(50)[:4, :, :, :41]):
         assert error(exported.module()(x), model(x).double()) < 1e-5
 
