@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -91,14 +90,12 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == 'tf32'
 
 
-# Dynamo gives symbolic integers the type of others. Of them it knows this function, in torch from 2.8 on.
-_is_static: Callable[[int], bool] = getattr(symbolic_shapes, 'has_static_value', lambda n: type(n) is int)
-
-
 def are_known(*sizes: int) -> bool:
     """Whether none of them is symbolic."""
-    if torch.compiler.is_dynamo_compiling():
-        return all(_is_static(n) for n in sizes)
+    if torch.compiler.is_dynamo_compiling():  # it gives symbolic integers the type of others
+        shapes = torch.fx.experimental.symbolic_shapes  # which dynamo has imported, and which takes long
+        if hasattr(shapes, 'has_static_value'):
+            return all(shapes.has_static_value(n) for n in sizes)
     return all(type(n) is int for n in sizes)
 
 
