@@ -20,7 +20,10 @@ def _has_call_hooks(own: Dict[str, Any]) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether hooks were registered for all modules."""
-    return torch.nn.modules.module._has_any_global_hook()
+    # torch has a function for this from 2.7 on
+    own = torch.nn.modules.module
+    return bool(own._global_forward_hooks or own._global_forward_pre_hooks or own._global_backward_hooks
+                or own._global_backward_pre_hooks)
 
 
 def says_more(own: Dict[str, Any]) -> bool:
