@@ -1,5 +1,6 @@
 """The checked arguments of one call, as every backend receives them."""
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def step_groups(steps: Tensor, kernel_size: int, spacing: Optional[Sequence[int]
     return steps.shape[1] // (2 * kernel_size ** 2) if spacing else steps.shape[1]
 
 
-class ConvArgs(NamedTuple):
+@dataclass(eq=False)
+class ConvArgs:
     """Arguments of :func:`adaptive_dilated_conv2d` or :func:`deform_conv2d` after checking.
 
     Shapes: x (B, C, H, W), weight (O, C/groups, k, k), mask (B, G*k*k, H', W') or None, bias (O,) or None, gains
@@ -55,6 +57,8 @@ class ConvArgs(NamedTuple):
       a tap is the dilation times its place, counted from the centre of the kernel.
     * With `spacing`, steps holds offsets (B, G*k*k*2, H', W'), a row and a column for each tap. The taps start from a
       convolution's pixels, `spacing` apart. The step of a tap is its offset.
+
+    No named tuple, whose properties dynamo does not know in torch 2.8 and earlier.
     """
     x: Tensor
     weight: Tensor
@@ -93,8 +97,9 @@ class ConvArgs(NamedTuple):
         x, weight, steps = (t.to(dtype) for t in (self.x, self.weight, self.steps))
         mask, bias, low_in, low_out, high_in, high_out = (
             None if t is None else t.to(dtype) for t in (self.mask, self.bias, *self.gains))
-        return self._replace(x=x, weight=weight, steps=steps, mask=mask, bias=bias,
-                             gains=(low_in, low_out, high_in, high_out))
+        return ConvArgs(
+            x, weight, steps, mask, bias, (low_in, low_out, high_in, high_out), self.stride, self.padding, self.groups,
+            self.spacing)
 
     def first_pixel(self, axis: int, tap: int) -> int:
         """The pixel on an axis (0 rows, 1 columns) from which a row or column of taps of output position 0 starts."""
