@@ -174,10 +174,14 @@ def match_layout(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def _captures_without_dynamo() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def is_exporting() -> bool:
     """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
-    # torch has is_exporting from 2.7 on
-    captures = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+    # torch has is_exporting from 2.7 on. Before, dynamo does not say whether it captures an export.
+    captures = getattr(torch.compiler, 'is_exporting', _captures_without_dynamo)
     # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
     return _writing_out.is_on or captures() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fadc_timm.layers import FADNeighborhoodAttention
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
+from tests.support.marks import needs_is_exporting
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -64,7 +64,7 @@ LAST = dict(fadc_stages=(False, False, False, True), num_classes=3)
 
 
 @pytest.mark.sweep  # symbolic sizes: half a minute
-@needs_dynamo
+@needs_is_exporting
 @torch.no_grad()
 def test_export():
     """Any batch and any size at which no map is smaller than its window, in torch's own operators."""
@@ -78,7 +78,6 @@ def test_export():
 
 
 @pytest.mark.sweep
-@needs_dynamo
 @pytest.mark.parametrize('training', [False, True])
 def test_compile(training):
     """One graph for all batches and sizes."""

@@ -12,7 +12,6 @@ from fadc_timm.ops import set_backend, triton_support
 from fadc_timm.ops.recorded import Programs
 from tests.support.cases import error
 from tests.support.layer_cases import EXACT, assert_same, grads, ids, make
-from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytest.importorskip('triton')
@@ -224,7 +223,6 @@ def test_meta(device, monkeypatch):
     assert y.shape == (2, 6, 5, 4) and not names
 
 
-@needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('amp', [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_compile(amp, device):

@@ -5,7 +5,7 @@ from torch import nn
 
 from fadc_timm.layers.predictor_conv import PredictorConv2d
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
+from tests.support.marks import needs_is_exporting
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -48,7 +48,7 @@ def test_predictor_conv_compiled(size):
         assert error(g, e) < 1e-13
 
 
-@needs_dynamo
+@needs_is_exporting
 @pytest.mark.parametrize('outputs', [1, 3])
 @pytest.mark.parametrize('k, stride, padding, dilation', [(3, 1, 1, 1), (5, 2, 3, 1), ((5, 3), (1, 2), (0, 4), (2, 1))])
 def test_predictor_conv_exported(k, stride, padding, dilation, outputs):

@@ -15,7 +15,6 @@ from fadc_timm.ops import list_backends
 from fadc_timm.ops.band_mix import functional
 from tests.support.cases import DTYPES, error
 from tests.support.layer_cases import AT_START, EXACT, FAD_CONV, HALF, SIZES, assert_same, grads, ids, make
-from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -166,7 +165,6 @@ def test_script(cfg, dtype):
         assert error(scripted(x), m(x)) < (5e-6 if dtype == torch.float32 else EXACT)
 
 
-@needs_dynamo
 @pytest.mark.parametrize('cfg, batch', [
     (FAD_CONV[4], 1), (FAD_CONV[9], 2), (FAD_CONV[22], 1),
     *(pytest.param(FAD_CONV[i], 2, marks=pytest.mark.sweep) for i in (6, 19))], ids=ids)

@@ -23,7 +23,6 @@ from tests.support.backbones import (
     with_tag,
 )
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -225,7 +224,6 @@ def test_training(base):
 LAST = dict(fadc_stages=(False, False, False, True))
 
 
-@needs_dynamo
 @pytest.mark.integration(package='torch', what='torch.compile, one graph: any batch and size, training too')
 @pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize('base, kwargs', [

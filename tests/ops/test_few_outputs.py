@@ -13,7 +13,6 @@ from fadc_timm.layers.predictor_conv import PredictorConv2d
 from fadc_timm.ops import few_outputs, triton_support
 from fadc_timm.ops.few_outputs.operator import few_outputs_conv2d_backward
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
 
 pytest.importorskip('triton')
@@ -168,7 +167,6 @@ def test_second_derivatives(device):
         assert error(a, b) < 1e-13
 
 
-@needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
 def test_compiled(device):
     """One graph, of the same values; FLOPs are those of the convolution."""

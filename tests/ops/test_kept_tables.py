@@ -9,7 +9,6 @@ from fadc_timm.ops.band_mix.triton.tables import tables_of
 from fadc_timm.ops.kept_tables import KeptTables
 from fadc_timm.ops.neighborhood_attention import windows
 from fadc_timm.ops.sampled_conv.gather import table
-from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
 
 CUDA = torch.device('cuda', 0)
@@ -53,7 +52,6 @@ def test_tables_of_operators(tables, args, monkeypatch):
         assert tables(*args) is not None and args not in tables.kept and args not in tables.captured
 
 
-@needs_dynamo
 def test_tables_of_bands_are_made_with_a_graph():
     """The first run of what torch.compile makes may be one in which nothing may be kept."""
     made = []

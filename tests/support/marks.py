@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-needs_dynamo = pytest.mark.skipif(
+needs_is_exporting = pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_exporting'),
-    reason='in one graph: dynamo before torch 2.7 cannot follow the properties of a named tuple')
+    reason="strict exports in torch's own operators: dynamo before torch 2.7 does not say whether it captures one")
 
 # torch 2.11 asks whether tables that a product reads are contiguous, and takes the answer for a limit of their size
 asks_about_sizes = TorchVersion(torch.__version__) < (2, 14)

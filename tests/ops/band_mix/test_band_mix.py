@@ -9,7 +9,6 @@ from fadc_timm.ops import mix_bands
 from fadc_timm.ops.band_mix import fused, mix_exported_bands
 from fadc_timm.ops.band_mix.fused import mix_low_passes, mix_low_passes_backward, multiply_adds
 from tests.support.band_cases import check, definition, make_inputs
-from tests.support.marks import needs_dynamo
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -141,7 +140,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@needs_dynamo
 def test_compile_any_size():
     torch.compiler.reset()
     counter = CompileCounter()

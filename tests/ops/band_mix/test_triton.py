@@ -18,7 +18,6 @@ from fadc_timm.ops.band_mix.fused import multiply_adds
 from fadc_timm.ops.band_mix.triton import mix_bands_triton, tables
 from fadc_timm.ops.band_mix.triton.operator import mix_bands_triton_backward
 from tests.support.band_cases import check, definition, make_inputs
-from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
 from tests.support.processes import python
 
@@ -256,7 +255,6 @@ def test_predicted_in_other_dtypes(dtype, device):
     check(actual, expected, 4 * torch.finfo(dtype).eps)
 
 
-@needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
 def test_compile_any_size(device):
     torch.compiler.reset()
@@ -269,7 +267,6 @@ def test_compile_any_size(device):
     assert counter.frame_count == 1
 
 
-@needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
 def test_compile(device):
     """With the gradient in the graph."""

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fadc_timm.ops import gains, triton_support
 from fadc_timm.ops.gains import operator
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
 from tests.support.no_copies import no_copies
 
 pytest.importorskip('triton')
@@ -476,7 +475,6 @@ def test_opcheck(parts, device):
             y, y_2 if parts == 2 else None, x, parameters[0], parameters[2]))
 
 
-@needs_dynamo
 @pytest.mark.parametrize('device', DEVICES)
 def test_compile(device):
     """With the gradient in the graph, for any batch."""

@@ -15,7 +15,7 @@ from fadc_timm.ops import neighborhood_attention2d, neighborhood_mean2d, set_bac
 from fadc_timm.ops.neighborhood_attention import backends, flex, neighbours, reference, tiles, windows
 from fadc_timm.ops.neighborhood_attention.arguments import AttentionArgs
 from tests.support.cases import error
-from tests.support.marks import needs_dynamo
+from tests.support.marks import needs_is_exporting
 from tests.support.no_copies import no_copies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -94,7 +94,6 @@ def test_flex(case):
     assert error(neighborhood_attention2d(*args, 'flex'), expected) < 2e-6
 
 
-@needs_dynamo
 def test_flex_is_compiled_for_each_size(monkeypatch):
     """Also beyond torch's limit of eight for one function, from where on it would compute all scores."""
     graphs = []
@@ -350,7 +349,6 @@ def test_set_backend_of_attention_alone(name, monkeypatch):
         neighborhood_attention2d(*make_inputs((3, 4), 3)[:3], 3)
 
 
-@needs_dynamo
 def test_set_backend_is_compiled():
     """Another setting is another graph."""
     torch.compiler.reset()
@@ -363,7 +361,6 @@ def test_set_backend_is_compiled():
         assert torch.equal(compiled(*tensors), exact)
 
 
-@needs_dynamo
 def test_compile_any_size():
     torch.compiler.reset()
     counter = CompileCounterWithBackend('aot_eager')
@@ -386,6 +383,7 @@ class Attention(torch.nn.Module):
         return neighborhood_attention2d(q, k, v, 3, (2, 1), bias)
 
 
+@needs_is_exporting
 def test_export():
     """In operators of torch alone, at any size that is not smaller than the window."""
     tensors = make_inputs((12, 15), 3, dtype=torch.float32, requires_grad=False)

@@ -8,7 +8,7 @@ from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends,
 from fadc_timm.ops.sampled_conv.scripted import scripted_conv2d
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
-from tests.support.marks import needs_dynamo
+from tests.support.marks import needs_is_exporting
 from tests.support.op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless_runs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -43,7 +43,6 @@ def test_fake_tensors(backend, case):
     assert [g.shape for g in grads] == [t.shape for t in inputs.values()]
 
 
-@needs_dynamo
 @pytest.mark.parametrize('backend, case', [
     ('reference', CASE['k1']),
     *((name, case) if case.name in ('everything', 'offset_rectangular') or name == 'gather'
@@ -60,7 +59,6 @@ def test_compile(backend, case):
     check(case, inputs, actual, cases.oracle(case, torch.float32), torch.float32)
 
 
-@needs_dynamo
 @pytest.mark.parametrize('spacing', [None, (1, 1)], ids=['dilation', 'offset'])
 @pytest.mark.parametrize('backend, groups', [
     (None, 4), *(pytest.param(name, 1, marks=pytest.mark.sweep) for name in BACKEND_NAMES)])
@@ -102,7 +100,7 @@ class Deformable(torch.nn.Module):
         return deform_conv2d(x, self.weight, o[:, :18], 2 * torch.sigmoid(o[:, 18:]), stride=2, padding=1)
 
 
-@needs_dynamo
+@needs_is_exporting
 def test_export_any_size():
     """The exported graph has torch's own operators alone, and takes every batch and size."""
     model = Deformable()
