@@ -79,3 +79,30 @@ def test_no_import_runs_upwards(path):
     own = room('.'.join(p for p in path.relative_to(PACKAGE).with_suffix('').parts if p != '__init__'))
     for module in imports(path):
         assert room(module) == own or ROOMS[room(module)] < ROOMS[own], f'{own} imports {module}'
+
+
+# Each was tried with torch 2.6. What torch lacks there, or may drop, is asked for with getattr.
+PRIVATE = {
+    'torch._C', 'torch._C.DispatchKey', 'torch._C.DispatchKeySet', 'torch._C._ExcludeDispatchKeyGuard',
+    'torch._C._autograd', 'torch._C._cuda_getCurrentRawStream', 'torch._C._dynamo',
+    'torch._C._functorch.is_legacy_batchedtensor', 'torch._C._functorch.peek_interpreter_stack',
+    'torch._C._len_torch_dispatch_stack', 'torch._C._len_torch_function_stack', 'torch._decomp.register_decomposition',
+    'torch._softmax_backward_data', 'torch.autograd.forward_ad._current_level',
+    'torch.ops.aten._embedding_bag_per_sample_weights_backward',
+    'torch.ops.fadc_timm.sampled_conv2d.default._schema.arguments', 'torch.ops.mkldnn._linear_pointwise',
+    'torch.ops.torchvision._deform_conv2d_backward'}
+
+
+def test_private_names_of_torch():
+    """A name that the floor of torch lacks would break every call there, and no test of a newer torch sees it."""
+    used = set()
+    for path in PACKAGE.rglob('*.py'):
+        inner = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node not in inner:
+                inner.add(node.value)  # `torch.a` of `torch.a.b`: walk comes to it later
+                name = ast.unparse(node)
+                if name.startswith('torch.') and '(' not in name and any(
+                        part.startswith('_') and not part.startswith('__') for part in name.split('.')):
+                    used.add(name)
+    assert used == PRIVATE
