@@ -11,7 +11,7 @@ from fadc_timm.ops import adaptive_dilated_conv2d
 from tests.support.backbones import create_fadc, photos
 from tests.support.cases import error
 from tests.support.integration_cases import models, one_model, uses
-from tests.support.marks import needs_any_size, needs_is_exporting
+from tests.support.marks import needs_any_size, needs_is_exporting, needs_torch_2_11
 from tests.support.off_identity import off_identity
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -49,7 +49,7 @@ def test_export(stages, name):
         assert error(program(x), model(x).double()) < 1e-5
 
 
-@needs_is_exporting
+@needs_torch_2_11
 @pytest.mark.parametrize('strict', [pytest.param(False, marks=needs_any_size), True])
 def test_export_asks_nothing_about_sizes(strict):
     """A layer and its tables are made for every size, not only for multiples; also where dynamo captures them."""

@@ -10,3 +10,7 @@ needs_is_exporting = pytest.mark.skipif(
 # torch 2.11 asks whether tables that a product reads are contiguous, and takes the answer for a limit of their size
 asks_about_sizes = TorchVersion(torch.__version__) < (2, 14)
 needs_any_size = pytest.mark.skipif(asks_about_sizes, reason='exports of any size: torch 2.11 limits the sizes')
+
+# earlier ones ask more, also where dynamo captures the graph
+needs_torch_2_11 = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 11), reason='exports of any size: torch before 2.11 limits the sizes')

@@ -8,7 +8,7 @@ from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends,
 from fadc_timm.ops.sampled_conv.scripted import scripted_conv2d
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
-from tests.support.marks import needs_is_exporting
+from tests.support.marks import needs_torch_2_11
 from tests.support.op_checks import BACKEND_NAMES, CASE, check, ids, skip_unless_runs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -100,7 +100,7 @@ class Deformable(torch.nn.Module):
         return deform_conv2d(x, self.weight, o[:, :18], 2 * torch.sigmoid(o[:, 18:]), stride=2, padding=1)
 
 
-@needs_is_exporting
+@needs_torch_2_11
 def test_export_any_size():
     """The exported graph has torch's own operators alone, and takes every batch and size."""
     model = Deformable()

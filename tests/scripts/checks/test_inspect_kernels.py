@@ -1,9 +1,10 @@
 """The Triton kernels compiled for a GPU that is not there."""
 import pytest
 
+from fadc_timm.ops import triton_support
 from tests.support.processes import python
 
-pytest.importorskip('triton')
+pytestmark = pytest.mark.skipif(triton_support.unavailable() is not None, reason='Triton is missing or too old')
 
 DENSE = (
     'dense_kernels pack', 'dense_kernels columns', 'dense_kernels combine', 'dense_kernels spread',
