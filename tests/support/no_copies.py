@@ -23,9 +23,9 @@ class _OneDevice(TorchDispatchMode):
 def no_copies():
     """All tensors that are made within are fake: 'cuda' needs no GPU, and asking for a value raises.
 
-    Torch before 2.9 asks for a GPU all the same.
+    Torch before 2.11 asks for a GPU all the same.
     """
-    if TorchVersion(torch.__version__) < '2.9' and not torch.cuda.is_available():
-        pytest.skip('fake CUDA tensors need a GPU before torch 2.9')
+    if TorchVersion(torch.__version__) < '2.11' and not torch.cuda.is_available():
+        pytest.skip('fake CUDA tensors need a GPU before torch 2.11')
     with FakeTensorMode(), _OneDevice():
         yield
