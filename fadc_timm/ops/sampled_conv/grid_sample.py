@@ -5,10 +5,11 @@ For devices without another backend, and for exporters. Half dtypes are sampled 
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import formula_gradients, wants_formula
-from ..onnx_nodes import clamp, grid_sample, has_few_pixels, multiply
+from ..onnx_nodes import clamp, grid_sample, has_few_pixels, matmul, multiply
 from ..runtime import (
     are_known,
     as_dtype,
@@ -24,7 +25,7 @@ from ..runtime import (
 from .arguments import ConvArgs
 from .folded_gains import has_small_kernels
 from .reference import bilinear
-from .samples import convolve_few_pixels, convolve_samples
+from .samples import convolve_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -84,10 +85,16 @@ def _constant_coordinates(which: int, *args: Any) -> Tensor:
 _traced_coordinates = once_per_graph(_scaled)
 
 
+def _geometry(args: ConvArgs, dtype: torch.dtype) -> Tuple[Any, ...]:
+    """The arguments of :func:`_coordinates`."""
+    size = args.x.shape[2], args.x.shape[3]
+    return size, args.out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
+
+
 def _grid(args: ConvArgs, dtype: torch.dtype) -> Tensor:
     """Where the taps read: (B*G, k*k, H'*W', 2)."""
-    taps, size, out_size = args.kernel_size ** 2, (args.x.shape[2], args.x.shape[3]), args.out_size
-    call = size, out_size, args.stride, args.padding, args.spacing, args.kernel_size, dtype, args.x.device
+    taps, call = args.kernel_size ** 2, _geometry(args, dtype)
+    size, out_size = call[:2]
     steps = fold_groups(as_dtype(args.steps, dtype), args.step_groups)
     if args.spacing is not None:
         steps = steps.unflatten(1, (taps, 2)).flip(2).flatten(1, 2)  # columns before rows
@@ -153,7 +160,44 @@ def _masked_samples(args: ConvArgs, x: Tensor, sample: Callable[[Tensor, Tensor]
     return unfold_groups(samples if mask is None else multiply(samples, mask), args.step_groups)
 
 
+@constant
+def _constant_distances(which: int, *args: Any) -> Tensor:
+    """How far the taps are from the rows (0 of the axis of 2) and from the columns (1) of a map of n times n pixels.
+
+    Returns:
+        Of 0, start less each row and column (1, 2, n, k*k, H'*W'); of 1, moves (1, 2, 1, k*k, 1).
+    """
+    *geometry, dtype, device = args
+    home = table_device(device)
+    exact: Any = *geometry, torch.float64, home
+    table = _coordinates(*exact)[which]
+    table = table.unflatten(0, (-1, 2)).flatten(2).transpose(0, 1).flip(0)[None, :, None]  # rows before columns
+    if which == 0:
+        table = table - torch.arange(geometry[0][0], device=home)[:, None, None]
+    return table.to(dtype).to(device)
+
+
+def _samples_of_few_pixels(args: ConvArgs, x: Tensor) -> Tensor:
+    """:func:`_masked_samples` of a map x (B, C, n, n), as (B, C, k*k, H', W'): x times a matrix of bilinear weights.
+
+    The weight of a row is `max(1 - distance, 0)`, and so is that of a column.
+    """
+    n, taps, (h, w), call = x.shape[2], args.kernel_size ** 2, args.out_size, _geometry(args, x.dtype)
+    steps = as_dtype(args.steps, x.dtype)
+    if args.spacing is None:
+        steps = multiply(steps.reshape(-1, 1, 1, 1, h * w), _constant_distances(1, *call))
+    else:
+        steps = steps.reshape(-1, taps, 2, h * w).transpose(1, 2).unsqueeze(2)
+    near = F.relu(1 - (steps + _constant_distances(0, *call)).abs())  # (B*G, 2, n, k*k, H'*W')
+    rows, cols = near.split(1, 1)
+    if args.mask is not None:
+        rows = multiply(rows, as_dtype(args.mask, x.dtype).reshape(-1, 1, 1, taps, h * w))
+    weights = multiply(rows.transpose(1, 2), cols).reshape(-1, n * n, taps * h * w)
+    samples = matmul(x.reshape(-1, x.shape[1] // args.step_groups, n * n), weights)
+    return samples.view(-1, x.shape[1], taps, h, w)
+
+
 def forward(args: ConvArgs, sample: Callable[[Tensor, Tensor], Tensor] = _sample) -> Tensor:
     if has_few_pixels(args.x):
-        return convolve_few_pixels(args)
+        return convolve_samples(args, lambda x: _samples_of_few_pixels(args, x))
     return convolve_samples(args, lambda x: _masked_samples(args, x, sample))

@@ -1,16 +1,16 @@
-"""Samples times a kernel, in torch's operators, and samples of few pixels as a product."""
-from typing import Callable, Tuple
+"""Samples times a kernel, in torch's operators."""
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..onnx_nodes import matmul, multiply
+from ..onnx_nodes import matmul
 from ..runtime import accumulation_dtype, are_known, as_dtype, constant, is_exporting, makes_onnx, match_layout
 from .arguments import ConvArgs, combine_parts, headroom, scale_channels
 from .folded_gains import has_small_kernels, sample_kernels
 
-__all__ = ['convolve_few_pixels', 'convolve_samples']
+__all__ = ['convolve_samples']
 
 
 @constant
@@ -67,61 +67,3 @@ def convolve_samples(args: ConvArgs, masked_samples: Callable[[Tensor], Tensor])
             total, mean = total / headroom(taps), mean * headroom(taps)
         y = combine_parts(high, F.conv2d(as_dtype(total, args.x.dtype), mean, groups=args.groups), args)
     return match_layout(y, args.x)
-
-
-@constant
-def _distances(
-        of: str,
-        n: int,
-        out_size: Tuple[int, int],
-        stride: Tuple[int, int],
-        first: Tuple[Tuple[int, ...], ...],
-        dtype: torch.dtype,
-        device: torch.device,
-) -> Tensor:
-    """How far the taps are from the rows (0 of the axis of 2) and from the columns (1) of a map of n times n pixels.
-
-    Args:
-        of: 'moves', the places of the taps from the centre of the kernel: (1, 2, 1, k*k, 1). 'start', the pixels from
-            which their steps go, less each row and column: (1, 2, n, k*k, H'*W').
-        n: Height and width of the map.
-        out_size: H', W'.
-        stride: Of the convolution.
-        first: For the rows and for the columns, the pixel from which a row or column of taps of position 0 starts.
-    """
-    k = len(first[0])
-    if of == 'moves':
-        table = torch.stack(torch.meshgrid([torch.arange(k) - k // 2] * 2, indexing='ij')).view(1, 2, 1, k * k, 1)
-    else:
-        pixels = [torch.tensor(first[a])[:, None] + torch.arange(out_size[a]) * stride[a] for a in range(2)]
-        rows = pixels[0][:, None, :, None].expand(k, k, *out_size)
-        cols = pixels[1][None, :, None, :].expand(k, k, *out_size)
-        table = torch.stack((rows, cols)).view(1, 2, 1, k * k, -1) - torch.arange(n)[:, None, None]
-    return table.to(dtype).to(device)
-
-
-def _by_product(args: ConvArgs, x: Tensor) -> Tensor:
-    """Of a map x (B, C, n, n), the samples under the mask (B, C, k*k, H', W'): x times a matrix of bilinear weights.
-
-    The weight of a row is `max(1 - distance, 0)`, and so is that of a column.
-    """
-    n, k, (h, w) = x.shape[2], args.kernel_size, args.out_size
-    first = tuple(tuple(args.first_pixel(axis, i) for i in range(k)) for axis in range(2))
-    call = n, (h, w), args.stride, first, x.dtype, x.device
-    steps = as_dtype(args.steps, x.dtype)
-    if args.spacing is None:
-        steps = multiply(steps.reshape(-1, 1, 1, 1, h * w), _distances('moves', *call))
-    else:
-        steps = steps.reshape(-1, k * k, 2, h * w).transpose(1, 2).unsqueeze(2)
-    near = F.relu(1 - (steps + _distances('start', *call)).abs())  # (B*G, 2, n, k*k, H'*W')
-    rows, cols = near.split(1, 1)
-    if args.mask is not None:
-        rows = multiply(rows, as_dtype(args.mask, x.dtype).reshape(-1, 1, 1, k * k, h * w))
-    weights = multiply(rows.transpose(1, 2), cols).reshape(-1, n * n, k * k * h * w)
-    samples = matmul(x.reshape(-1, x.shape[1] // args.step_groups, n * n), weights)
-    return samples.view(-1, x.shape[1], k * k, h, w)
-
-
-def convolve_few_pixels(args: ConvArgs) -> Tensor:
-    """The operator where :func:`has_few_pixels`."""
-    return convolve_samples(args, lambda x: _by_product(args, x))

@@ -26,9 +26,10 @@ from ..runtime import (
     makes_onnx,
     match_layout,
 )
+from . import grid_sample
 from .arguments import ConvArgs, combine_parts, scale_channels, why_not_transformed
 from .folded_gains import has_small_kernels, sample_kernels
-from .samples import convolve_few_pixels, convolve_samples
+from .samples import convolve_samples
 
 
 def why_not(args: ConvArgs) -> Optional[str]:
@@ -204,9 +205,9 @@ def _exported(args: ConvArgs) -> Tensor:
 
 
 def forward(args: ConvArgs) -> Tensor:
-    full = args.to(accumulation_dtype(args.x.dtype))
     if has_few_pixels(args.x):
-        return as_dtype(convolve_few_pixels(full), args.x.dtype)
+        return grid_sample.forward(args)  # which does not sample
+    full = args.to(accumulation_dtype(args.x.dtype))
     if is_exporting() and _is_convolution(args):  # else in torch's operators too, some dozens more
         return as_dtype(_exported(full), args.x.dtype)
     low_in, _, high_in, _ = full.gains

@@ -3,11 +3,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends, set_backend, triton_support
+from fadc_timm.ops import adaptive_dilated_conv2d, deform_conv2d, list_backends, set_backend
 from fadc_timm.ops.sampled_conv import backends
 from fadc_timm.ops.settings import named_backend
 from tests.support import cases
 from tests.support.cases import GAINS, OpCase
+from tests.support.marks import has_old_triton
 from tests.support.op_checks import CASE, skip_unless_runs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -260,7 +261,7 @@ def test_bad_input_under_autocast(name):
 def test_the_valid_call_is_valid():
     """The bad calls differ from this one in one argument."""
     for backend in (None, *list_backends()):
-        if backend == 'triton' and triton_support.unavailable():
+        if backend == 'triton' and has_old_triton:
             continue
         assert adaptive_dilated_conv2d(**valid(), backend=backend).shape == (2, 6, 5, 7)
         assert deform_conv2d(**valid_offset(), backend=backend).shape == (2, 6, 5, 7)

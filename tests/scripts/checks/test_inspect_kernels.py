@@ -1,10 +1,12 @@
 """The Triton kernels compiled for a GPU that is not there."""
 import pytest
 
-from fadc_timm.ops import triton_support
+from tests.support.marks import has_old_triton
 from tests.support.processes import python
 
-pytestmark = pytest.mark.skipif(triton_support.unavailable() is not None, reason='Triton is missing or too old')
+pytest.importorskip('triton')
+
+pytestmark = pytest.mark.skipif(has_old_triton, reason='torch before 2.9 brings a Triton that is too old')
 
 DENSE = (
     'dense_kernels pack', 'dense_kernels columns', 'dense_kernels combine', 'dense_kernels spread',
