@@ -180,7 +180,7 @@ def _captures_without_dynamo() -> bool:
 
 def is_exporting() -> bool:
     """Whether torch is making a graph for other runtimes, which know neither our operators nor every FFT."""
-    # torch has is_exporting from 2.7 on. Before, dynamo does not say whether it captures an export.
+    # torch has is_exporting from 2.7 on; from 2.8 on it is true where dynamo captures an export, too.
     captures = getattr(torch.compiler, 'is_exporting', _captures_without_dynamo)
     # is_in_onnx_export imports modules at every call: it is asked only where the older exporter may run, which traces
     return _writing_out.is_on or captures() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())

@@ -11,6 +11,7 @@ from fadc_timm import FADConv2d
 from tests.support import distributed_worker
 from tests.support.cases import error
 from tests.support.distributed_worker import build
+from tests.support.marks import before_torch_2_8
 from tests.support.processes import torchrun
 
 WORKER = Path(distributed_worker.__file__)
@@ -20,7 +21,7 @@ WORKER = Path(distributed_worker.__file__)
 def together(tmp_path_factory):
     """What two processes computed, in a folder; one start of them for all tasks, as a start takes seconds."""
     folder = tmp_path_factory.mktemp('together')
-    torchrun(WORKER, folder, 'gradients', 'fsdp', 'resume')
+    torchrun(WORKER, folder, 'gradients', *([] if before_torch_2_8 else ['fsdp']), 'resume')
     return folder
 
 
@@ -37,6 +38,7 @@ def test_two_processes_have_the_gradients_of_one(together):
         assert error(two[name], g.double()) < 1e-5, name
 
 
+@pytest.mark.skipif(before_torch_2_8, reason='FSDP2 on CPUs: torch 2.7 sums the gradients, and torch 2.6 does not end')
 def test_fsdp(together):
     """FSDP2's step is the step of one process."""
     expected = build().state_dict()
