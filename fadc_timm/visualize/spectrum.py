@@ -203,7 +203,8 @@ def spectrum_figure(spectra: Sequence[LayerSpectra], title: str = 'FADC', note: 
     lines = wrapped(note, 10.5, width)
     head = 0.8 + 0.2 * max(1, len(lines))
     has_kernels = any(s.kernel is not None for s in spectra)
-    fig_w, fig_h = width + 2 * margin, head + (2 if has_kernels else 1) * block
+    # rounded, as matplotlib before 3.11 has one pixel less where a sum of floats is just below a whole number
+    fig_w, fig_h = round(width + 2 * margin, 12), head + (2 if has_kernels else 1) * block
     fig = Figure((fig_w, fig_h), dpi=128, facecolor='white')
     FigureCanvasAgg(fig)
 
