@@ -117,18 +117,21 @@ def _name_the_stages(model: nn.Module) -> str:
 def _stages_of(model: nn.Module) -> List[Tuple[str, Tuple[str, ...]]]:
     """Each stage: its feature, and all modules after the feature before it in timm's feature_info.
 
-    Each feature at stride 4 or more is a stage. The modules at stride 2 before the first stage are the stem.
+    Each feature at stride 4 or more is a stage, whether or not a feature network puts it out. The modules at stride 2
+    before the first stage are the stem. A feature network lacks what comes after its last output.
     """
     info = getattr(model, 'feature_info', None)
     if info is None:
         raise ValueError(f'{type(model).__name__} has no feature_info: {_name_the_stages(model)}.')
-    features = info if isinstance(info, (list, tuple)) else info.get_dicts()
+    features, outputs = (info, info) if isinstance(info, (list, tuple)) else (info.info, info.get_dicts())
     names = _names(model)
     order = {name: i for i, name in enumerate(names)}
     stages, start = [], 0
     for feature in features:
         # feature networks flatten 'stages.0' to 'stages_0'
         name = next((n for n in (feature['module'], feature['module'].replace('.', '_')) if n in order), None)
+        if name is None and feature['module'] not in [output['module'] for output in outputs]:
+            continue
         if name is None:
             raise ValueError(f'The feature {feature["module"]!r} of {type(model).__name__} is no module of it: '
                              f'{_name_the_stages(model)}.')

@@ -153,6 +153,23 @@ def test_features_only(name, number):
     assert len(lift(model).replaced) == number
 
 
+@pytest.mark.parametrize('out_indices', [(2, 3, 4), (4,), (0, 2, 4)])
+@pytest.mark.parametrize('name, number', [('resnet18', 12), ('convnext_atto', 10)])
+def test_features_only_of_some_stages(name, number, out_indices):
+    """The stages are the network's, whether or not it puts them out."""
+    if name.startswith('convnext'):
+        out_indices = tuple(max(i - 1, 0) for i in out_indices)
+    model = awaken(timm.create_model(name, features_only=True, out_indices=out_indices))
+    assert len(lift(model).replaced) == number
+
+
+def test_features_only_without_the_last_stages():
+    model = awaken(timm.create_model('resnet18', features_only=True, out_indices=(2,)))
+    with pytest.raises(ValueError, match='has 2 stages, got 4 booleans: .* The stages end with layer1, layer2;'):
+        lift(model)
+    assert len(lift(model, (False, True)).replaced) == 4
+
+
 # other networks
 
 
