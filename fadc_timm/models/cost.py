@@ -1,5 +1,6 @@
 """What a model costs, counted on the meta device (nothing is computed or allocated), or from a table of such counts."""
 import csv
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Tuple
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops.flops import OPERATORS
+from ..ops.settings import set_backend
 
 __all__ = ['TABLE', 'Cost', 'listed_cost', 'model_cost', 'module_cost']
 
@@ -78,7 +80,7 @@ def model_cost(arch: str, num_classes: int, input_size: Tuple[int, ...], **kwarg
     """Count the cost of a model.
 
     Args:
-        arch: Name of an architecture of timm's ResNets or ConvNeXts, FADC or plain.
+        arch: Name of an architecture, FADC or plain.
         num_classes: Number of classes.
         input_size: (C, H, W).
         **kwargs: More arguments of `timm.create_model`, hashable ones.
@@ -95,7 +97,8 @@ def module_cost(model: nn.Module, input_size: Tuple[int, ...], device: str = 'me
         device: Where the model is.
     """
     x = torch.zeros(1, *input_size, device=device)
-    with torch.no_grad():
+    # every backend counts the same, and this one runs on meta
+    with torch.no_grad(), set_backend('gather') if device == 'meta' else nullcontext():
         with FlopCounterMode(display=False) as counter:
             model(x)
         with _Activations() as activations:

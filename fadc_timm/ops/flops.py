@@ -1,7 +1,7 @@
 """FLOP formulas, so that counters see the operator as the convolution that it is.
 
-torch's FlopCounterMode counts matrix products and convolutions, so it sees the `gather` and `grid_sample` backends by
-itself. `OPERATORS` is the one table of the operators that no counter knows: torch's counter, fvcore's (which takes
+torch's FlopCounterMode counts matrix products and convolutions, so it sees the `grid_sample` backend by itself.
+`OPERATORS` is the one table of the operators that no counter knows: torch's counter, fvcore's (which takes
 :func:`fvcore_handlers`) and models/cost.py read it.
 """
 import copy
@@ -16,6 +16,7 @@ from . import few_outputs, gains, sampled_conv  # noqa: F401  register torch.ops
 from .band_mix.fused import multiply_adds
 from .neighborhood_attention import windows
 from .runtime import is_depthwise
+from .settings import set_backend
 
 __all__ = ['OPERATORS', 'Operator', 'fvcore_handlers', 'layer_multiply_adds', 'ptflops_hook', 'thop_hook']
 
@@ -139,10 +140,13 @@ def layer_multiply_adds(layer: nn.Module, x: Tensor) -> int:
     """Multiply-adds of a layer and all that is in it, for an input of the shape of x, by torch's FlopCounterMode."""
     twin = copy.deepcopy(layer)
     for m in twin.modules():
+        if 'backend' in m.__dict__:
+            m.__dict__['backend'] = None
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
     twin = twin.to('meta')
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # every backend counts the same, and this one runs on meta
+    with torch.no_grad(), set_backend('gather'), FlopCounterMode(display=False) as counter:
         twin(torch.empty(x.shape, dtype=x.dtype, device='meta'))
     return counter.get_total_flops() // 2
 

@@ -5,8 +5,11 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
+from fadc_timm import FADConv2d
+from fadc_timm.models.cost import model_cost
+from fadc_timm.ops import list_backends, set_backend
 from fadc_timm.ops.band_mix.fused import multiply_adds
-from fadc_timm.ops.flops import fvcore_handlers
+from fadc_timm.ops.flops import fvcore_handlers, layer_multiply_adds
 from tests.support.backbones import REPRESENTATIVES, fad_convs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -66,3 +69,18 @@ def test_flops_of_fvcore(base, backend):
         assert by_operator['deform_conv2d'] == lifted  # the only sample has a kernel of its own
     elif base == 'test_convnext':
         assert by_operator['sampled_conv2d'] == lifted
+
+
+@pytest.mark.parametrize('arch', ['test_resnet_fadc', 'test_convnext_fadc'])
+def test_cost_under_every_backend(arch):
+    """A count needs no backend that runs on this machine, and is the same for all."""
+    cost = model_cost(arch, 5, (3, 64, 64))
+    layer = FADConv2d(4, 4, 3, padding=1)
+    x = torch.randn(1, 4, 8, 8)
+    counted = layer_multiply_adds(layer, x)
+    for backend in list_backends():
+        model_cost.cache_clear()
+        with set_backend(backend):
+            assert model_cost(arch, 5, (3, 64, 64)) == cost
+        layer.backend = backend
+        assert layer_multiply_adds(layer, x) == counted and layer.backend == backend
