@@ -62,6 +62,7 @@ def test_replicas_in_threads():
     with watch_layers(model, calls.append):
         for replica in replicas:
             replica[0]._forward_hooks = model[0]._forward_hooks.copy()
+            replica[0]._forward_hooks_with_kwargs = model[0]._forward_hooks_with_kwargs.copy()
             for name in ('freq_select', 'ada_kern', 'ada_dr'):
                 getattr(replica[0], name)._forward_hooks = getattr(model[0], name)._forward_hooks.copy()
         threads = [threading.Thread(target=run, args=(r, torch.randn(1, 2, size, size)))
@@ -82,6 +83,14 @@ def test_power_is_that_of_what_the_layer_samples():
         layer(x)
     torch.testing.assert_close(records[0].power, high_frequency_power(layer.freq_select(x)))
     assert (records[0].power - high_frequency_power(x)).abs().max() > 1e-3
+
+
+def test_layer_that_is_called_by_keyword():
+    layer, x = FADConv2d(4, 4, 3, padding=1), torch.randn(1, 4, 12, 12)
+    with record_dilations(layer) as records:
+        layer(x)
+        layer(x=x)
+    torch.testing.assert_close(records[0].power, records[1].power)
 
 
 @pytest.mark.parametrize('reentrant', [False, True])

@@ -71,7 +71,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         if is_watched(module, getattr(layers[name], part)):
             parts.setdefault((threading.get_ident(), name), {})[part] = output
 
-    def call(name: str, module: Any, args: Any, output: Tensor) -> None:
+    def call(name: str, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         nonlocal count
         if not is_watched(module, layers[name]):
             return
@@ -79,7 +79,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
         seen = parts.pop((threading.get_ident(), name), {})
         dilation, of_dilation = seen.get('ada_dr', (None, None))
         offset, of_offset = seen.get('free_offsets', (None, None))
-        x = args[0]
+        x = args[0] if args else kwargs['x']
         if isinstance(module, FADNeighborhoodAttention):
             x, output = x.permute(0, 3, 1, 2), output.permute(0, 3, 1, 2)
         callback(LayerCall(
@@ -89,7 +89,7 @@ def watch_layers(model: nn.Module, callback: Callable[[LayerCall], Any]) -> Iter
     handles = []
     try:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(partial(call, name)))
+            handles.append(layer.register_forward_hook(partial(call, name), with_kwargs=True))
             for part in PARTS:
                 module = getattr(layer, part, None)
                 if module is not None:
