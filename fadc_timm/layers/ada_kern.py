@@ -27,15 +27,20 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
     """A norm of parts * width channels in which the parts do not meet.
 
     Raises:
-        ValueError: norm_layer makes no BatchNorm, LayerNorm or GroupNorm.
+        ValueError: norm_layer makes no BatchNorm of maps, LayerNorm or GroupNorm, or none of so many channels.
     """
     try:
         make: Any = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
     except KeyError:
         make = None
     is_kind = not isinstance(make, type) or issubclass(make, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))
-    norm = make(width, **dd) if callable(make) and is_kind else None
-    if isinstance(norm, _BatchNorm):
+    try:
+        norm = make(width, **dd) if callable(make) and is_kind else None
+    except ValueError as e:
+        raise ValueError(
+            f"norm_layer, which is ada_kern_norm in FADConv2d, does not take the trunk's {width} channels, got "
+            f'{norm_layer!r}: {e}.') from e
+    if isinstance(norm, _BatchNorm) and not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         return make(parts * width, **dd)
     # in one call: a group per part is a LayerNorm of each part
     if isinstance(norm, nn.LayerNorm):
@@ -43,8 +48,8 @@ def _make_norm(norm_layer: NormLayer, width: int, parts: int, **dd: Any) -> nn.M
     if isinstance(norm, nn.GroupNorm):
         return nn.GroupNorm(parts * norm.num_groups, parts * width, norm.eps, norm.affine, **dd)
     raise ValueError(
-        'norm_layer, which is ada_kern_norm in FADConv2d, must make a BatchNorm, a LayerNorm or a GroupNorm: one of '
-        f"timm's names, as 'batchnorm2d' or 'layernorm2d', or a callable; got {norm_layer!r}.")
+        'norm_layer, which is ada_kern_norm in FADConv2d, must make a BatchNorm of maps, a LayerNorm or a GroupNorm: '
+        f"one of timm's names, as 'batchnorm2d' or 'layernorm2d', or a callable; got {norm_layer!r}.")
 
 
 # Norms that compute in the dtype of their input, under autocast too.
@@ -119,7 +124,7 @@ class AdaKern(nn.Module):
                 LayerNorm or GroupNorm. The last two are each made as one GroupNorm for both parts.
 
         Raises:
-            ValueError: There is no such kernel_decompose or norm_layer.
+            ValueError: There is no such kernel_decompose or norm_layer, or the norm does not take so many channels.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -160,12 +165,11 @@ class AdaKern(nn.Module):
         """Fold a BatchNorm's running statistics into the trunk, for inference.
 
         `timm.utils.reparameterize_model` calls it. Once folded, there is no norm in training either, and nothing is
-        left to fold. Other norms stay, as their statistics are those of each image.
+        left to fold. Other norms stay, as their statistics are those of the images.
         """
         norm = self.norm
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
             mean, var = norm.running_mean, norm.running_var
-            assert mean is not None and var is not None
             weight = torch.ones_like(var) if norm.weight is None else norm.weight
             bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
             self.fc.weight, self.fc.bias = fuse_linear_bn_weights(
