@@ -2,6 +2,7 @@
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
+import operator
 from functools import wraps
 from inspect import signature
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, TypeVar, Union, cast
@@ -30,6 +31,9 @@ __all__ = ['OPTIONS', 'PARTS', 'SAMPLINGS', 'FADConv2d', 'read_options', 'refuse
 PARTS = {'freq_select': FreqSelect, 'ada_kern': AdaKern, 'ada_dr': AdaDR, 'free_offsets': FreeOffsets}
 
 SAMPLINGS = ('dilation', 'deform', 'fixed')
+
+# What the parts of a layer are made for.
+_GEOMETRY = ('kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 _Init = TypeVar('_Init', bound=Callable[..., None])
 
@@ -76,9 +80,13 @@ def read_options(stored: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _one_int(name: str, value: Any, minimum: int) -> int:
     values = value if isinstance(value, (tuple, list)) else (value,)
-    if len(set(values)) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int) or values[0] < minimum:
+    try:
+        number = operator.index(values[0])
+    except (TypeError, IndexError):
+        number = minimum - 1
+    if len(set(values)) != 1 or isinstance(values[0], bool) or number < minimum:
         raise ValueError(f'{name} must be one integer for both axes, at least {minimum}, got {value!r}.')
-    return values[0]
+    return number
 
 
 def reset_parts(module: nn.Module) -> None:
@@ -149,9 +157,9 @@ class FADConv2d(nn.Conv2d):
             sampling: Where the taps lie: 'dilation' is AdaDR's dilation per position; 'deform' is an offset per
                 position and tap, see :class:`FreeOffsets`; with 'fixed' they stay at the base dilation without a mask.
             dilation_act: AdaDR's activation: 'abs', 'relu' or 'zero'.
-            dilation_groups: AdaDR's groups of channels.
+            dilation_groups: AdaDR's groups of channels, 1 with other samplings.
             eps: AdaDR's distance from the base dilation at the start, in pixels.
-            offset_groups: Groups of channels with free offsets of their own.
+            offset_groups: Groups of channels with free offsets of their own, 1 with other samplings.
             modulated: With free offsets, a mask too (deformable convolution v2), else none (v1).
             backend: Backend of the operator, None to choose by device, dtype and shape. 'triton' goes for FreqSelect
                 too; with 'grid_sample' and 'reference' FreqSelect is in torch's operators.
@@ -171,6 +179,10 @@ class FADConv2d(nn.Conv2d):
             raise ValueError(f'freq_select must be true or false, got {freq_select!r}.')
         if sampling not in SAMPLINGS:
             raise ValueError(f'sampling must be one of {SAMPLINGS}, got {sampling!r}.')
+        for name, number, of in (
+                ('dilation_groups', dilation_groups, 'dilation'), ('offset_groups', offset_groups, 'deform')):
+            if number != 1 and sampling != of:
+                raise ValueError(f'{name} is an option of sampling={of!r}, got {number!r} with {sampling!r}.')
         if backend is not None and backend not in list_backends():
             raise ValueError(f'backend must be None or one of {", ".join(list_backends())}, got {backend!r}.')
         super().__init__(in_channels, out_channels, k, s, padding, d, groups, bias, padding_mode, **dd)  # type: ignore
@@ -239,6 +251,13 @@ class FADConv2d(nn.Conv2d):
         new = cls(**{**args, **cfg})
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _GEOMETRY and 'inner_padding' in self.__dict__ and value != self.__dict__[name]:
+            raise AttributeError(
+                f'{name} of an FADConv2d is {self.__dict__[name]!r} for good, as its parts are made for it, got '
+                f'{value!r}. Change the plain convolution, and make the FADConv2d from that (from_conv, lift_model).')
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as `nn.Conv2d` does, and reset what FADC added (:meth:`reset_fadc_parameters`)."""

@@ -39,10 +39,6 @@ class PredictorConv2d(nn.Conv2d):
         """
         self.first, self.first_bias = first, first_bias  # read by reset_parameters, which nn.Conv2d calls
         super().__init__(*args, **kwargs)
-        self.by_products = (
-            self.out_channels <= MOST and self.groups == 1 and self.stride == self.dilation == (1, 1)
-            and self.padding_mode == 'zeros'
-            and all(isinstance(p, int) and p < k for p, k in zip(self.padding, self.kernel_size)))
 
     def reset_parameters(self) -> None:
         """Back to zeros and the biases of the start."""
@@ -66,7 +62,7 @@ class PredictorConv2d(nn.Conv2d):
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
         if is_exporting() and exact and self._fills_a_block(x):
             return self._by_columns(x)
-        if not self.by_products or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
+        if not self._has_products() or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
             return self._conv_forward(x, self.weight, self.bias)
         (k, k_cols), (p, p_cols) = self.kernel_size, (int(n) for n in self.padding)
         h, w = x.shape[2:]
@@ -89,6 +85,12 @@ class PredictorConv2d(nn.Conv2d):
             y = F.fold(taps @ pixels, size, (k, k_cols), padding=(k - 1 - p, k_cols - 1 - p_cols))
         assert isinstance(y, Tensor)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _has_products(self) -> bool:
+        return (
+            self.out_channels <= MOST and self.groups == 1 and self.stride == self.dilation == (1, 1)
+            and self.padding_mode == 'zeros'
+            and all(isinstance(p, int) and p < k for p, k in zip(self.padding, self.kernel_size)))
 
     def _fills_a_block(self, x: Tensor) -> bool:
         columns = self.kernel_size[1]

@@ -199,12 +199,16 @@ def test_ada_kern_reparameterized(kernel_decompose, depthwise):
     assert all(g is None or torch.equal(g, torch.ones_like(g)) for g in m(x))
 
 
-def test_ada_kern_with_a_norm_per_image_has_nothing_to_fold():
-    m = off_identity(AdaKern(6, 6, norm_layer='layernorm2d'))
+@pytest.mark.parametrize('norm_layer, kept', [
+    ('layernorm2d', nn.GroupNorm), (partial(nn.BatchNorm2d, track_running_stats=False), nn.BatchNorm2d)])
+def test_ada_kern_whose_norm_is_of_the_images_has_nothing_to_fold(norm_layer, kept):
+    m = AdaKern(6, 6, norm_layer=norm_layer).eval()
+    for head in (m.low, m.high):
+        nn.init.normal_(head.weight)
     x = torch.randn(3, 6, 5, 4)
     expected = m(x)
     m.reparameterize()
-    assert type(m.norm) is nn.GroupNorm and all(map(torch.equal, m(x), expected))
+    assert type(m.norm) is kept and all(map(torch.equal, m(x), expected))
 
 
 @pytest.mark.parametrize('norm_layer, made, name', [
@@ -345,7 +349,7 @@ def test_replicate_is_padding_by_hand():
     cfg = dict(padding=1, freq_select=False, kernel_decompose='none')
     m = off_identity(make(**cfg, padding_mode='replicate'))
     inner = copy.deepcopy(m)
-    inner.padding_mode, inner.padding, inner.inner_padding, inner.pads_itself = 'zeros', (0, 0), 0, False
+    inner.__dict__.update(padding_mode='zeros', padding=(0, 0), inner_padding=0, pads_itself=False)
     x = torch.randn(2, 4, 7, 8)
     padded = F.pad(x, (1, 1, 1, 1), mode='replicate')
     assert m.ada_dr(padded)[0].max() > 3  # beyond the replicated pixel

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from timm.layers.split_batchnorm import SplitBatchNorm2d, convert_splitbn_model
@@ -243,9 +244,13 @@ BAD = [
     (dict(padding_mode='reflect'), ValueError, 'padding_mode.*reflect'),
     (dict(kernel_decompose='no'), ValueError, "kernel_decompose.*'no'"),
     (dict(kernel_decompose=None), ValueError, 'kernel_decompose.*None'),
-    (dict(ada_kern_norm='rmsnorm2d'), ValueError, "ada_kern_norm .* must make a BatchNorm, .*'rmsnorm2d'"),
+    (dict(ada_kern_norm='rmsnorm2d'), ValueError, "ada_kern_norm .* must make a BatchNorm of maps, .*'rmsnorm2d'"),
     (dict(ada_kern_norm='frozenbatchnorm2d'), ValueError, "ada_kern_norm.*'frozenbatchnorm2d'"),
     (dict(ada_kern_norm='batch'), ValueError, "ada_kern_norm .*'batchnorm2d'.*got 'batch'"),
+    (dict(ada_kern_norm='groupnorm'), ValueError, "ada_kern_norm .* does not take the trunk's 16 channels"),
+    (dict(ada_kern_norm='batchnorm1d'), ValueError, "ada_kern_norm .*'batchnorm1d'"),
+    (dict(dilation_groups=2, sampling='deform'), ValueError, "dilation_groups .* sampling='dilation', got 2 with 'def"),
+    (dict(offset_groups=2), ValueError, "offset_groups is an option of sampling='deform', got 2 with 'dilation'"),
     (dict(ada_kern_norm=nn.Identity), ValueError, 'ada_kern_norm.*Identity'),
     (dict(ada_kern_norm=None), ValueError, 'ada_kern_norm.*None'),
     (dict(dilation_act='gelu'), ValueError, 'dilation_act.*gelu'),
@@ -462,3 +467,21 @@ def test_reset_fadc_parameters(sampling):
     m.reset_fadc_parameters()
     assert error(m(x), conv(x)) < 1e-6  # 1.0e-7
     assert m.ada_kern.norm.running_mean.abs().max() == 0
+
+
+@pytest.mark.parametrize('name, value', [
+    ('dilation', (2, 2)), ('stride', (2, 2)), ('padding', (2, 2)), ('padding_mode', 'circular'), ('groups', 2)])
+def test_geometry_is_for_good(name, value):
+    """Tools that dilate a network, or make it circular, set attributes of its convolutions."""
+    layer = make(4, padding=1)
+    setattr(layer, name, getattr(layer, name))
+    with pytest.raises(AttributeError, match=f'^{name} of an FADConv2d is .* for good, .* got .*{value}'.replace(
+            '(2, 2)', r'\(2, 2\)')):
+        setattr(layer, name, value)
+    layer.backend = 'grid_sample'
+
+
+def test_numbers_of_numpy():
+    conv = nn.Conv2d(4, 4, np.int64(3), stride=np.int64(2), padding=1)
+    x = torch.randn(1, 4, 7, 7)
+    torch.testing.assert_close(FADConv2d.from_conv(conv, sampling='fixed')(x), conv(x))

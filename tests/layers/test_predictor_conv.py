@@ -34,6 +34,17 @@ def test_predictor_conv(layout, outputs, k, padding, bias):
         assert error(g, e) < 1e-13
 
 
+@pytest.mark.parametrize('changed', [dict(padding_mode='circular'), dict(dilation=(2, 2), padding=(2, 2))])
+def test_predictor_conv_that_is_changed(changed):
+    """It follows its attributes, as every convolution of torch does."""
+    conv, plain = pair(4, 2, 3, padding=1)
+    for name, value in changed.items():
+        for m in (conv, plain):
+            setattr(m, name, value)
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    assert error(conv(x), plain(x)) < 1e-13
+
+
 @pytest.mark.parametrize('size', [(1, 1), (2, 9), (7, 8)])
 def test_predictor_conv_compiled(size):
     """The form for inductor, on maps smaller than the kernel too."""
