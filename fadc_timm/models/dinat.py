@@ -207,8 +207,8 @@ class DiNAT(nn.Module):
             in_chans: Number of input channels.
             num_classes: Number of classes, 0 for no classifier.
             global_pool: Global pooling.
-            output_stride: Stride of the last map, 8, 16 or 32. Where a downsampler keeps the size, it and what follows
-                are dilated: at the positions of the smaller map they compute what they did there.
+            output_stride: Stride of the last map, 8, 16 or 32. Where a downsampler keeps the size, what follows is
+                dilated: at the positions of the smaller map it computes what it did there.
             embed_dim: Channels of the first stage; each of the others has twice as many as the one before.
             depths: Blocks of each stage.
             num_heads: Heads of each stage.

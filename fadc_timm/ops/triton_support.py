@@ -99,7 +99,9 @@ def is_default_on(device_type: str) -> bool:
 def _is_default_on_cuda() -> bool:
     reason = why_not_on('cuda')
     if reason is not None:
-        warnings.warn(f"{reason}: on CUDA the slower backend 'torchvision' runs in place of 'triton'.", stacklevel=2)
+        warnings.warn(
+            f"{reason}: on CUDA a slower backend runs in place of 'triton', 'torchvision' or for depthwise kernels "
+            "'gather'.", stacklevel=2)
     return reason is None
 
 

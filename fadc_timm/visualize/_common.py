@@ -19,7 +19,7 @@ INK, GREY = '#222222', '#666666'
 
 
 def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall], Any]) -> None:
-    """Run a model once, in eval mode, without gradients or torch.compile, with a callback for each FADConv2d.
+    """Run a model once, in eval mode, without gradients or torch.compile, with a callback for each FADC layer.
 
     Args:
         model: Its training flags are restored afterwards.
@@ -27,7 +27,7 @@ def run_watched(model: nn.Module, x: torch.Tensor, callback: Callable[[LayerCall
         callback: See :func:`fadc_timm.layers.hooks.watch_layers`.
 
     Raises:
-        ValueError: x is empty, or the model has no FADConv2d layer, or none of them ran.
+        ValueError: x is empty, or the model has no FADC layer, or none of them ran.
     """
     if not x.numel():
         raise ValueError(f'There is nothing to run the model on: the input is empty, {list(x.shape)}.')

@@ -106,7 +106,7 @@ def test_another_backend_is_the_default(breaks, monkeypatch):
             assert not takes_predictions(conv_args().x, None)
     said = [str(w.message) for w in caught if 'torchvision' in str(w.message)]
     assert len(said) == 1 and said[0].startswith(REASONS[breaks])
-    assert said[0].endswith(": on CUDA the slower backend 'torchvision' runs in place of 'triton'.")
+    assert ': on CUDA a slower backend runs in place of' in said[0]
 
 
 @pytest.mark.parametrize('breaks', REASONS)
