@@ -8,7 +8,7 @@ from ..runtime import accumulation_dtype, is_exporting, is_transformed, match_la
 from ..settings import named_backend
 from ..triton_support import is_default_on
 from . import fused, triton
-from .low_pass import low_pass
+from .low_pass import check_factors, low_pass
 
 __all__ = ['BACKENDS', 'choose_backend', 'mix_bands', 'mix_predicted_bands']
 
@@ -75,8 +75,7 @@ def _eager(x: Tensor, weights: Tensor, factors: List[int], backend: Optional[str
 def _check(x: Tensor, weights: Tensor, factors: List[int]) -> None:
     if not x.is_floating_point():
         raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
-    if not factors or any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in factors):
-        raise ValueError(f'factors must be one or more integers of at least 1, got {factors!r}.')
+    check_factors(factors, 1)
     bands = len(factors)
     if x.dim() != 4 or weights.dim() != 5 or weights.shape[1] not in (bands, bands + 1) or (
             weights.shape[2] < 1 or x.shape[1] % weights.shape[2]):

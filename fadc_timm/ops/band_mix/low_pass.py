@@ -147,8 +147,16 @@ def _low_pass_matmul(x: Tensor, factors: List[int]) -> List[Tensor]:
 _FORMS = {'fft': _low_pass_fft, 'matmul': _low_pass_matmul}
 
 
+def check_factors(factors: List[int], least: int) -> None:
+    """Raise where the spectrum cannot be split so, at that least number of places."""
+    if len(factors) < least or any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in factors):
+        number = 'one or more integers' if least else 'integers'
+        raise ValueError(f'factors must be {number} of at least 1, got {factors!r}.')
+
+
 @torch.jit.unused
 def _eager(x: Tensor, factors: List[int], form: Optional[str]) -> List[Tensor]:
+    check_factors(factors, 0)
     if form is None:
         # on a CPU the FFT is faster at every size (scripts/bench/op.py); not every other device has complex numbers
         form = 'matmul' if is_exporting() or x.device.type not in ('cpu', 'cuda', 'meta') else 'fft'
@@ -163,7 +171,7 @@ def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[
 
     Args:
         x: Map (B, C, H, W). Half dtypes are computed in float32, whatever the autocast.
-        factors: One f >= 1 for each filter.
+        factors: One integer f >= 1 for each filter.
         form: 'fft', 'matmul' (in operators that every runtime has), or None: matmul while exporting, and on devices
             other than a CPU and CUDA, else FFT.
 
@@ -171,7 +179,7 @@ def low_pass(x: Tensor, factors: List[int], form: Optional[str] = None) -> List[
         A map (B, C, H, W) for each factor, float32 or float64.
 
     Raises:
-        ValueError: There is no such form.
+        ValueError: There is no such form, or a factor is none.
     """
     if torch.jit.is_scripting():
         return _low_pass_fft(x.float() if x.dtype != torch.float64 else x, factors)

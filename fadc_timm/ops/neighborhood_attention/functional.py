@@ -176,8 +176,13 @@ def neighborhood_mean2d(x: Tensor, kernel_size: IntOrPair, dilation: IntOrPair =
         (B, H, W, C) in the dtype of x.
 
     Raises:
-        ValueError: The map is smaller than a window.
+        TypeError: x has no floating point dtype.
+        ValueError: x is no map, or smaller than a window.
     """
+    if not x.is_floating_point():
+        raise TypeError(f'x must have a floating point dtype, got {x.dtype}.')
+    if x.dim() != 4:
+        raise ValueError(f'x must be (B, H, W, C), got {tuple(x.shape)}.')
     kernel, spacing = _window(kernel_size, dilation)
     if any(n < k * d for n, k, d in zip(x.shape[1:3], kernel, spacing, strict=True)):
         raise ValueError(f'x (B, H, W, C) must have at least kernel size {kernel} times dilation {spacing} rows and '

@@ -206,3 +206,9 @@ def test_script():
         for low, f in zip(scripted(x.to(dtype), [2, 4]), [2, 4]):
             computed = torch.float64 if dtype == torch.float64 else torch.float32
             assert low.dtype == computed and relative_error(low, released(x.to(dtype), f), x) <= TOLERANCES[computed]
+
+
+@pytest.mark.parametrize('factors', [[1.5], [2, 0], [True]], ids=str)
+def test_factors_that_are_none(factors):
+    with pytest.raises(ValueError, match=r'factors must be integers of at least 1, got \['):
+        low_pass(torch.zeros(1, 1, 4, 4), factors)

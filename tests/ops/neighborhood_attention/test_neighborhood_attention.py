@@ -420,6 +420,10 @@ def test_mean(size, k, d):
     assert error(y, expected.permute(0, 2, 3, 1, 4).flatten(3)) < 1e-14
     with pytest.raises(ValueError, match=r'at least kernel size'):
         neighborhood_mean2d(torch.zeros(1, 2, 20, 3), k, d)
+    with pytest.raises(ValueError, match=r'must be \(B, H, W, C\), got \(7, 7, 9\)'):
+        neighborhood_mean2d(torch.zeros(7, 7, 9), 3)
+    with pytest.raises(TypeError, match='floating point dtype, got torch.int64'):
+        neighborhood_mean2d(torch.arange(49).view(1, 7, 7, 1), 3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
