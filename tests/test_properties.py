@@ -136,6 +136,12 @@ def conv_args(draw):
     return args, (draw(st.integers(1, 3)), c, smallest + draw(st.integers(0, 12)), smallest + draw(st.integers(0, 12)))
 
 
+def own_groups(cfg):
+    """Options with the groups of their sampling alone."""
+    taken = {'dilation': 'dilation_groups', 'deform': 'offset_groups'}.get(cfg['sampling'])
+    return {**cfg, **{name: 1 for name in ('dilation_groups', 'offset_groups') if name != taken}}
+
+
 options = st.fixed_dictionaries({
     'freq_select': st.booleans(), 'sampling': st.sampled_from(['dilation', 'dilation', 'deform', 'fixed']),
     'offset_groups': st.sampled_from([1, 1, 2, 4]), 'modulated': st.booleans(),
@@ -143,7 +149,7 @@ options = st.fixed_dictionaries({
     'ada_kern_norm': st.sampled_from(['batchnorm2d', 'layernorm2d']),
     'bands': st.lists(st.integers(2, 20), min_size=1, max_size=4).map(tuple), 'lowfreq_att': st.booleans(),
     'spatial_group': st.sampled_from([1, 1, 2, 4, 65]), 'dilation_act': st.sampled_from(['abs', 'relu', 'zero']),
-    'dilation_groups': st.sampled_from([1, 1, 2, 4])})
+    'dilation_groups': st.sampled_from([1, 1, 2, 4])}).map(own_groups)
 
 
 @pytest.mark.parametrize('backend', list_backends())
