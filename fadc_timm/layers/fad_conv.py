@@ -2,9 +2,9 @@
 
 Paper: `Frequency-Adaptive Dilated Convolution for Semantic Segmentation` - https://arxiv.org/abs/2403.05369
 """
-import operator
 from functools import wraps
 from inspect import signature
+from numbers import Integral
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, TypeVar, Union, cast
 
 import torch
@@ -80,13 +80,10 @@ def read_options(stored: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _one_int(name: str, value: Any, minimum: int) -> int:
     values = value if isinstance(value, (tuple, list)) else (value,)
-    try:
-        number = operator.index(values[0])
-    except (TypeError, IndexError):
-        number = minimum - 1
-    if len(set(values)) != 1 or isinstance(values[0], bool) or number < minimum:
+    if len(set(values)) != 1 or isinstance(values[0], bool) or not isinstance(values[0], Integral) or (
+            values[0] < minimum):
         raise ValueError(f'{name} must be one integer for both axes, at least {minimum}, got {value!r}.')
-    return number
+    return int(values[0])
 
 
 def reset_parts(module: nn.Module) -> None:

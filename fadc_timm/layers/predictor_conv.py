@@ -62,7 +62,7 @@ class PredictorConv2d(nn.Conv2d):
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
         if is_exporting() and exact and self._fills_a_block(x):
             return self._by_columns(x)
-        if not self._has_products() or x.device.type != 'cpu' or not exact or is_exporting() or is_transformed():
+        if x.device.type != 'cpu' or not exact or is_exporting() or is_transformed() or not self._has_products():
             return self._conv_forward(x, self.weight, self.bias)
         (k, k_cols), (p, p_cols) = self.kernel_size, (int(n) for n in self.padding)
         h, w = x.shape[2:]

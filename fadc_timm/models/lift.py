@@ -130,7 +130,7 @@ def _stages_of(model: nn.Module) -> List[Tuple[str, Tuple[str, ...]]]:
     for feature in features:
         # feature networks flatten 'stages.0' to 'stages_0'
         name = next((n for n in (feature['module'], feature['module'].replace('.', '_')) if n in order), None)
-        if name is None and feature['module'] not in [output['module'] for output in outputs]:
+        if name is None and feature not in outputs:
             continue
         if name is None:
             raise ValueError(f'The feature {feature["module"]!r} of {type(model).__name__} is no module of it: '

@@ -13,8 +13,9 @@ asks_about_sizes = TorchVersion(torch.__version__) < (2, 14)
 needs_any_size = pytest.mark.skipif(asks_about_sizes, reason='exports of any size: torch 2.11 limits the sizes')
 
 # earlier ones ask more, also where dynamo captures the graph
+before_torch_2_11 = TorchVersion(torch.__version__) < (2, 11)
 needs_torch_2_11 = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < (2, 11), reason='exports of any size: torch before 2.11 limits the sizes')
+    before_torch_2_11, reason='exports of any size: torch before 2.11 limits the sizes')
 
 # the backend refuses the Triton that an earlier torch brings
 has_old_triton = TorchVersion(torch.__version__) < (2, 9)

@@ -4,9 +4,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.support.marks import before_torch_2_11
 
 
 class _OneDevice(TorchDispatchMode):
@@ -25,7 +26,7 @@ def no_copies():
 
     Torch before 2.11 asks for a GPU all the same.
     """
-    if TorchVersion(torch.__version__) < '2.11' and not torch.cuda.is_available():
+    if before_torch_2_11 and not torch.cuda.is_available():
         pytest.skip('fake CUDA tensors need a GPU before torch 2.11')
     with FakeTensorMode(), _OneDevice():
         yield
